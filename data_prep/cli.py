@@ -1,0 +1,70 @@
+"""The shell around every entry point: Hydra, one-line errors, exit codes.
+
+Exit codes: 0 done, 1 a fault of this project (with traceback), 2 a mistake in config or input
+(one line on stderr), and whatever code a task returns, for example `pipeline.training.signals.EXIT_SAVED`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+def config_dir() -> Path:
+    """The folder with the Hydra configuration: `conf/` of the checkout, or the installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    for candidate in (root / "conf", root / "pipeline" / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"no conf/ folder beside {root / 'data_prep'}; reinstall tidar-pretrain")
+
+
+def run(config_name: str, task: Callable[[DictConfig], int | None]) -> int:
+    """Compose `config_name` with the overrides in sys.argv, call `task(cfg)`, return an exit code.
+
+    Hydra's own error handling is switched off: it prints several lines and always exits with 1.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    codes: list[int] = []
+    mistakes: list[str] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            codes.append(task(cfg) or 0)
+        except (UserError, OmegaConfBaseException) as error:
+            # Caught inside the job, or Hydra adds lines of its own before it passes it on.
+            mistakes.append(one_line(error))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
+            guarded
+        )()
+    except (HydraException, OmegaConfBaseException) as error:
+        mistakes.append(one_line(error))
+    if mistakes:
+        report_mistake(mistakes[0])
+        return EXIT_BAD_INPUT
+    return max(codes, default=0)
+
+
+def report_mistake(text: str) -> None:
+    """Print the line a user sees for a mistake; ranks above 0 say which rank they are."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "error: " if rank == "0" else f"error (rank {rank}): "
+    print(prefix + text, file=sys.stderr, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line, without Hydra's trailing hints about debugging."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type="))]
+    return " ".join(kept) or type(error).__name__

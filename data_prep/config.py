@@ -1,0 +1,70 @@
+"""From a Hydra config section to the dataclass of the part that owns it."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], section: DictConfig, key: str) -> T:
+    """Check `section` (found at `key`) against the dataclass `schema` and build it.
+
+    Raises:
+        UserError: naming `key.field` when a key is unknown, missing (`???`) or of the wrong type,
+            or when the dataclass itself refuses the values (a ValueError in `__post_init__`).
+    """
+    known = {field.name for field in fields(schema)}  # type: ignore[arg-type]
+    if not isinstance(section, DictConfig):
+        raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
+    for name in section:
+        if name not in known:
+            raise UserError(f"{key}.{name}: unknown key; known are {', '.join(sorted(known))}")
+        if OmegaConf.is_missing(section, name):
+            raise UserError(f"{key}.{name}: has no value; set {key}.{name}=... on the command line")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), section)
+        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        full_key = getattr(error, "full_key", None)
+        name = f"{key}.{full_key}" if full_key else key
+        raise UserError(f"{name}: {first_line(error)}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def require(cfg: DictConfig, *keys: str) -> None:
+    """Check that the dotted `keys` have a value; raises UserError naming the first that has none."""
+    for key in keys:
+        if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
+            raise UserError(f"{key}: has no value; set {key}=... on the command line")
+
+
+def existing_path(cfg: DictConfig, key: str, what: str) -> Path:
+    """The path under `key`, which must exist; `what` says what should be there."""
+    require(cfg, key)
+    path = Path(str(OmegaConf.select(cfg, key))).expanduser()
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; give the path of {what}")
+    return path
+
+
+def config_hash(config: Any) -> str:
+    """SHA-256 (hex) of a plain config value, independent of key order."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

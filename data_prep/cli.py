@@ -1,7 +1,8 @@
 """The shell around every entry point: Hydra, one-line errors, exit codes.
 
 Exit codes: 0 done, 1 a fault of this project (with traceback), 2 a mistake in config or input
-(one line on stderr), and whatever code a task returns, for example `pipeline.training.signals.EXIT_SAVED`.
+(one line on stderr), and whatever code a task returns, such as the one for a run that was
+interrupted and saved.
 """
 
 import os
@@ -25,7 +26,7 @@ def config_dir() -> Path:
     for candidate in (root / "conf", root / "pipeline" / "conf"):
         if (candidate / "train.yaml").is_file():
             return candidate
-    raise FileNotFoundError(f"no conf/ folder beside {root / 'data_prep'}; reinstall tidar-pretrain")
+    raise FileNotFoundError(f"no conf/ folder under {root}; reinstall tidar-pretrain")
 
 
 def run(config_name: str, task: Callable[[DictConfig], int | None]) -> int:

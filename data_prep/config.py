@@ -24,7 +24,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
     known = {field.name for field in fields(schema)}  # type: ignore[arg-type]
     if not isinstance(section, DictConfig):
         raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
-    for name in section:
+    for name in map(str, section):
         if name not in known:
             raise UserError(f"{key}.{name}: unknown key; known are {', '.join(sorted(known))}")
         if OmegaConf.is_missing(section, name):
@@ -43,7 +43,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
 
 
 def require(cfg: DictConfig, *keys: str) -> None:
-    """Check that the dotted `keys` have a value; raises UserError naming the first that has none."""
+    """Check that the dotted `keys` have values; raises UserError naming the first without."""
     for key in keys:
         if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
             raise UserError(f"{key}: has no value; set {key}=... on the command line")

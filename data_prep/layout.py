@@ -1,4 +1,4 @@
-"""The layout table of a packed sequence: which blocks are drafted, from which prefix, in which slots.
+"""The layout table of a packed sequence: which blocks are drafted, from what prefix, in what slots.
 
 One row per diffusion block, in the columns of `COLUMNS`:
 
@@ -149,7 +149,7 @@ def _grid(
 def _choose(
     drafted: NDArray[np.int64], coverage: float, rng: np.random.Generator | None
 ) -> NDArray[np.intp]:
-    """Sorted indexes of the blocks to keep, so that they draft at most `coverage` of the positions."""
+    """Sorted indexes of the blocks to keep; they draft at most `coverage` of the positions."""
     budget = coverage * drafted.sum()
     if rng is None:
         # A block is kept where the running target steps over another whole block.

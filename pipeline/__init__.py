@@ -1,0 +1,1 @@
+"""Shards to a trained, decodable, exported TiDAR model."""

@@ -1,0 +1,1 @@
+"""The decoder, its attention masks, and loading weights in and out."""

@@ -1,0 +1,113 @@
+"""The shape of a model: all that is needed to build one, and nothing of how it is trained."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of the Qwen2, Qwen3 or Llama family.
+
+    The families differ in two switches: Qwen2 has `qkv_bias`, Qwen3 has `qk_norm`, Llama neither.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    """Width of the SwiGLU feed-forward layer."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Key/value heads of grouped-query attention; divides `num_heads`."""
+    head_dim: int
+    vocab_size: int | None = None
+    """Rows of the embedding; None takes the tokenizer's."""
+    max_positions: int = 4096
+    """Longest sequence, in tokens, that the model is meant for."""
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    """One matrix for the input embedding and the LM head."""
+    mask_token_id: int | None = None
+    """Token that stands in every mask slot; None for a model that was never trained to draft."""
+    block_size: int | None = None
+    """K that the model was trained with, the default for decoding."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        mask, rows = self.mask_token_id, self.vocab_size
+        if mask is not None and rows is not None and not 0 <= mask < rows:
+            raise ValueError(f"mask_token_id {mask} is outside vocab_size {rows}")
+
+    @property
+    def family(self) -> str:
+        """`qwen2`, `qwen3` or `llama`: the Hugging Face architecture with the same switches."""
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.qkv_bias else "llama"
+
+    @property
+    def num_embeddings(self) -> int:
+        """`vocab_size`, which must be known by the time a model is built."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not set")
+        return self.vocab_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters; tied embeddings count once."""
+        width, head = self.hidden_size, self.head_dim
+        query, key_value = self.num_heads * head, self.num_kv_heads * head
+        attention = width * (query + 2 * key_value) + query * width
+        attention += (query + 2 * key_value) if self.qkv_bias else 0
+        attention += 2 * head if self.qk_norm else 0
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        embeddings = self.num_embeddings * width * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + width
+
+    def with_tokens(self, vocab_size: int, mask_token_id: int, block_size: int) -> "ModelConfig":
+        """This shape for a given tokenizer and block size; an explicit `vocab_size` is kept.
+
+        Raises:
+            UserError: when the tokenizer has more ids than the model has embeddings.
+        """
+        if self.vocab_size is not None and vocab_size > self.vocab_size:
+            raise UserError(
+                f"model.vocab_size: {self.vocab_size} embeddings, but the data's tokenizer has "
+                f"{vocab_size} ids; raise model.vocab_size or prepare the data with its tokenizer"
+            )
+        return replace(
+            self,
+            vocab_size=self.vocab_size or vocab_size,
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelConfig":
+        """Read `path`, a JSON file written by `save`; raises UserError naming it when damaged."""
+        try:
+            values = json.loads(path.read_text())
+            known = {field.name for field in fields(cls)}
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a model description ({error})") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")

@@ -1,0 +1,201 @@
+"""A compact decoder of the Qwen2 / Qwen3 / Llama family.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU. Parameter names are those of Hugging
+Face's `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`, so weights move both ways
+unchanged. Letters: B batch, L tokens, E hidden size, H heads, D head size, V vocabulary.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.model.attention import attend
+from pipeline.model.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What attention needs of a key-value cache (`pipeline.decoding.cache.KVCache`)."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, H_kv, L, D] behind the kept ones; return all of them."""
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        mixed = attend(query, key, value, mask)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.activation_checkpointing = False
+        self.rope_theta = config.rope_theta
+        self.head_dim = config.head_dim
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        rotary = rotary_table(position_ids, self.head_dim, self.rope_theta, x.dtype)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The decoder with its language-model head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.num_embeddings, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of a forward pass; with `input_ids` alone, of a plain causal one.
+
+        Args:
+            input_ids: [B, L].
+            position_ids: rotary position of each token, [B, L] or [L]; None counts from 0.
+            mask: boolean, broadcasting to [B, H, L, keys]; None is causal.
+            cache: keys and values of earlier tokens; extended in place.
+            rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there,
+                since they are most of a training step's memory.
+
+        Returns:
+            Tensor: [B, L, V], or [N, V] with `rows`.
+        """
+        hidden = self.hidden(input_ids, position_ids, mask, cache)
+        if rows is not None:
+            hidden = hidden.flatten(0, 1)[rows]
+        return self.lm_head(hidden)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, L, E], arguments as in `forward`; `lm_head` makes logits of them."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.model(input_ids, position_ids, mask, cache)
+
+    def initialize(self, seed: int) -> "Transformer":
+        """Draw all weights anew from `seed`, the same on every rank; returns self.
+
+        Normal with deviation 0.02, the projections that write into the residual stream scaled down
+        by sqrt(2 · layers) (GPT-2), norms at one, biases at zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    deviation = residual if writes_residual else 0.02
+                    parameter.normal_(0.0, deviation, generator=generator)
+        return self
+
+
+def rotary_table(
+    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B or 1, 1, L, D] for `position_ids` [B, L] or [L], computed in fp32."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    frequency = theta ** (-exponent / head_dim)
+    angle = position_ids.float()[..., None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    if angle.ndim == 2:
+        angle = angle[None]
+    return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply rotary positions to `x` [B, H, L, D]; halves are paired as in Hugging Face's models."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Final hidden states [B, L, E], arguments as in `forward`; `lm_head` makes logits of them."""
+        """Final hidden states [B, L, E], arguments as in `forward`; input of `lm_head`."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache)

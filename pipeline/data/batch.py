@@ -1,0 +1,114 @@
+"""Packed sequences as the tensors of one joint forward. Letters: B sequences, S clean, M slots."""
+
+import hashlib
+import math
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_prep.layout import Layout
+from pipeline.data.source import Sequence
+from pipeline.model.mask import Spans, layout_spans
+
+SLOT_MULTIPLE = 64
+"""Mask sections are padded to a multiple of this, so that batches come in few shapes."""
+NO_BLOCKS = Layout(*(np.zeros(0, dtype=np.int32) for _ in range(4)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: the clean sections and, unless the objective is `ar`, the mask sections."""
+
+    input_ids: Tensor
+    """int64 [B, S + M]"""
+    position_ids: Tensor
+    """int64 [B, S + M]: distance from the sequence's start; a slot has its predicted token's."""
+    spans: Spans
+    """The attention rule, int32 [B, S + M] each."""
+    rows: Tensor
+    """int64 [N]: the labelled rows among B · (S + M), those of the AR loss first."""
+    labels: Tensor
+    """int64 [N]"""
+    ar_labels: int
+    """How many of the N rows belong to the AR loss; the rest to the diffusion loss."""
+    clean_tokens: int
+    """Tokens of the clean sections without padding."""
+    digests: bytes
+    """32 bytes a sequence (SHA-256 of its tokens and document lengths), concatenated."""
+
+    @property
+    def diffusion_labels(self) -> int:
+        return len(self.labels) - self.ar_labels
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`; nothing is copied where they are there."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "rows", "labels")
+        }
+        return replace(self, spans=self.spans.to(device, non_blocking=True), **moved)
+
+
+def section_length(sequence_length: int, coverage: float) -> int:
+    """M for a batch: room for `coverage` of the positions, rounded up to `SLOT_MULTIPLE`."""
+    slots = math.ceil(sequence_length * coverage)
+    if slots >= sequence_length:
+        return sequence_length
+    return min(sequence_length, math.ceil(slots / SLOT_MULTIPLE) * SLOT_MULTIPLE)
+
+
+def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) -> Batch:
+    """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
+
+    Labels: a clean position predicts the next token of its document, a slot the token at its own
+    position; padding and the last token of a document predict nothing.
+    """
+    length = len(sequences[0].tokens)
+    width = length + num_slots
+    input_ids = np.full((len(sequences), width), mask_token_id, dtype=np.int64)
+    position_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    spans = np.empty((3, len(sequences), width), dtype=np.int32)
+    ar_rows, ar_labels, slot_rows, slot_labels = [], [], [], []
+    for number, sequence in enumerate(sequences):
+        layout = sequence.layout if num_slots else NO_BLOCKS
+        tokens = sequence.tokens.astype(np.int64)
+        first = number * width
+        input_ids[number, :length] = tokens
+        position_ids[number, :length] = np.arange(length)
+        position_ids[number, length : length + layout.num_slots] = layout.slot_position
+        spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
+        predicting = positions_that_predict(sequence.real_lengths)
+        ar_rows.append(first + predicting)
+        ar_labels.append(tokens[predicting + 1])
+        slot_rows.append(first + length + np.arange(layout.num_slots))
+        slot_labels.append(tokens[layout.slot_position])
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        spans=Spans(*(torch.from_numpy(part) for part in spans)),
+        rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows])),
+        labels=torch.from_numpy(np.concatenate([*ar_labels, *slot_labels])),
+        ar_labels=sum(map(len, ar_labels)),
+        clean_tokens=sum(int(sequence.real_lengths.sum()) for sequence in sequences),
+        digests=b"".join(map(sequence_digest, sequences)),
+    )
+
+
+def positions_that_predict(document_lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The positions with a next token in their own document: all but each document's last."""
+    ends = np.cumsum(document_lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.delete(np.arange(total), ends - 1)
+
+
+def sequence_digest(sequence: Sequence) -> bytes:
+    """SHA-256 of a sequence's tokens and document lengths, whatever types they are stored in."""
+    digest = hashlib.sha256(sequence.tokens.astype("<u4").tobytes())
+    digest.update(sequence.document_lengths.astype("<u4").tobytes())
+    return digest.digest()

@@ -1,0 +1,90 @@
+"""The batches of this rank's share of every optimizer step, read ahead by a thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.data.batch import Batch, make_batch, section_length
+from pipeline.data.source import SequenceSource
+
+READ_AHEAD_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a global batch is divided: rank r of `world_size` takes, in each of
+    `accumulation_steps` rounds, the r-th run of `micro_batch_size` sequences."""
+
+    micro_batch_size: int
+    accumulation_steps: int
+    rank: int
+    world_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.micro_batch_size * self.accumulation_steps * self.world_size
+
+    def numbers(self, sequences_seen: int) -> list[list[int]]:
+        """Order numbers of the sequences of each round of the step after `sequences_seen`."""
+        size = self.micro_batch_size
+        starts = (
+            sequences_seen + (step * self.world_size + self.rank) * size
+            for step in range(self.accumulation_steps)
+        )
+        return [list(range(start, start + size)) for start in starts]
+
+
+def step_batches(
+    source: SequenceSource, share: Share, sequences_seen: int, *, with_slots: bool
+) -> Iterator[list[Batch]]:
+    """Yield, without end, the micro-batches of one optimizer step after another.
+
+    A thread reads ahead; what goes wrong there is raised here.
+    """
+    slots = section_length(source.manifest.sequence_length, source.coverage) if with_slots else 0
+    mask_token_id = source.manifest.tokenizer.mask_id
+
+    def read() -> Iterator[list[Batch]]:
+        seen = sequences_seen
+        while True:
+            yield [
+                make_batch([source[n] for n in numbers], mask_token_id, slots)
+                for numbers in share.numbers(seen)
+            ]
+            seen += share.global_batch_size
+
+    return ahead(read(), READ_AHEAD_STEPS)
+
+
+def ahead(batches: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+    """`batches`, produced by a thread that stays up to `depth` items ahead."""
+    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: list[Batch] | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in batches:
+                put(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, name="tidar-read-ahead", daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

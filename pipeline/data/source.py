@@ -1,0 +1,117 @@
+"""Prepared shards as a list of sequences: `source[n]` is the n-th of the run, ready for a batch."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.layout import Layout, build_layout
+from data_prep.manifest import Manifest, Split
+from data_prep.shards import PackedSequence, ShardReader
+from pipeline.data.order import SequenceOrder
+
+CACHED_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """Layouts of a training run; a None takes what the shards were prepared with.
+
+    With a block size, coverage or shift of its own a run lays its sequences out anew at reading,
+    differently in every epoch, keyed by (seed, epoch, sequence).
+    """
+
+    block_size: int | None = None
+    """K, the most positions a block drafts."""
+    coverage: float | None = None
+    """Share of the positions that are drafted, in (0, 1]."""
+    shift: bool | None = None
+    """Move each document's grid by a random 0 … K-1 positions."""
+
+    @property
+    def stored(self) -> bool:
+        return self.block_size is None and self.coverage is None and self.shift is None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A packed sequence with its padding told apart."""
+
+    tokens: NDArray[np.integer]
+    """[S], the padding at the end."""
+    document_lengths: NDArray[np.integer]
+    """[D], their sum is S; the padding, if any, is the last."""
+    padding: int
+    """Tokens of padding."""
+    layout: Layout
+
+    @property
+    def real_lengths(self) -> NDArray[np.integer]:
+        """Document lengths without the padding."""
+        return self.document_lengths[:-1] if self.padding else self.document_lengths
+
+
+class SequenceSource:
+    """The sequences of one split of a prepared data folder, in the run's order."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        manifest: Manifest,
+        split: Split,
+        seed: int,
+        choice: LayoutChoice | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.split = split
+        self.order = SequenceOrder(
+            [shard.sequences for shard in split.shards], manifest.group_size, seed
+        )
+        self.choice = choice or LayoutChoice()
+        self._seed = seed
+        self._data_dir = data_dir
+        self._first = np.cumsum([0] + [shard.sequences for shard in split.shards])
+        self._readers: dict[int, ShardReader] = {}
+        self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
+
+    def __getitem__(self, n: int) -> Sequence:
+        """The n-th sequence of the run; raises UserError naming a shard that cannot be read."""
+        place = self.order[n]
+        number, inside = divmod(place.index, self.manifest.group_size)
+        packed = self._group(place.shard, number)[inside]
+        lengths = packed.document_lengths
+        start = int(lengths[:-1].sum())
+        is_padded = int(packed.tokens[start]) == self.manifest.tokenizer.pad_id
+        padding = int(lengths[-1]) if is_padded else 0
+        sequence = Sequence(packed.tokens, lengths, padding, packed.layout)
+        if self.choice.stored:
+            return sequence
+        key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
+        layout = self._lay_out(sequence.real_lengths, np.random.default_rng(key))
+        return Sequence(packed.tokens, lengths, padding, layout)
+
+    @property
+    def block_size(self) -> int:
+        return self.choice.block_size or self.manifest.block_size
+
+    @property
+    def coverage(self) -> float:
+        return self.choice.coverage or self.manifest.coverage
+
+    def _lay_out(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> Layout:
+        shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
+        return build_layout(lengths, self.block_size, coverage=self.coverage, shift=shift, rng=rng)
+
+    def _group(self, shard: int, number: int) -> list[PackedSequence]:
+        key = (shard, number)
+        if key not in self._groups:
+            if shard not in self._readers:
+                path = self._data_dir / self.split.shards[shard].name
+                self._readers[shard] = ShardReader(path)
+            self._groups[key] = self._readers[shard].read_group(number)
+            if len(self._groups) > CACHED_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]

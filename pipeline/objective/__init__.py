@@ -1,0 +1,1 @@
+"""What is optimised, and how well drafts agree with the verifier."""

@@ -1,1 +1,1 @@
-"""Shards to batches: a global order that is a pure function, and whatever slice of it a rank needs."""
+"""Shards to batches: a global order that is a pure function, of which each rank takes a slice."""

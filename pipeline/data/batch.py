@@ -55,9 +55,9 @@ class Batch:
         return replace(self, spans=self.spans.to(device, non_blocking=True), **moved)
 
 
-def section_length(sequence_length: int, coverage: float) -> int:
+def section_length(sequence_length: int, coverage: float, block_size: int) -> int:
     """M for a batch: room for `coverage` of the positions, rounded up to `SLOT_MULTIPLE`."""
-    slots = math.ceil(sequence_length * coverage)
+    slots = max(math.ceil(sequence_length * coverage), block_size)
     if slots >= sequence_length:
         return sequence_length
     return min(sequence_length, math.ceil(slots / SLOT_MULTIPLE) * SLOT_MULTIPLE)

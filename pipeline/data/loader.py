@@ -43,7 +43,8 @@ def step_batches(
 
     A thread reads ahead; what goes wrong there is raised here.
     """
-    slots = section_length(source.manifest.sequence_length, source.coverage) if with_slots else 0
+    length = source.manifest.sequence_length
+    slots = section_length(length, source.coverage, source.block_size) if with_slots else 0
     mask_token_id = source.manifest.tokenizer.mask_id
 
     def read() -> Iterator[list[Batch]]:
@@ -66,7 +67,8 @@ def ahead(batches: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
     def put(item: list[Batch] | BaseException) -> None:
         while not stopped.is_set():
             try:
-                return ready.put(item, timeout=0.2)
+                ready.put(item, timeout=0.2)
+                return
             except queue.Full:
                 continue
 

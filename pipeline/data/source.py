@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from data_prep.manifest import Manifest, Split
+from data_prep.shards import PackedSequence, ShardReader
 from numpy.typing import NDArray
 
 from data_prep.layout import Layout, build_layout
-from data_prep.manifest import Manifest, Split
-from data_prep.shards import PackedSequence, ShardReader
 from pipeline.data.order import SequenceOrder
 
 CACHED_GROUPS = 8

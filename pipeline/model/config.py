@@ -96,6 +96,10 @@ class ModelConfig:
             block_size=block_size,
         )
 
+    def without_drafting(self) -> "ModelConfig":
+        """The same shape for a model that is not trained to draft."""
+        return replace(self, mask_token_id=None, block_size=None)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,0 +1,1 @@
+"""What a model is worth: decode speed, agreement of drafts, likelihood, tasks."""

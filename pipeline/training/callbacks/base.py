@@ -1,0 +1,76 @@
+"""The moments at which a run can be watched, all on rank 0."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`."""
+
+    step: int
+    loss: float
+    loss_ar: float
+    loss_diffusion: float | None
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Clean tokens so far, without padding."""
+    tokens_per_second: float
+    sequences_seen: int
+    data_digest: str
+    step_seconds: float
+    """Wall time of the step, waiting for data included."""
+    data_wait_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Callback:
+    """Empty hooks; a callback overrides what it needs."""
+
+    def on_start(self, state: TrainState) -> None:
+        """The run begins, or goes on, after `state.step` steps."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """An optimizer step is done."""
+
+    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+        """A decode-speed eval is done; `rows` as in `evals/decode_speed.jsonl`."""
+
+    def on_checkpoint(self, step: int, name: str) -> None:
+        """A checkpoint became visible under `checkpoints/name`."""
+
+    def on_end(self, state: TrainState, finished: bool) -> None:
+        """The run ends: all steps done, or stopped to be continued."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one."""
+
+    def __init__(self, members: Sequence[Callback]) -> None:
+        self.members = list(members)
+
+    def on_start(self, state: TrainState) -> None:
+        for member in self.members:
+            member.on_start(state)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        for member in self.members:
+            member.on_step(metrics)
+
+    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+        for member in self.members:
+            member.on_eval(rows)
+
+    def on_checkpoint(self, step: int, name: str) -> None:
+        for member in self.members:
+            member.on_checkpoint(step, name)
+
+    def on_end(self, state: TrainState, finished: bool) -> None:
+        for member in self.members:
+            member.on_end(state, finished)

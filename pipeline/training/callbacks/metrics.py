@@ -1,0 +1,52 @@
+"""`metrics.jsonl` and the eval files: the truth about a run. Everything else mirrors them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.training.callbacks.base import Callback, StepMetrics
+from pipeline.training.state import TrainState
+
+
+class MetricsFiles(Callback):
+    """Appends a line per step and per eval row; on resume cuts what lies after the restored step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.metrics = run_dir / "metrics.jsonl"
+        self.decode_speed = run_dir / "evals" / "decode_speed.jsonl"
+
+    def on_start(self, state: TrainState) -> None:
+        for path in (self.metrics, self.decode_speed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_after(path, state.step)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        append(self.metrics, [metrics.to_dict()])
+
+    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+        append(self.decode_speed, rows)
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add one JSON line per row, in a single write."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps above `step`, and a line that a crash left incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

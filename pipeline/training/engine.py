@@ -1,0 +1,137 @@
+"""The DeepSpeed engine: model and optimizer under ZeRO, built from the run's config."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.training.distributed import World
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norms and biases are never decayed."""
+
+    learning_rate: float = 3e-4
+    """Peak of the schedule."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+    """Largest gradient norm of a step; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.gradient_clipping < 0:
+            raise ValueError(f"gradient_clipping must be 0 or more, got {self.gradient_clipping}")
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What is partitioned over the processes, and what lives on the host."""
+
+    stage: int = 1
+    """ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory (stages 1 to 3)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings, merged over ours; see DeepSpeed's configuration reference."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage must be 0, 1, 2 or 3, got {self.stage}")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+
+
+def build_engine(
+    model: nn.Module,
+    world: World,
+    *,
+    optimizer: OptimizerConfig,
+    config: DeepSpeedConfig,
+    precision: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> Any:
+    """Wrap `model` (weights in place, equal on all ranks) in a DeepSpeed engine."""
+    import deepspeed
+
+    model.to(world.device)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(
+            parameter_groups(model, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            # The fused kernel wants weights on a GPU, which offloading takes away from it.
+            fused=world.device.type == "cuda" and not config.offload_optimizer,
+        ),
+        config=deepspeed_settings(
+            optimizer, config, precision, micro_batch_size, accumulation_steps
+        ),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, norms and biases without."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def deepspeed_settings(
+    optimizer: OptimizerConfig,
+    config: DeepSpeedConfig,
+    precision: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Clipping and overflow checks are always stated: their
+    defaults changed between releases."""
+    bf16 = precision == "bf16"
+    zero: dict[str, Any] = {"stage": config.stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
+        "fp16": {"enabled": False},
+        # DeepSpeedCPUAdam compiles at run time; torch's AdamW works everywhere.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if config.stage > 0:
+        # Without ZeRO DeepSpeed accumulates in the weights' own type and refuses another.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    for key, value in config.extra.items():
+        merged = settings.get(key)
+        both = isinstance(merged, dict) and isinstance(value, dict)
+        settings[key] = {**merged, **value} if both else value  # type: ignore[dict-item]
+    return settings
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm of the accumulated gradients before clipping; call it before `engine.step()`.
+
+    Only meaningful without ZeRO in fp32, where DeepSpeed clips without keeping the norm.
+    """
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

@@ -1,0 +1,39 @@
+"""The periodic decode-speed eval inside training."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.tokenizers import load_tokenizer
+
+from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.evals.example import write_example
+from pipeline.evals.heldout import HeldOut
+from pipeline.model.config import ModelConfig
+from pipeline.training.distributed import World
+from pipeline.training.settings import TrainSettings
+from pipeline.training.weights import full_copy
+
+
+class PeriodicEval:
+    """Holds what stays the same between evals; all ranks call it together."""
+
+    def __init__(self, settings: TrainSettings, config: ModelConfig, world: World) -> None:
+        self.settings = settings.decode_speed
+        self.config = config
+        self.world = world
+        self.heldout = HeldOut(settings.data_dir, settings.manifest)
+        self.tokenizer = load_tokenizer(settings.data_dir)
+        self.example: Path = settings.run_dir / "evals" / "example.json"
+
+    def due(self, step: int, steps: int) -> bool:
+        every = self.settings.every
+        return step == steps or (every > 0 and step % every == 0)
+
+    def run(self, engine: Any, step: int) -> list[dict[str, Any]]:
+        """Rows as in `evals/decode_speed.jsonl`, equal on all ranks."""
+        model = full_copy(engine, self.config)
+        rows = evaluate_decode_speed(model, self.heldout, self.settings, self.world, step)
+        if self.world.is_main and self.config.mask_token_id is not None:
+            write_example(model, self.tokenizer, self.heldout, self.settings, step, self.example)
+        self.world.barrier()
+        return rows

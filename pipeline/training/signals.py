@@ -1,0 +1,36 @@
+"""SIGTERM, SIGUSR1 and SIGINT ask a run to finish its step, save and leave."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_SAVED = 75
+"""Exit code of a run that was asked to stop, saved, and can be continued (EX_TEMPFAIL)."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within the context the signals only set the request; afterwards they act as before."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

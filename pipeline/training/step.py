@@ -1,0 +1,112 @@
+"""One optimizer step, in the order of the method."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.data.batch import Batch
+from pipeline.objective.joint import ObjectiveConfig, combine, joint_loss, loss_sums
+from pipeline.training.distributed import World
+from pipeline.training.engine import gradient_norm, set_learning_rate
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Labelled and clean tokens of a step's global batch."""
+
+    ar_labels: int
+    diffusion_labels: int
+    clean_tokens: int
+    stop_requests: int
+    """Ranks that were asked to stop."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global means of a step."""
+
+    loss: float
+    loss_ar: float
+    loss_diffusion: float | None
+    grad_norm: float
+    seconds: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def count_globally(batches: list[Batch], world: World, stop_requested: bool) -> GlobalCounts:
+    """Sum this rank's counts over all ranks; carries the stop flag along, so all ranks agree."""
+    own = [
+        sum(batch.ar_labels for batch in batches),
+        sum(batch.diffusion_labels for batch in batches),
+        sum(batch.clean_tokens for batch in batches),
+        int(stop_requested),
+    ]
+    return GlobalCounts(*(int(value) for value in world.sum([float(value) for value in own])))
+
+
+def digests_in_order(batches: list[Batch], world: World) -> list[bytes]:
+    """SHA-256 of each sequence of the step's global batch, in the order of the run."""
+    rounds = len(batches)
+    parts = world.gather_bytes(b"".join(batch.digests for batch in batches))
+    size = len(parts[0]) // rounds
+    ordered = b"".join(part[a * size : (a + 1) * size] for a in range(rounds) for part in parts)
+    return [ordered[i : i + 32] for i in range(0, len(ordered), 32)]
+
+
+def train_step(
+    engine: Any,
+    batches: list[Batch],
+    counts: GlobalCounts,
+    objective: ObjectiveConfig,
+    world: World,
+    learning_rate: float,
+) -> StepResult:
+    """Forward and backward over the micro-batches, then one optimizer step.
+
+    The step is left out on all ranks alike when the loss is not finite.
+    """
+    started = time.perf_counter()
+    # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
+    parts = world.size * len(batches)
+    ar_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    diffusion_sum = torch.zeros_like(ar_sum)
+    for batch in batches:
+        batch = batch.to(world.device)
+        logits = engine(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            mask=batch.spans.dense().unsqueeze(1),
+            rows=batch.rows,
+        )
+        sums = loss_sums(logits, batch.labels, batch.ar_labels)
+        loss = joint_loss(sums, objective, counts.ar_labels, counts.diffusion_labels)
+        engine.backward(loss * parts)
+        ar_sum += sums.ar.detach()
+        diffusion_sum += sums.diffusion.detach()
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    ar_total, diffusion_total = world.sum([float(ar_sum), float(diffusion_sum)])
+    loss_ar = ar_total / max(counts.ar_labels, 1)
+    loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
+    loss_value = combine(objective, loss_ar, loss_diffusion)
+    grad_norm = math.nan
+    if math.isfinite(loss_value):
+        grad_norm = apply(engine, learning_rate)
+    seconds = time.perf_counter() - started
+    return StepResult(loss_value, loss_ar, loss_diffusion, grad_norm, seconds)
+
+
+def apply(engine: Any, learning_rate: float) -> float:
+    """Clip and update the weights; returns the gradient norm before clipping."""
+    set_learning_rate(engine, learning_rate)
+    plain = not engine.zero_optimization() and not engine.bfloat16_enabled()
+    own_norm = gradient_norm(engine) if plain else None
+    engine.step()
+    norm = own_norm if own_norm is not None else engine.get_global_grad_norm()
+    return float(norm) if norm is not None else math.nan

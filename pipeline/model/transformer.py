@@ -120,7 +120,19 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.num_embeddings, bias=False)
-        if config.tie_embeddings:
+        self._tie()
+
+    @classmethod
+    def empty(cls, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "Transformer":
+        """A model whose weights are allocated but not yet set."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        model._tie()  # allocation gave the two ends of a tied matrix one each
+        return model
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(

@@ -76,6 +76,9 @@ def joined_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     import deepspeed  # after DS_ACCELERATOR: it looks for an accelerator when imported
 
+    if not has_gpu:
+        # A shared-memory all-reduce that DeepSpeed would compile at this moment; gloo needs none.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     control = dist.new_group(backend="gloo")
     try:

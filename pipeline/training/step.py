@@ -69,9 +69,27 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
-    The step is left out on all ranks alike when the loss is not finite.
+    The weights are left as they were, on all ranks alike, when the loss is not finite.
     """
     started = time.perf_counter()
+    ar_sum, diffusion_sum = accumulate(engine, batches, counts, objective, world)
+    ar_total, diffusion_total = world.sum([ar_sum, diffusion_sum])
+    loss_ar = ar_total / max(counts.ar_labels, 1)
+    loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
+    loss = combine(objective, loss_ar, loss_diffusion)
+    grad_norm = apply(engine, learning_rate) if math.isfinite(loss) else math.nan
+    seconds = time.perf_counter() - started
+    return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds)
+
+
+def accumulate(
+    engine: Any,
+    batches: list[Batch],
+    counts: GlobalCounts,
+    objective: ObjectiveConfig,
+    world: World,
+) -> tuple[float, float]:
+    """Gradients of the global loss into `engine`; returns this rank's AR and diffusion sums."""
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
     ar_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -91,15 +109,7 @@ def train_step(
         diffusion_sum += sums.diffusion.detach()
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
-    ar_total, diffusion_total = world.sum([float(ar_sum), float(diffusion_sum)])
-    loss_ar = ar_total / max(counts.ar_labels, 1)
-    loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
-    loss_value = combine(objective, loss_ar, loss_diffusion)
-    grad_norm = math.nan
-    if math.isfinite(loss_value):
-        grad_norm = apply(engine, learning_rate)
-    seconds = time.perf_counter() - started
-    return StepResult(loss_value, loss_ar, loss_diffusion, grad_norm, seconds)
+    return float(ar_sum), float(diffusion_sum)
 
 
 def apply(engine: Any, learning_rate: float) -> float:

@@ -18,9 +18,7 @@ def full_copy(engine: Any, config: ModelConfig) -> Transformer:
 
     parameters = dict(engine.module.named_parameters())
     first = next(iter(parameters.values()))
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to_empty(device=first.device).to(first.dtype)
+    model = Transformer.empty(config, first.device, first.dtype)
     partitioned = engine.zero_optimization_partition_weights()
     with torch.no_grad():
         for name, target in model.named_parameters():

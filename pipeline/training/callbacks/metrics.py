@@ -10,7 +10,7 @@ from pipeline.training.state import TrainState
 
 
 class MetricsFiles(Callback):
-    """Appends a line per step and per eval row; on resume cuts what lies after the restored step."""
+    """Appends a line per step and per eval row; a resume cuts what lies after its step."""
 
     def __init__(self, run_dir: Path) -> None:
         self.metrics = run_dir / "metrics.jsonl"

@@ -49,12 +49,15 @@ class ProgressDisplay(Callback):
         now = time.monotonic()
         if metrics.step == self.steps or now - self.last_line >= self.log_every_s:
             self.last_line = now
-            self.console.print(f"step {metrics.step}/{self.steps}  {text}", highlight=False)
+            self._line(f"step {metrics.step}/{self.steps}  {text}")
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["method"] == "tidar":
-                self.console.print(describe_eval(row), highlight=False)
+                self._line(describe_eval(row))
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         if self.bar is not None:

@@ -16,7 +16,7 @@ MODES = ("offline", "online", "disabled")
 @dataclass(frozen=True)
 class WandbConfig:
     mode: str = "offline"
-    """`online`, `disabled`, or `offline`: to run_dir/wandb only, for `wandb sync` to upload later."""
+    """`online`, `disabled`, or `offline`: to run_dir/wandb, for `wandb sync` to upload later."""
     project: str = "tidar"
     entity: str | None = None
     name: str | None = None
@@ -60,7 +60,7 @@ class Wandb(Callback):
     def on_end(self, state: TrainState, finished: bool) -> None:
         run = self.run
         if run is not None:
-            self._guard("finish", lambda: run.finish(quiet=True))
+            self._guard("finish", run.finish)
 
     def _start(self) -> None:
         import wandb

@@ -1,0 +1,87 @@
+"""Batches: labels, positions and rows against the rule, one token at a time."""
+
+import numpy as np
+import pytest
+
+from data_prep.layout import build_layout
+from pipeline.data.batch import make_batch, section_length, sequence_digest
+from pipeline.data.source import Sequence
+
+MASK, PAD = 99, 0
+
+
+def make_sequence(rng, lengths, padding, **options) -> Sequence:
+    total = sum(lengths)
+    tokens = np.concatenate([rng.integers(1, 90, size=total), np.full(padding, PAD)])
+    documents = np.array([*lengths, padding] if padding else lengths)
+    layout = build_layout(lengths, 3, rng=rng, **options)
+    return Sequence(tokens.astype(np.uint16), documents, padding, layout)
+
+
+@pytest.fixture
+def sequences():
+    rng = np.random.default_rng(0)
+    return [
+        make_sequence(rng, [5, 7], 0, shift=True),
+        make_sequence(rng, [3, 1, 4], 4, coverage=0.5),
+        make_sequence(rng, [12], 0),
+    ]
+
+
+def test_rows_and_labels_are_the_rule(sequences):
+    slots = 12
+    batch = make_batch(sequences, MASK, slots)
+    width = 12 + slots
+    expected_ar, expected_slots = [], []
+    for number, sequence in enumerate(sequences):
+        start = 0
+        for length in sequence.real_lengths:
+            for position in range(start, start + length - 1):
+                row = number * width + position
+                expected_ar.append((row, int(sequence.tokens[position + 1])))
+            start += length
+        slot = 0
+        layout = sequence.layout
+        for block in range(layout.num_blocks):
+            for position in range(layout.prefix_end[block], layout.draft_end[block]):
+                row = number * width + 12 + slot
+                expected_slots.append((row, int(sequence.tokens[position])))
+                assert batch.position_ids[number, 12 + slot] == position
+                slot += 1
+    pairs = list(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
+    assert pairs == expected_ar + expected_slots
+    assert (batch.ar_labels, batch.diffusion_labels) == (len(expected_ar), len(expected_slots))
+    assert batch.clean_tokens == 12 + 8 + 12
+    assert (batch.input_ids[:, 12:] == MASK).all()
+    assert batch.position_ids[:, :12].tolist() == [list(range(12))] * 3
+
+
+def test_no_slots_for_the_autoregressive_twin(sequences):
+    batch = make_batch(sequences, MASK, 0)
+    assert batch.input_ids.shape == (3, 12)
+    assert batch.diffusion_labels == 0
+    with_slots = make_batch(sequences, MASK, 12)
+    assert batch.labels.tolist() == with_slots.labels[: with_slots.ar_labels].tolist()
+    assert batch.digests == with_slots.digests
+
+
+def test_padding_carries_no_label(sequences):
+    batch = make_batch(sequences[1:2], MASK, 12)
+    assert PAD not in batch.labels.tolist()
+
+
+def test_digest_depends_on_tokens_and_documents_not_on_types(sequences):
+    sequence = sequences[0]
+    wide = Sequence(sequence.tokens.astype(np.int64), sequence.document_lengths, 0, sequence.layout)
+    assert sequence_digest(wide) == sequence_digest(sequence)
+    other = Sequence(sequence.tokens, np.array([6, 6]), 0, sequence.layout)
+    assert sequence_digest(other) != sequence_digest(sequence)
+
+
+@pytest.mark.parametrize(
+    ("length", "coverage", "block", "expected"),
+    [(256, 1.0, 16, 256), (256, 0.25, 16, 64), (256, 0.3, 16, 128), (100, 0.9, 4, 100),
+     (4096, 0.001, 16, 64)],
+)  # fmt: skip
+def test_section_length(length, coverage, block, expected):
+    assert section_length(length, coverage, block) == expected

@@ -88,9 +88,9 @@ def _sections(run: Run) -> list[str]:
         sections.append(
             _section("A generation, forward by forward", generation_section(run.example))
         )
-    if run.evals:
-        decoding = _grid(plots.decode_charts(run), 3)
-        sections.append(_section("Decode speed over training", decoding))
+    decoding = plots.decode_charts(run)
+    if decoding:
+        sections.append(_section("Decode speed over training", _grid(decoding, 3)))
     acceptance = plots.acceptance_charts(run)
     if acceptance:
         sections.append(_section("What the drafts are worth", _ACCEPTANCE + _grid(acceptance, 2)))

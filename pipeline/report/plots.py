@@ -89,10 +89,10 @@ def acceptance_charts(run: Run) -> list[Chart]:
 
 
 def decode_charts(run: Run) -> list[Chart]:
-    """Tokens per forward, speed over AR and repetition, by training step."""
+    """Tokens per forward, speed over AR and repetition, by step; none for a run without drafts."""
     block_size = next((row.get("block_size") for row in reversed(run.evals)), None)
     limit = f"Between 1 and the block length {block_size}. " if block_size else ""
-    return [
+    charts = [
         Chart(
             "Tokens per forward",
             _both_temperatures(run, "tokens_per_forward"),
@@ -125,6 +125,7 @@ def decode_charts(run: Run) -> list[Chart]:
             small=True,
         ),
     ]
+    return _with_values(charts)
 
 
 def training_charts(run: Run) -> list[Chart]:
@@ -159,6 +160,10 @@ def training_charts(run: Run) -> list[Chart]:
             small=True,
         ),
     ]
+    return _with_values(charts)
+
+
+def _with_values(charts: list[Chart]) -> list[Chart]:
     return [chart for chart in charts if any(series.has_values for series in chart.series)]
 
 

@@ -13,7 +13,7 @@ from pipeline.report.wording import escape, tick_text
 Point = tuple[float, float | None]
 WIDTH, HEIGHT = 480, 290
 SMALL_WIDTH, SMALL_HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 42
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,8 @@ class _Axes:
             text = tick_text(tick, x_step)
             yield f'<path class="axis" d="M{x:.1f} {bottom}v4"/>'
             yield _text("tick", x, bottom + 18, "middle", text)
-        middle_x, middle_y = (LEFT + right) / 2, (TOP + bottom) / 2
-        yield _text("label", middle_x, self.height - 6, "middle", self.chart.x_label)
-        yield (
-            f'<text class="label" transform="translate(12 {middle_y:.1f}) rotate(-90)" '
-            f'text-anchor="middle">{escape(self.chart.y_label)}</text>'
-        )
+        yield _text("label", (LEFT + right) / 2, self.height - 6, "middle", self.chart.x_label)
+        yield _text("label", 0, 12, "start", self.chart.y_label)
 
     def _line(self, series: Series) -> Iterable[str]:
         kinds = ["line", series.color]
@@ -173,8 +169,30 @@ class _Axes:
     def _reference(self, reference: Reference) -> Iterable[str]:
         y, right = self.y(reference.y), self.width - RIGHT
         yield f'<path class="reference" d="M{LEFT} {y:.1f}H{right}"/>'
-        above = y - 5 if y - TOP > 12 else y + 14
-        yield _text("reference-label", right - 2, above, "end", reference.label)
+        places = [
+            (x, baseline, anchor)
+            for x, anchor in ((right - 2, "end"), (LEFT + 4, "start"))
+            for baseline in (y - 5, y + 14)
+            if baseline - 10 > TOP and baseline + 3 < self.height - BOTTOM
+        ]
+        x, baseline, anchor = max(
+            places, key=lambda place: self._free(*place, 6.2 * len(reference.label))
+        )
+        yield _text("reference-label", x, baseline, anchor, reference.label)
+
+    def _free(self, x: float, baseline: float, anchor: str, width: float) -> float:
+        """Height between a label and the nearest line across it, at most 30."""
+        low = x - width if anchor == "end" else x
+        middle, nearest = baseline - 4, 30.0
+        for series in self.shown:
+            known = [(self.x(a), self.y(b)) for a, b in series.points if b is not None]
+            for (x0, y0), (x1, y1) in zip(known, known[1:] or known, strict=False):
+                steps = max(1, int((x1 - x0) / 8))
+                for step in range(steps + 1):
+                    share = step / steps
+                    if low - 6 <= x0 + share * (x1 - x0) <= low + width + 6:
+                        nearest = min(nearest, abs(y0 + share * (y1 - y0) - middle))
+        return nearest
 
 
 def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:

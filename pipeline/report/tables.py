@@ -21,7 +21,7 @@ def eval_table(run: Run) -> str:
         "tokens/s",
         "speed over AR",
         "exact match with AR",
-        "distinct 4-grams",
+        "distinct 4\N{NON-BREAKING HYPHEN}grams",
     )
     rows = sorted(run.latest_rows(), key=lambda row: (row["temperature"], row["method"]))
     return _table(head, [_eval_cells(row) for row in rows])

@@ -291,6 +291,7 @@ def test_ar_run_shows_no_diffusion(tmp_path: Path) -> None:
     assert not [a for _, a in page.tags if "diffusion" in str(a.get("class")).split()]
     assert "AR loss, held out" in page.text
     assert "Acceptance by draft position" not in page.text
+    assert "Tokens per forward" not in page.headings
     assert "None" not in page.text
 
 

@@ -175,13 +175,13 @@ class _Axes:
             for baseline in (y - 5, y + 14)
             if baseline - 10 > TOP and baseline + 3 < self.height - BOTTOM
         ]
-        x, baseline, anchor = max(
-            places, key=lambda place: self._free(*place, 6.2 * len(reference.label))
-        )
+        width = 6.2 * len(reference.label)
+        x, baseline, anchor = max(places, key=lambda place: self._free(place, width))
         yield _text("reference-label", x, baseline, anchor, reference.label)
 
-    def _free(self, x: float, baseline: float, anchor: str, width: float) -> float:
-        """Height between a label and the nearest line across it, at most 30."""
+    def _free(self, place: tuple[float, float, str], width: float) -> float:
+        """Height between a label at (x, baseline, anchor) and the nearest line, at most 30."""
+        x, baseline, anchor = place
         low = x - width if anchor == "end" else x
         middle, nearest = baseline - 4, 30.0
         for series in self.shown:

@@ -69,7 +69,8 @@ def _group(number: int, forward: int, texts: list[str]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escaped text whose white space shows; what is copied from the page is still the text.
+    """Escaped text whose white space shows; what is copied from the page is still the text,
+    but for control characters.
 
     The marks are drawn by the style sheet on elements around the real characters.
     """

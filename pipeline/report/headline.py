@@ -160,7 +160,7 @@ def _greedy_warnings(greedy: Row) -> list[str]:
     if match is not None and match < 1:
         found.append(
             f"Greedy TiDAR gave another text than greedy AR for {percent(1 - match)} of the "
-            "prompts. In fp32 they are equal; in bf16, rounding can turn a near tie."
+            "prompts. They should be equal in fp32; in bf16, rounding can turn a near tie."
         )
     speed = as_number(greedy.get("speedup_over_ar"))
     if speed is not None and speed < 1:

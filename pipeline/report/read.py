@@ -116,13 +116,15 @@ def _read_rows(path: Path, keys: tuple[str, ...], notices: list[str]) -> list[Ro
     may have been killed: it is left out and needs no word. Any other bad line is left out too,
     and the page says so.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if _has_all(_object_or_none(rest), keys):
+        lines.append(rest)
     rows, bad = [], []
     for number, line in enumerate(lines, start=1):
         row = _object_or_none(line)
-        if row is not None and all(key in row for key in keys):
+        if row is not None and _has_all(row, keys):
             rows.append(row)
-        elif line.strip() and line.endswith("\n"):
+        elif line.strip():
             bad.append(number)
     if bad:
         notices.append(
@@ -138,6 +140,10 @@ def _object_or_none(text: str) -> Row | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _has_all(row: Row | None, keys: tuple[str, ...]) -> bool:
+    return row is not None and set(keys) <= row.keys() and as_number(row["step"]) is not None
 
 
 def _last_of_each(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:

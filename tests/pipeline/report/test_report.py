@@ -313,7 +313,7 @@ def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     assert page_of(run_dir).source == whole
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:7], "garbage\n", *lines[8:]]))
-    assert "metrics.jsonl: 1 of 301 lines could not be read" in page_of(run_dir).text
+    assert "metrics.jsonl: 1 of 300 lines could not be read" in page_of(run_dir).text
 
 
 def test_damaged_config_and_example_are_named_on_the_page(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def loss_charts(run: Run) -> list[Chart]:
             "nats per token",
             note=f"Faint: every step. Bold: mean over {window(len(run.metrics))} steps around it.",
             references=entropy_line(run),
+            x_end=last_step(run),
         )
     ]
     if run.evals:
@@ -40,13 +41,14 @@ def _heldout_chart(run: Run) -> Chart:
         [
             Series("AR", ar, "ar", marker="circle"),
             Series("diffusion", diffusion, "diffusion", marker="square"),
-            Series("unigram model", unigram, "quiet", dashed=True),
+            Series("unigram model", unigram, "quiet", dashed=True, marker="ring"),
         ],
         "step",
         "nats per token",
         note="Teacher-forced, on documents never trained on. The unigram model knows only how "
         "frequent each token is in the training text.",
         references=entropy_line(run) if not any(y is not None for _, y in unigram) else (),
+        x_end=last_step(run),
     )
 
 
@@ -101,6 +103,7 @@ def decode_charts(run: Run) -> list[Chart]:
             note=limit + "Prefill counts as a forward.",
             references=[Reference(1.0, "one token per forward (AR)")],
             small=True,
+            x_end=last_step(run),
         ),
         Chart(
             "Speed over AR",
@@ -112,6 +115,7 @@ def decode_charts(run: Run) -> list[Chart]:
             references=[Reference(1.0, "as fast as AR")],
             y_range=(0.0, None),
             small=True,
+            x_end=last_step(run),
         ),
         Chart(
             "Distinct 4-grams",
@@ -123,6 +127,7 @@ def decode_charts(run: Run) -> list[Chart]:
             references=[Reference(0.5, "below: much repetition")],
             y_range=(0.0, 1.0),
             small=True,
+            x_end=last_step(run),
         ),
     ]
     return _with_values(charts)
@@ -142,6 +147,7 @@ def training_charts(run: Run) -> list[Chart]:
             note=note,
             y_range=(0.0, None),
             small=True,
+            x_end=last_step(run),
         ),
         Chart(
             "Gradient norm",
@@ -150,6 +156,7 @@ def training_charts(run: Run) -> list[Chart]:
             "L2 norm",
             y_range=(0.0, None),
             small=True,
+            x_end=last_step(run),
         ),
         Chart(
             "Learning rate",
@@ -158,6 +165,7 @@ def training_charts(run: Run) -> list[Chart]:
             "learning rate",
             y_range=(0.0, None),
             small=True,
+            x_end=last_step(run),
         ),
     ]
     return _with_values(charts)
@@ -165,6 +173,11 @@ def training_charts(run: Run) -> list[Chart]:
 
 def _with_values(charts: list[Chart]) -> list[Chart]:
     return [chart for chart in charts if any(series.has_values for series in chart.series)]
+
+
+def last_step(run: Run) -> float:
+    """The common end of every axis of steps, so that charts can be compared by eye."""
+    return run.metrics[-1]["step"]
 
 
 def share_waiting(run: Run) -> float | None:

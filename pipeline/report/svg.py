@@ -55,7 +55,8 @@ class Chart:
     references: Sequence[Reference] = ()
     y_range: tuple[float | None, float | None] = (None, None)
     """Fixed ends of the y axis; None takes the data's."""
-    whole_x: bool = True
+    x_end: float | None = None
+    """Draw x from 0 to here; None takes the data's range."""
     small: bool = False
 
     def draw(self) -> str:
@@ -95,13 +96,14 @@ class _Axes:
         self.y_ticks = nice_ticks(min(ys), max(ys), 4 if chart.small else 5)
         self.y_low, self.y_high = self.y_ticks[0], self.y_ticks[-1]
         self.x_low, self.x_high = min(xs), max(xs)
+        if chart.x_end is not None:
+            self.x_low, self.x_high = 0.0, max(chart.x_end, self.x_high)
         if self.x_low == self.x_high:
             self.x_low, self.x_high = self.x_low - 1, self.x_high + 1
         ticks = nice_ticks(self.x_low, self.x_high, 4 if chart.small else 6)
+        # Steps and draft positions are whole numbers.
         self.x_ticks = [
-            tick
-            for tick in ticks
-            if self.x_low <= tick <= self.x_high and (not chart.whole_x or tick == round(tick))
+            tick for tick in ticks if self.x_low <= tick <= self.x_high and tick == round(tick)
         ]
 
     def x(self, value: float) -> float:

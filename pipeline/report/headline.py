@@ -1,0 +1,172 @@
+"""The figures at the top of the page, each with what it has to be read against, and warnings."""
+
+from dataclasses import dataclass
+
+from pipeline.report.read import Row, Run, as_number
+from pipeline.report.wording import compact, escape, fixed, percent
+
+REPETITION_LIMIT = 0.5
+"""Share of distinct 4-grams below which tokens per forward says little about the method."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One headline figure; all plain text."""
+
+    label: str
+    value: str
+    context: str
+
+    def draw(self) -> str:
+        return (
+            f'<div class="figure"><dt>{escape(self.label)}</dt>'
+            f'<dd><span class="value">{escape(self.value)}</span>'
+            f'<span class="context">{escape(self.context)}</span></dd></div>'
+        )
+
+
+def headline(run: Run) -> list[Figure]:
+    """The figures this run can show, most important first."""
+    greedy, sampled = run.last_eval("tidar", 0.0), run.last_eval("tidar", 1.0)
+    figures: list[Figure] = []
+    if greedy:
+        figures.append(_tokens_per_forward("Tokens per forward, greedy", greedy))
+    if sampled:
+        figures.append(_tokens_per_forward("Tokens per forward, T = 1", sampled))
+    if greedy:
+        figures += [_speed(greedy, sampled), _exact_match(greedy), _first_draft(greedy)]
+    figures += [_ar_loss(run), _training(run)]
+    if greedy:
+        figures.append(_repetition(greedy))
+    return figures
+
+
+def _tokens_per_forward(label: str, row: Row) -> Figure:
+    value = as_number(row.get("tokens_per_forward"))
+    size = row.get("block_size")
+    context = f"at most K = {size}; AR decoding has 1" if size else "AR decoding has 1"
+    return Figure(label, fixed(value), f"{context}; prefill included")
+
+
+def _speed(greedy: Row, sampled: Row | None) -> Figure:
+    value = as_number(greedy.get("speedup_over_ar"))
+    context = "tokens/s over AR's, same prompts and machine"
+    other = as_number(sampled.get("speedup_over_ar")) if sampled else None
+    if other is not None:
+        context += f"; {fixed(other)}× at T = 1"
+    return Figure("Speed over AR, greedy", "–" if value is None else f"{value:.2f}×", context)
+
+
+def _exact_match(greedy: Row) -> Figure:
+    prompts = greedy.get("prompts")
+    context = "prompts whose greedy text equals greedy AR's, token for token"
+    if prompts:
+        context = f"of {prompts} " + context
+    return Figure("Exact match with AR", percent(as_number(greedy.get("exact_match_ar"))), context)
+
+
+def first_acceptance(row: Row, name: str) -> float | None:
+    """The value of a list over draft positions at position 1."""
+    values = row.get(name) or [None]
+    return as_number(values[0])
+
+
+def _first_draft(greedy: Row) -> Figure:
+    measured = first_acceptance(greedy, "acceptance_by_position")
+    unigram = first_acceptance(greedy, "unigram_acceptance")
+    context = "greedy, draft position 1"
+    if unigram is not None:
+        context += f"; a unigram draft would get {percent(unigram)}"
+    return Figure("First draft accepted", percent(measured), context)
+
+
+def _ar_loss(run: Run) -> Figure:
+    row = next(
+        (row for row in run.latest_rows() if as_number(row.get("ar_loss")) is not None), None
+    )
+    if row is None:
+        last = as_number(run.metrics[-1].get("loss_ar"))
+        return Figure("AR loss, training", fixed(last), "nats per token at the last step")
+    loss, entropy = as_number(row.get("ar_loss")), as_number(row.get("unigram_entropy"))
+    context = "nats per token"
+    if loss is not None and entropy is not None:
+        side = "below" if loss <= entropy else "ABOVE"
+        context += f"; {abs(entropy - loss):.2f} {side} the unigram entropy {entropy:.2f}"
+    return Figure("AR loss, held out", fixed(loss), context)
+
+
+def _training(run: Run) -> Figure:
+    last = run.metrics[-1]
+    planned = run.setting("steps")
+    steps = f"{last['step']:,} steps"
+    if isinstance(planned, int):
+        steps = f"{last['step']:,} of {planned:,} steps"
+    if run.parameters:
+        steps += f"; {compact(run.parameters)} parameters"
+    return Figure("Training tokens", compact(as_number(last.get("tokens"))), steps)
+
+
+def _repetition(greedy: Row) -> Figure:
+    share = as_number(greedy.get("distinct_4grams"))
+    return Figure(
+        "Distinct 4-grams, greedy",
+        fixed(share),
+        "share of the generated text's 4-grams; low means it repeats itself",
+    )
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader could mistake for a success, or should know of a failure; plain text."""
+    found: list[str] = []
+    for temperature, words in ((0.0, "Greedy"), (1.0, "Sampled (T = 1)")):
+        row = run.last_eval("tidar", temperature)
+        if row:
+            found += _row_warnings(row, words)
+    greedy = run.last_eval("tidar", 0.0)
+    if greedy:
+        found += _greedy_warnings(greedy)
+    return found
+
+
+def _row_warnings(row: Row, words: str) -> list[str]:
+    found = []
+    distinct = as_number(row.get("distinct_4grams"))
+    if distinct is not None and distinct < REPETITION_LIMIT:
+        found.append(
+            f"{words} text repeats itself: only {percent(distinct)} of its 4-grams are distinct. "
+            "Repetition is easy to draft and inflates tokens per forward: do not take "
+            f"{fixed(as_number(row.get('tokens_per_forward')))} for what varied text would get."
+        )
+    measured = first_acceptance(row, "acceptance_by_position")
+    unigram = first_acceptance(row, "unigram_acceptance")
+    if measured is not None and unigram is not None and measured <= unigram:
+        found.append(
+            f"{words}: the first draft is accepted no more often ({percent(measured)}) than one "
+            f"that ignores the context would be ({percent(unigram)}). The model has not yet "
+            "learned to draft."
+        )
+    return found
+
+
+def _greedy_warnings(greedy: Row) -> list[str]:
+    found = []
+    loss, entropy = as_number(greedy.get("ar_loss")), as_number(greedy.get("unigram_entropy"))
+    if loss is not None and entropy is not None and loss >= entropy:
+        found.append(
+            "The held-out AR loss is not below the unigram entropy: the model predicts no better "
+            "than token frequencies, and acceptance says nothing yet."
+        )
+    match = as_number(greedy.get("exact_match_ar"))
+    if match is not None and match < 1:
+        found.append(
+            f"Greedy TiDAR gave another text than greedy AR for {percent(1 - match)} of the "
+            "prompts. They should be equal in fp32; in bf16, rounding can turn a near tie."
+        )
+    speed = as_number(greedy.get("speedup_over_ar"))
+    if speed is not None and speed < 1:
+        found.append(
+            f"TiDAR decoded more slowly than AR here ({speed:.2f}×). A step computes K + K² tokens "
+            "at once; that is nearly free only where a forward is bound by reading weights, as "
+            "for large models on a GPU. On a CPU the extra tokens cost time."
+        )
+    return found

@@ -1,0 +1,78 @@
+"""The last eval as tables."""
+
+from collections.abc import Sequence
+
+from pipeline.report.plots import by_position
+from pipeline.report.read import Row, Run, as_number
+from pipeline.report.wording import MISSING, escape, fixed, percent
+
+_METHODS = {"ar": "AR", "tidar": "TiDAR"}
+
+
+def eval_table(run: Run) -> str:
+    """One row per method and temperature of the last eval."""
+    head = (
+        "method",
+        "temperature",
+        "prompts",
+        "tokens",
+        "forwards",
+        "tokens per forward",
+        "tokens/s",
+        "speed over AR",
+        "exact match with AR",
+        "distinct 4\N{NON-BREAKING HYPHEN}grams",
+    )
+    rows = sorted(run.latest_rows(), key=lambda row: (row["temperature"], row["method"]))
+    return _table(head, [_eval_cells(row) for row in rows])
+
+
+def _eval_cells(row: Row) -> list[str]:
+    speed = as_number(row.get("speedup_over_ar"))
+    return [
+        escape(_METHODS.get(row["method"], row["method"])),
+        fixed(as_number(row["temperature"]), 1),
+        *(fixed(as_number(row.get(name)), 0) for name in ("prompts", "tokens", "forwards")),
+        fixed(as_number(row.get("tokens_per_forward"))),
+        fixed(as_number(row.get("tokens_per_second")), 1),
+        MISSING if speed is None else f"{speed:.2f}×",
+        percent(as_number(row.get("exact_match_ar"))),
+        fixed(as_number(row.get("distinct_4grams"))),
+    ]
+
+
+def acceptance_table(run: Run) -> str:
+    """The numbers behind the acceptance charts; empty when TiDAR was not measured."""
+    measures = (
+        ("acceptance_by_position", "while decoding"),
+        ("teacher_forced_acceptance", "teacher-forced"),
+        ("unigram_acceptance", "unigram draft"),
+    )
+    body, positions = [], 0
+    for temperature in (0.0, 1.0):
+        row = run.last_eval("tidar", temperature)
+        if row is None:
+            continue
+        for name, words in measures:
+            values = [value for _, value in by_position(row, name)]
+            positions = max(positions, len(values))
+            body.append([words, fixed(temperature, 1), *(fixed(value) for value in values)])
+    if not positions:
+        return ""
+    padded = [[*cells, *[MISSING] * (positions + 2 - len(cells))] for cells in body]
+    return _table(("measure", "temperature", *map(str, range(1, positions + 1))), padded)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table from escaped cells; the first of each row is its header."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{cells[0]}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        + "</tr>\n"
+        for cells in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )

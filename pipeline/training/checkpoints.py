@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.training.checkpoint_files import (
-    fsync_folder,
-    verify_file_list,
-    write_file_list,
-    write_text_atomic,
-)
+from data_prep.files import fsync_folder, write_text_atomic
+from pipeline.training.checkpoint_files import verify_file_list, write_file_list
 from pipeline.training.distributed import World
 from pipeline.training.state import TrainState
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def joined_world() -> Iterator[World]:
     if not has_gpu:
         # A shared-memory all-reduce that DeepSpeed would compile at this moment; gloo needs none.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed still calls collectives by names that newer torch releases warn about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     control = dist.new_group(backend="gloo")
     try:

@@ -1,0 +1,149 @@
+"""`manifest.json`: what a prepared data folder holds, and where every document and token went."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.files import write_text_atomic
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKEN_COUNTS = "token_counts.npy"
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file."""
+
+    name: str
+    """Path relative to the data folder, for example `train/000000.tar`."""
+    sequences: int
+    tokens: int
+    """Without padding."""
+    padding: int
+    """Tokens of padding."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the shards."""
+
+    kind: str
+    """`sentencepiece` or `huggingface`."""
+    file: str
+    """Name inside the data folder."""
+    sha256: str
+    vocab_size: int
+    mask_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    """Never equal to an id that text can have; a last document that starts with it is padding."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of `train` or `heldout`, and their totals."""
+
+    shards: tuple[ShardInfo, ...]
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    sequences: int
+    tokens: int
+    """End-of-document tokens included, padding not."""
+    padding: int
+    cut_documents: int
+    """Documents longer than a sequence."""
+    cuts: int
+    """Places where they were cut."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared data folder."""
+
+    format_version: int
+    config: dict[str, Any]
+    """The resolved config of the preparation."""
+    config_hash: str
+    """SHA-256 of the part of the config that decides the output."""
+    sequence_length: int
+    group_size: int
+    """Packed sequences in one sample of a shard; the last of a shard may have fewer."""
+    block_size: int
+    coverage: float
+    shift: bool
+    tokenizer: TokenizerInfo
+    token_counts_sha256: str
+    train: Split
+    heldout: Split
+    documents: dict[str, Any]
+    """Documents read, packed, and refused by reason."""
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train, "heldout": self.heldout}
+
+    @classmethod
+    def load(cls, data_dir: Path) -> "Manifest":
+        """Read `data_dir/manifest.json`.
+
+        Raises:
+            UserError: naming the file when it is missing, damaged, or of another format version.
+        """
+        path = Path(data_dir) / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{path}: not found; prepare the data with tidar-prepare, or finish an "
+                "interrupted preparation by running it again"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.get("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path}: format version {version}, this release reads {FORMAT_VERSION}; "
+                    "prepare the data again"
+                )
+            values["tokenizer"] = TokenizerInfo(**values["tokenizer"])
+            for split in SPLITS:
+                shards = tuple(ShardInfo(**shard) for shard in values[split]["shards"])
+                values[split] = Split(**{**values[split], "shards": shards})
+            return cls(**values)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error}); prepare the data again") from error
+
+    def save(self, data_dir: Path) -> None:
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        write_text_atomic(data_dir / MANIFEST, text + "\n")
+
+    def fingerprint(self) -> str:
+        """Identity of the data: SHA-256 over the hashes of the tokenizer and of every shard."""
+        digest = hashlib.sha256(self.tokenizer.sha256.encode())
+        for split in self.splits.values():
+            for shard in split.shards:
+                digest.update(f"\n{shard.name} {shard.sha256}".encode())
+        return digest.hexdigest()
+
+    def token_counts(self, data_dir: Path) -> NDArray[np.int64]:
+        """How often each id stands in the train split, padding left out; int64 [vocab_size]."""
+        path = data_dir / TOKEN_COUNTS
+        try:
+            counts = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: missing or damaged; prepare the data again") from error
+        if counts.shape != (self.tokenizer.vocab_size,):
+            raise UserError(f"{path}: does not fit the tokenizer; prepare the data again")
+        return counts

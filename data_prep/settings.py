@@ -1,0 +1,118 @@
+"""The config of `tidar-prepare`, checked."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.config import config_hash, parse, require
+from data_prep.errors import UserError
+
+IRRELEVANT_KEYS = ("output_dir", "workers", "verify", "overwrite")
+"""Keys that do not change what is written."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: str = "sentencepiece"
+    """`sentencepiece` or `huggingface`."""
+    path: str | None = None
+    """An existing tokenizer (file or folder); None trains a SentencePiece model on the corpus."""
+    vocab_size: int = 4096
+    """Pieces of a trained model, control and byte pieces included."""
+    model_type: str = "unigram"
+    """`unigram` (encodes several times faster) or `bpe`."""
+    sample_bytes: int = 2_000_000
+    """Text that a trained model sees, drawn from the whole training split."""
+    eos_token: str | None = None
+    """End-of-document token of a Hugging Face tokenizer; None tries the usual names."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sentencepiece", "huggingface"):
+            raise UserError(
+                f"tokenizer.kind: unknown value {self.kind!r}; known are sentencepiece, huggingface"
+            )
+        if self.kind == "huggingface" and self.path is None:
+            raise UserError("tokenizer.path: has no value; give the tokenizer.json or its folder")
+        if self.model_type not in ("unigram", "bpe"):
+            raise UserError(f"tokenizer.model_type: {self.model_type!r} is not unigram or bpe")
+        if self.vocab_size < 300:
+            raise UserError(
+                f"tokenizer.vocab_size: {self.vocab_size} is below 300; 256 bytes and the control "
+                "symbols are part of it"
+            )
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """See `data_prep.layout.build_layout`."""
+
+    block_size: int = 16
+    coverage: float = 1.0
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
+        if not 0.0 < self.coverage <= 1.0:
+            raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Everything `tidar-prepare` is told, but the corpus, which its reader checks."""
+
+    output_dir: Path
+    sequence_length: int
+    tokenizer: TokenizerConfig
+    layout: LayoutConfig
+    heldout_fraction: float
+    shard_sequences: int
+    group_size: int
+    shuffle_sequences: int
+    workers: int
+    seed: int
+    verify: bool
+    overwrite: bool
+    resolved: dict[str, Any]
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "PrepareSettings":
+        """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
+        require(cfg, "output_dir")
+        for key, least in (("sequence_length", 2), ("shard_sequences", 1), ("group_size", 1),
+                           ("shuffle_sequences", 1), ("workers", 1)):  # fmt: skip
+            if int(cfg[key]) < least:
+                raise UserError(f"{key}: must be at least {least}, got {cfg[key]}")
+        if not 0.0 < float(cfg.heldout_fraction) < 1.0:
+            raise UserError(f"heldout_fraction: must be in (0, 1), got {cfg.heldout_fraction}")
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        return cls(
+            output_dir=Path(str(cfg.output_dir)).expanduser(),
+            sequence_length=int(cfg.sequence_length),
+            tokenizer=parse(TokenizerConfig, cfg.tokenizer, "tokenizer"),
+            layout=parse(LayoutConfig, cfg.layout, "layout"),
+            heldout_fraction=float(cfg.heldout_fraction),
+            shard_sequences=int(cfg.shard_sequences),
+            group_size=int(cfg.group_size),
+            shuffle_sequences=int(cfg.shuffle_sequences),
+            workers=int(cfg.workers),
+            seed=int(cfg.seed),
+            verify=bool(cfg.verify),
+            overwrite=bool(cfg.overwrite),
+            resolved=resolved,  # type: ignore[arg-type]
+        )
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of the keys that decide the output."""
+        decisive = {k: v for k, v in self.resolved.items() if k not in IRRELEVANT_KEYS}
+        return config_hash(decisive)
+
+    def split_of(self, document_id: str) -> str:
+        """`train` or `heldout`, by a hash of the id: the same whatever else is in the corpus."""
+        digest = hashlib.sha256(f"{self.seed}\n{document_id}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        return "heldout" if share < self.heldout_fraction else "train"

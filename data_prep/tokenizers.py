@@ -1,0 +1,273 @@
+"""Tokenizers: SentencePiece (trained here or given) and Hugging Face's `tokenizer.json`.
+
+Every text round-trips byte for byte through a SentencePiece model trained here: byte fallback, no
+normalisation, no added or removed spaces. Ids of control symbols never come out of text.
+"""
+
+import io
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from data_prep.errors import UserError
+from data_prep.files import sha256_of, written_atomically
+from data_prep.manifest import TokenizerInfo
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGINGFACE_FILE = "tokenizer.json"
+MASK_PIECE = "<mask>"
+HUGGINGFACE_MASK = "<|mask|>"
+SPACE_SIGN = "\u2581"
+"""What SentencePiece writes for a space; in a text of its own it must not become one."""
+HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+CHUNK_BYTES = 2000
+"""Length of the pieces of text that SentencePiece trains on; it drops sentences over 4192."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Documents become `[ids…, eos_id]`; nothing adds a bos by itself."""
+
+    kind: str
+    file_name: str
+    vocab_size: int
+    mask_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    """Not an id that text can have; the mask's where the vocabulary has none for padding."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without control symbols."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control symbols give nothing."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """The tokenizer's file."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def save(self, folder: Path) -> Path:
+        """Write the tokenizer's file into `folder`; returns its path."""
+        path = folder / self.file_name
+        with written_atomically(path) as file:
+            file.write(self.content())
+        return path
+
+    def info(self, path: Path) -> TokenizerInfo:
+        """The manifest's entry for this tokenizer saved at `path`."""
+        return TokenizerInfo(
+            kind=self.kind,
+            file=path.name,
+            sha256=sha256_of(path),
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback and the control symbols `<pad>`, `<s>`, `</s>`,
+    `<mask>`."""
+
+    kind = "sentencepiece"
+    file_name = SENTENCEPIECE_FILE
+
+    def __init__(self, content: bytes, source: str) -> None:
+        self._content = content
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{source}: not a SentencePiece model") from error
+        self.vocab_size = self._model.vocab_size()
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self.mask_id = self._model.piece_to_id(MASK_PIECE)
+        pad = self._model.pad_id()
+        self.pad_id = pad if pad >= 0 else self.mask_id
+        if self.eos_id < 0 or not self._model.is_control(self.mask_id):
+            raise UserError(
+                f"{source}: has no end symbol or no control symbol {MASK_PIECE}; train one with "
+                f"tokenizer=sentencepiece, or add control_symbols=[{MASK_PIECE}] when training it"
+            )
+        byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
+        self._space_sign = byte_ids if all(map(self._model.is_byte, byte_ids)) else None
+
+    def encode(self, text: str) -> list[int]:
+        if self._space_sign is None or SPACE_SIGN not in text:
+            return self._model.encode(text)
+        # SentencePiece would read the sign as a space: spell it in bytes instead.
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE_SIGN)):
+            ids += self._space_sign if number else []
+            ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def content(self) -> bytes:
+        return self._content
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; `<|mask|>` is appended where it has no mask token of that name."""
+
+    kind = "huggingface"
+    file_name = HUGGINGFACE_FILE
+
+    def __init__(self, content: bytes, source: str, eos_token: str | None = None) -> None:
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"{source}: not a Hugging Face tokenizer.json ({error})") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        mask = tokenizers.AddedToken(HUGGINGFACE_MASK, special=True, normalized=False)
+        self._model.add_special_tokens([mask])
+        self.mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
+        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+        names = (eos_token,) if eos_token else HUGGINGFACE_EOS
+        eos_id = self._first_id(names)
+        if eos_id is None:
+            raise UserError(
+                f"tokenizer.eos_token: {source} has none of {', '.join(names)}; name its "
+                "end-of-document token"
+            )
+        self.eos_id = eos_id
+        bos_id = self._first_id(HUGGINGFACE_BOS)
+        self.bos_id = eos_id if bos_id is None else bos_id
+        # Text could hold any other token; the mask is ours alone.
+        self.pad_id = self.mask_id
+
+    def _first_id(self, names: Sequence[str]) -> int | None:
+        ids = (self._model.token_to_id(name) for name in names)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def content(self) -> bytes:
+        return self._model.to_str().encode()
+
+
+def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer in file `path`, or in the folder `path`: `tokenizer.model` before
+    `tokenizer.json`.
+
+    Raises:
+        UserError: when there is none, or the file is not what its name says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = (SENTENCEPIECE_FILE, HUGGINGFACE_FILE)
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}")
+        path = found
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer") from error
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(content, str(path), eos_token)
+    return SentencePieceTokenizer(content, str(path))
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, model_type: str, sample_bytes: int, seed: int
+) -> SentencePieceTokenizer:
+    """Train on a sample of about `sample_bytes` of `texts`, drawn by `seed` over all of them.
+
+    Text is cut into runs of whole lines, so that pieces may hold line ends and indentation.
+
+    Raises:
+        UserError: when the sample is empty, or too small for that many pieces.
+    """
+    sample = sample_chunks(texts, sample_bytes, seed)
+    if not sample:
+        raise UserError("corpus: has no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            control_symbols=[MASK_PIECE],
+            num_threads=1,  # more change the result of unigram training
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        remedy = f"use at most {most[1]}" if most else "use a smaller number"
+        raise UserError(
+            f"tokenizer.vocab_size: {vocab_size} pieces cannot be had from this text; {remedy}, "
+            "or more text"
+        ) from error
+    tokenizer = SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
+    if tokenizer.vocab_size < vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size: {vocab_size} asked, but this text gave only "
+            f"{tokenizer.vocab_size} pieces; use that number or more text"
+        )
+    return tokenizer
+
+
+def sample_chunks(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
+    """Chunks of whole lines of about `CHUNK_BYTES`, a uniform sample of `sample_bytes` of them.
+
+    Reservoir sampling: one pass, memory for the sample only, the same result for the same input.
+    """
+    keep = max(sample_bytes // CHUNK_BYTES, 1)
+    rng = random.Random(seed)
+    reservoir: list[str] = []
+    for count, chunk in enumerate(_chunks(texts)):
+        if len(reservoir) < keep:
+            reservoir.append(chunk)
+        elif (slot := rng.randrange(count + 1)) < keep:
+            reservoir[slot] = chunk
+    return reservoir
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        chunk, size = [], 0
+        for line in text.replace("\0", "").splitlines(keepends=True):
+            chunk.append(line)
+            size += len(line.encode())
+            if size >= CHUNK_BYTES:
+                yield "".join(chunk)
+                chunk, size = [], 0
+        if chunk:
+            yield "".join(chunk)

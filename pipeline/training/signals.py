@@ -1,5 +1,6 @@
 """SIGTERM, SIGUSR1 and SIGINT ask a run to finish its step, save and leave."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,16 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.name is not None
+
+
+def exit_code_when_saved() -> int:
+    """`EXIT_SAVED`, or 0 under torchrun.
+
+    torchrun takes any other code for a crash: it ends with 1 and a long report, or, with
+    `--max-restarts`, starts the workers again. There the file `interrupted` in the run directory
+    tells a saved run from a finished one.
+    """
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_SAVED
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """The data folder that tests of evals share."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from evals_data import evaluate_on_ranks, texts, write_data
+from evals_data import evaluate_on_ranks, texts, write_data, write_tasks
 from workers import run_workers
 
 from data_prep.manifest import Manifest
@@ -31,10 +32,17 @@ def data(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(data, tmp_path_factory) -> dict:
+def tasks_dir(tmp_path_factory) -> Path:
+    """Task definitions for lm-eval; its copies of their data go to a temporary folder, too."""
+    folder = tmp_path_factory.mktemp("tasks")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    return write_tasks(folder)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(data, tasks_dir, tmp_path_factory) -> dict:
     """What two gloo ranks say: they must agree on everything, clock times included."""
-    first, second = run_workers(
-        evaluate_on_ranks, 2, tmp_path_factory.mktemp("ranks"), str(data.folder)
-    )
+    folder = tmp_path_factory.mktemp("ranks")
+    first, second = run_workers(evaluate_on_ranks, 2, folder, str(data.folder), str(tasks_dir))
     assert first == second
     return first

@@ -1,5 +1,6 @@
 """A small prepared data folder and small models, for tests of evals."""
 
+import importlib.util
 import json
 import random
 from dataclasses import replace
@@ -19,11 +20,13 @@ from pipeline.data.source import Sequence
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig
+from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
+from pipeline.evals.tasks import evaluate_tasks
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.training.distributed import World
 
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 SEQUENCE_LENGTH = 48
 BLOCK_SIZE = 4
 DOCUMENTS = 100
@@ -48,7 +51,7 @@ def texts() -> dict[str, str]:
     }
 
 
-def write_data(folder: Path) -> PrepareSettings:
+def write_data(folder: Path, *changes: str) -> PrepareSettings:
     """Prepare the documents with `tidar-prepare` into `folder/data`; about a third is held out."""
     corpus = folder / "corpus.jsonl"
     lines = [json.dumps({"id": name, "text": text}) for name, text in texts().items()]
@@ -57,12 +60,60 @@ def write_data(folder: Path) -> PrepareSettings:
         "corpus=jsonl", f"corpus.path={corpus}", "corpus.id_field=id",
         f"output_dir={folder / 'data'}", f"sequence_length={SEQUENCE_LENGTH}",
         f"layout.block_size={BLOCK_SIZE}", "heldout_fraction=0.35", "tokenizer.vocab_size=310",
-        "shard_sequences=8", "group_size=4",
+        "shard_sequences=8", "group_size=4", *changes,
     ]  # fmt: skip
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("prepare", overrides=overrides)
     assert prepare(cfg) == 0
     return PrepareSettings.from_config(cfg)
+
+
+def write_tasks(folder: Path) -> Path:
+    """A multiple-choice and a generating task for lm-eval, with their data beside them."""
+    rows = [
+        {"question": "the quick", "choices": [" brown fox", " lazy dogs jumps"], "label": 0},
+        {"question": "木漏れ日", "choices": [" over", " def return"], "label": 1},
+        {"question": "return", "choices": [" self", " été"], "label": 0},
+        {"question": "lazy dogs", "choices": [" 🙂", " the fox"], "label": 1},
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    common = f"""
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder / "rows.jsonl"}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+metadata:
+  version: 1.0
+"""
+    (folder / "choice.yaml").write_text(
+        f"""task: local_choice{common}
+output_type: multiple_choice
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+    )
+    (folder / "answer.yaml").write_text(
+        f"""task: local_answer{common}
+output_type: generate_until
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs:
+  until: ["o"]
+  max_gen_toks: 10
+metric_list:
+  - metric: exact_match
+"""
+    )
+    return folder
+
+
+def local_tasks(folder: Path) -> TasksConfig:
+    """Settings for the tasks that `write_tasks` wrote."""
+    return TasksConfig(tasks=["local_choice", "local_answer"], tasks_dir=str(folder), batch_size=3)
 
 
 def model_config(tokenizer: Tokenizer, **changes) -> ModelConfig:
@@ -120,7 +171,7 @@ class OneRank:
         pass
 
 
-def evaluate_on_ranks(world: World, folder: str) -> dict:
+def evaluate_on_ranks(world: World, folder: str, tasks_dir: str) -> dict:
     """Evals of the data folder with a random model, each whole and with little to share out."""
     tokenizer = load_tokenizer(Path(folder))
     heldout = HeldOut(Path(folder), Manifest.load(Path(folder)))
@@ -133,4 +184,7 @@ def evaluate_on_ranks(world: World, folder: str) -> dict:
             evaluate_likelihood(model, tokenizer, heldout, LikelihoodConfig(sequences=n), world)
             for n in (None, 1)
         ],
+        "tasks": evaluate_tasks(model, tokenizer, local_tasks(Path(tasks_dir)), world)
+        if HAS_LM_EVAL
+        else None,
     }

@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 from pipeline.decoding import generate
 from pipeline.evals import decode_speed
 from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.objective.acceptance import score_drafts
 
 CLOCK = ("tokens_per_second", "speedup_over_ar")
 
@@ -89,6 +90,23 @@ def test_scores_stand_in_every_row_and_acceptance_where_it_is_defined(data, mode
     assert len(greedy["unigram_acceptance"]) == BLOCK_SIZE - 1
     assert rows["tidar", 0.5]["teacher_forced_acceptance"] is None
     assert rows["tidar", 0.5]["unigram_acceptance"] is None
+
+
+def test_scores_are_taken_on_shifted_grids(data, model):
+    """The decoder starts its blocks anywhere; a grid from the document's start scores otherwise."""
+    unigram = torch.from_numpy(data.heldout.unigram().probabilities).float()
+    aligned, shifted = (
+        score_drafts(model, data.heldout.sequences(5, 0, 4, shift=shift), 4, unigram)
+        for shift in (False, True)
+    )
+    row = rows_of(model, data)["tidar", 1.0]
+    expected = shifted.diffusion_loss / shifted.diffusion_tokens
+    assert row["diffusion_loss"] == pytest.approx(expected)
+    assert row["diffusion_loss"] != pytest.approx(aligned.diffusion_loss / aligned.diffusion_tokens)
+    rates = (shifted.accepted[1] / shifted.drafts).tolist()
+    assert row["teacher_forced_acceptance"] == pytest.approx(rates)
+    unigram_rates = (shifted.unigram_accepted[1] / shifted.drafts).tolist()
+    assert row["unigram_acceptance"] == pytest.approx(unigram_rates)
 
 
 def test_a_model_that_drafts_perfectly_gives_k_tokens_a_forward(data):

@@ -10,7 +10,7 @@ from pipeline.training.distributed import joined_world
 from pipeline.training.loop import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer, write_config
-from pipeline.training.signals import exit_code_when_saved, stop_on_signal
+from pipeline.training.signals import EXIT_SAVED, code_for_launcher, stop_on_signal
 
 INTERRUPTED = "interrupted"
 """File in the run directory that says: stopped by a signal, saved, to be continued."""
@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> int:
             f"stopped ({stop.name or 'another rank was asked to'}) after step {trainer.state.step} "
             "and saved; the same command continues"
         )
-        return exit_code_when_saved()
+        return EXIT_SAVED
 
 
 def prepare_run_dir(settings: TrainSettings) -> None:
@@ -58,7 +58,7 @@ def prepare_run_dir(settings: TrainSettings) -> None:
 
 
 def main() -> None:
-    sys.exit(run("train", train))
+    sys.exit(code_for_launcher(run("train", train)))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ class StopRequest:
         return self.name is not None
 
 
-def exit_code_when_saved() -> int:
-    """`EXIT_SAVED`, or 0 under torchrun.
+def code_for_launcher(code: int) -> int:
+    """`code`, but under torchrun 0 for `EXIT_SAVED`.
 
     torchrun takes any other code for a crash: it ends with 1 and a long report, or, with
     `--max-restarts`, starts the workers again. There the file `interrupted` in the run directory
     tells a saved run from a finished one.
     """
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_SAVED
+    saved_under_torchrun = code == EXIT_SAVED and "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if saved_under_torchrun else code
 
 
 @contextmanager

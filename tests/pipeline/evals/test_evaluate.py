@@ -170,16 +170,18 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
 def test_table():
     columns = [
         {"method": "ar", "loss": 1.23456, "tokens": 12345, "rates": None, "none": None},
-        {"method": "tidar", "loss": None, "tokens": 5, "rates": [0.5, None], "whole": True},
+        {"method": "tidar", "loss": None, "rates": [0.5, None, 1.0], "b_by_place": [2.0, 3.0]},
     ]
     assert text_table(columns).splitlines() == [
-        "method      ar  tidar",
-        "loss     1.235      -",
-        "tokens  12,345      5",
-        "rates        -  0.5 -",
-        "whole        -    yes",
+        "method            ar  tidar",
+        "loss           1.235      -",
+        "tokens        12,345      -",
+        "rates 1            -    0.5",
+        "rates 3            -      1",
+        "b_by_place 0       -      2",
+        "b_by_place 1       -      3",
     ]
-    assert show(123456.0) == "1.235e+05"
+    assert (show(123456.0), show(True), show(None)) == ("1.235e+05", "yes", "-")
 
 
 def test_the_command_on_a_trained_run(trained_run, tmp_path):
@@ -189,7 +191,7 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
         "pipeline.evaluate", f"checkpoint={trained_run}", f"output={output}",
         "evals.decode_speed.prompts=3", "evals.decode_speed.prompt_tokens=8",
         "evals.decode_speed.max_new_tokens=12", "evals.decode_speed.score_sequences=4",
-        "evals.likelihood.sequences=5", processes=2,
+        processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
@@ -202,7 +204,7 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
         for key in row.keys() - set(clock):
             value = expected[key]
             assert row[key] == (pytest.approx(value) if isinstance(value, float) else value), key
-    assert results["likelihood"]["sequences"] == 5
+    assert results["likelihood"]["whole_split"] is True
     assert "bits_per_byte" in done.stdout
     assert str(output) in done.stdout
 

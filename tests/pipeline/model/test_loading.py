@@ -246,6 +246,7 @@ def test_shapes_that_contradict_the_weights(tmp_path, changes, message):
 
 def test_all_three_kinds_start_a_run(tmp_path):
     from pipeline.model.hf_export import write_export
+
     from pipeline.model.loading import open_source
 
     source = random_model(small_config())

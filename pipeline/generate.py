@@ -85,11 +85,8 @@ def read_prompt(config: GenerateConfig) -> str:
 
 def report(method: str, tokens: int, forwards: int, seconds: float) -> None:
     """The summary; the prompt's forward counts, and its time too."""
-    print(
-        f"{method}: {tokens} tokens, {forwards} forwards, "
-        f"{tokens / max(forwards, 1):.2f} tokens per forward, {tokens / seconds:.1f} tokens/s",
-        file=sys.stderr,
-    )
+    ratio = f"{tokens / max(forwards, 1):.2f} tokens per forward, {tokens / seconds:.1f} tokens/s"
+    print(f"{method}: {tokens} tokens, {forwards} forwards, {ratio}", file=sys.stderr)
 
 
 def main() -> None:

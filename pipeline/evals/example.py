@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep.files import write_text_atomic
 from data_prep.tokenizers import Tokenizer
 from pipeline.decoding import generate
+from pipeline.decoding.text import token_texts
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
@@ -46,18 +47,3 @@ def write_example(
         ],
     }
     write_text_atomic(path, json.dumps(content, ensure_ascii=False))
-
-
-def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text, so that the parts join to the decoded whole.
-
-    A character of several byte tokens stands at the last of them.
-    """
-    texts, done = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        complete = end == len(ids) or not text.endswith("\ufffd")
-        grown = text if complete and text.startswith(done) else done
-        texts.append(grown[len(done) :])
-        done = grown
-    return texts

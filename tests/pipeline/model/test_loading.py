@@ -20,7 +20,8 @@ from workers import run_workers
 from data_prep.errors import UserError
 from pipeline import load_model
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import initialize_from
+from pipeline.model.hf_export import write_export
+from pipeline.model.loading import initialize_from, open_source
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.distributed import World
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
@@ -245,10 +246,6 @@ def test_shapes_that_contradict_the_weights(tmp_path, changes, message):
 
 
 def test_all_three_kinds_start_a_run(tmp_path):
-    from pipeline.model.hf_export import write_export
-
-    from pipeline.model.loading import open_source
-
     source = random_model(small_config())
     run = write_run(tmp_path / "run", source, sentencepiece_tokenizer())
     write_export(source, sentencepiece_tokenizer(), open_source(run), tmp_path / "export")

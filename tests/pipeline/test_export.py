@@ -1,0 +1,289 @@
+"""Exports: what transformers loads computes the same, and nothing is lost on the way."""
+
+import json
+import sys
+
+import commands
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import (
+    SWITCHES,
+    huggingface_tokenizer,
+    random_model,
+    sentencepiece_tokenizer,
+    small_config,
+    write_checkpoint,
+    write_huggingface,
+    write_run,
+)
+
+from data_prep.errors import UserError
+from pipeline import export as command
+from pipeline import load_model
+from pipeline.model import hf_export, hf_tokenizer
+from pipeline.model.checkpoint_files import write_file_list
+from pipeline.model.hf_export import write_export
+from pipeline.model.loading import open_source, read_model
+
+SAMPLE = "def add(left, right):\n    return left + right  # 加算 🙂 \u2581 é\n\n\ttail "
+
+
+def export(path, output, dtype=None, **options):
+    source = open_source(path)
+    model = read_model(source, dtype=dtype, device="cpu")
+    return write_export(model, source.tokenizer(), source, output, **options)
+
+
+def assert_equal_weights(left, right) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return write_run(tmp_path / "run", random_model(small_config()), sentencepiece_tokenizer())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", SWITCHES)
+def test_transformers_computes_the_same(tmp_path, family, tied):
+    from transformers import AutoModelForCausalLM
+
+    config = small_config(family, tie_embeddings=tied)
+    ours = random_model(config)
+    write_checkpoint(tmp_path / "step", ours, sentencepiece_tokenizer())
+    assert export(tmp_path / "step", tmp_path / "out") is None
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert theirs.config.model_type == family
+    ids = torch.randint(330, (2, 150), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = ours(ids)
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)
+    assert theirs.generation_config.eos_token_id == sentencepiece_tokenizer().eos_id
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_round_trip_changes_no_bit(tmp_path, tied, precision):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = random_model(small_config(tie_embeddings=tied)).to(dtype)
+    write_checkpoint(tmp_path / "step", model, sentencepiece_tokenizer(), precision)
+    export(tmp_path / "step", tmp_path / "out")
+    again, tokenizer = load_model(tmp_path / "out", device="cpu")
+    assert again.config == model.config
+    assert_equal_weights(again.state_dict(), model.state_dict())
+    assert tokenizer.content() == sentencepiece_tokenizer().content()
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("family", SWITCHES)
+def test_a_hugging_face_folder_passes_through_unchanged(tmp_path, family):
+    write_huggingface(tmp_path / "in", family, huggingface_tokenizer())
+    export(tmp_path / "in", tmp_path / "out")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("in", "out")]
+    assert_equal_weights(*files)
+    export(tmp_path / "out", tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "tidar.json", "tokenizer.json"):
+        first, second = (tmp_path / folder / name for folder in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_large_models_are_split_and_found_again(tmp_path, run_dir):
+    export(run_dir, tmp_path / "out", shard_bytes=20_000)
+    parts = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(parts) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(parts)
+    again, _ = load_model(tmp_path / "out", device="cpu")
+    assert_equal_weights(again.state_dict(), load_model(run_dir, device="cpu")[0].state_dict())
+
+
+def test_the_type_can_be_chosen(tmp_path, run_dir):
+    export(run_dir, tmp_path / "out", dtype="bf16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    model, _ = load_model(tmp_path / "out", device="cpu")
+    expected, _ = load_model(run_dir, dtype="bf16", device="cpu")
+    assert_equal_weights(model.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "huggingface"])
+def test_auto_tokenizer_gives_the_same_ids(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    ours = huggingface_tokenizer() if kind == "huggingface" else sentencepiece_tokenizer(kind)
+    config = small_config("llama", mask_token_id=ours.mask_id)
+    write_checkpoint(tmp_path / "step", random_model(config), ours)
+    assert export(tmp_path / "step", tmp_path / "out") is None
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (SAMPLE, *hf_tokenizer.SAMPLES, ""):
+        ids = theirs(text).input_ids
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    spelled = "a</s><|endoftext|><mask><|mask|>b"
+    assert theirs(spelled, split_special_tokens=True).input_ids == ours.encode(spelled)
+    assert theirs.eos_token_id == ours.eos_id
+    assert theirs.mask_token_id == ours.mask_id
+    assert theirs.pad_token_id != ours.mask_id
+    assert load_model(tmp_path / "out", device="cpu")[1].content() == ours.content()
+
+
+def test_sentencepiece_models_of_others_convert_too():
+    """With a dummy prefix, removed spaces, normalisation and pieces of their own."""
+    import io
+
+    import sentencepiece
+    from small_models import TEXT
+
+    from data_prep.tokenizers import SentencePieceTokenizer
+
+    for model_type in ("unigram", "bpe"):
+        content = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in TEXT for line in text.splitlines()]),
+            model_writer=content, vocab_size=340, model_type=model_type, byte_fallback=True,
+            control_symbols=["<mask>"], user_defined_symbols=["<tool>"], minloglevel=2,
+        )  # fmt: skip
+        tokenizer = SentencePieceTokenizer(content.getvalue(), "test")
+        converted, names = hf_tokenizer.from_sentencepiece(content.getvalue())
+        assert names == {"unk_token": "<unk>"}
+        for text in ("hello  world ", "ﬁne  def add( x ):", "x<tool>y", "日本 🙂"):
+            expected = tokenizer.encode(text)
+            assert converted.encode(text, add_special_tokens=False).ids == expected, text
+            assert converted.decode(expected) == tokenizer.decode(expected)
+
+
+def test_a_tokenizer_that_differs_is_left_out(tmp_path, run_dir, monkeypatch):
+    wrong = hf_tokenizer.from_sentencepiece(sentencepiece_tokenizer("bpe").content())
+    monkeypatch.setattr(hf_tokenizer, "from_sentencepiece", lambda content: wrong)
+    warning = export(run_dir, tmp_path / "out")
+    assert warning is not None
+    assert "tokenizer.json" in warning
+    assert "\n" not in warning
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    _, tokenizer = load_model(tmp_path / "out", device="cpu")
+    assert tokenizer.encode(SAMPLE) == sentencepiece_tokenizer().encode(SAMPLE)
+    assert "AutoTokenizer" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_a_decoder_must_know_stands_in_tidar_json(tmp_path, run_dir):
+    export(run_dir, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tidar.json").read_text()) == {
+        "format_version": 1,
+        "mask_token_id": 4,
+        "block_size": 3,
+        "label_shift": {"clean": 1, "mask": 0},
+        "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "eos_token_id": 3},
+        "training": {"step": 7, "tokens": 1234},
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| Block size | 3 |" in card
+    assert "7 steps, 1,234 tokens" in card
+
+
+def test_the_autoregressive_twin_is_exported_as_such(tmp_path):
+    config = small_config().without_drafting()
+    write_checkpoint(tmp_path / "step", random_model(config), sentencepiece_tokenizer())
+    export(tmp_path / "step", tmp_path / "out")
+    tidar = json.loads((tmp_path / "out" / "tidar.json").read_text())
+    assert tidar["mask_token_id"] is None
+    assert tidar["block_size"] is None
+    assert load_model(tmp_path / "out", device="cpu")[0].config == config
+    assert "masked diffusion" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path, run_dir):
+    output = tmp_path / "out"
+    output.mkdir()
+    export(run_dir, output)  # an empty folder is not in the way
+    with pytest.raises(UserError, match="overwrite=true"):
+        export(run_dir, output)
+    (output / "stray").touch()
+    export(run_dir, output, overwrite=True)
+    assert not (output / "stray").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    (tmp_path / "file").touch()
+    for path in (other, tmp_path / "file"):
+        with pytest.raises(UserError, match=r"output: .*give the name of a new folder"):
+            export(run_dir, path, overwrite=True)
+    assert (other / "thesis.txt").exists()
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(tmp_path, run_dir, monkeypatch):
+    output = tmp_path / "exports" / "out"
+    export(run_dir, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_export, "write_weights", full)
+    for target in (output, output.with_name("new")):
+        with pytest.raises(UserError, match=r"output: .*No space left"):
+            export(run_dir, target, overwrite=True)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_shapes_that_no_class_of_theirs_has(tmp_path):
+    config = small_config(qkv_bias=True, qk_norm=True)
+    write_checkpoint(tmp_path / "step", random_model(config), sentencepiece_tokenizer())
+    with pytest.raises(UserError, match="qkv_bias and qk_norm"):
+        export(tmp_path / "step", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_exports_a_trained_run(tmp_path, trained_run):
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "out"
+    done = commands.run("pipeline.export", f"checkpoint={trained_run}", f"output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "qwen3 architecture" in done.stdout
+    ours, _ = load_model(trained_run, device="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "output: {output} holds an export; overwrite=true replaces it"),
+        (("overwrite=true", "dtype=fp8"), "dtype: unknown value 'fp8'"),
+        (("checkpoint=/nowhere",), "checkpoint: /nowhere does not exist"),
+        (("checkpoint=???",), "checkpoint: has no value"),
+        (("output=???",), "output: has no value"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, run_dir, monkeypatch, capsys, overrides, message):
+    output = tmp_path / "out"
+    export(run_dir, output)
+    arguments = [f"checkpoint={run_dir}", f"output={output}", *overrides]
+    monkeypatch.setattr(sys, "argv", ["tidar-export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: " + message.format(output=output))
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_names_its_own_end_token(tmp_path):
+    """A tokenizer whose end token has no usual name says so beside itself."""
+    folder = write_checkpoint(
+        tmp_path / "step", random_model(small_config()), huggingface_tokenizer()
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    write_file_list(folder)
+    export(folder, tmp_path / "out")
+    for path in (folder, tmp_path / "out"):
+        _, tokenizer = load_model(path, device="cpu")
+        assert tokenizer.decode([tokenizer.eos_id]) == "a"

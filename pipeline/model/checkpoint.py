@@ -21,7 +21,6 @@ from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.model.checkpoint_files import verify_file_list
 from pipeline.model.config import ModelConfig
-from pipeline.model.huggingface import named_eos
 from pipeline.model.source import NamedWeight, Source
 
 MODEL_FILE = "model.json"
@@ -70,7 +69,7 @@ def open_checkpoint(folder: Path) -> Source:
         config=config,
         dtype=dtype,
         weights=weights,
-        tokenizer=lambda: load_tokenizer(folder, named_eos(folder)),
+        tokenizer=lambda: load_tokenizer(folder),
         progress={"step": state["step"], "tokens": state["tokens"]},
     )
 

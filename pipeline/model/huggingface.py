@@ -246,15 +246,8 @@ def _tokenizer(folder: Path, tidar: dict[str, Any] | None) -> Tokenizer:
     names = [HUGGINGFACE_FILE, SENTENCEPIECE_FILE]
     for name in names if kind == "huggingface" else reversed(names):
         if (folder / name).is_file():
-            return load_tokenizer(folder / name, named_eos(folder))
+            return load_tokenizer(folder / name)
     return load_tokenizer(folder)
-
-
-def named_eos(folder: Path) -> str | None:
-    """The end-of-document token that `tokenizer_config.json` names, if it does."""
-    path = folder / TOKENIZER_CONFIG_FILE
-    eos = read_json(path).get("eos_token") if path.is_file() else None
-    return eos.get("content") if isinstance(eos, dict) else eos  # an added token, spelled out
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def build_engine(
         model=model,
         optimizer=torch.optim.AdamW(
             parameter_groups(model, optimizer.weight_decay),
-            lr=optimizer.learning_rate,
+            lr=0.0,  # set before every step; see `forget_steps`
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.epsilon,
             # The fused kernel wants weights on a GPU, which offloading takes away from it.
@@ -76,7 +76,16 @@ def build_engine(
         ),
         dist_init_required=False,
     )
+    forget_steps(engine.optimizer)
     return engine
+
+
+def forget_steps(optimizer: Any) -> None:
+    """Take back the step with zero gradients by which DeepSpeed, in bf16 without ZeRO, allocates
+    Adam's state: at a learning rate of 0 it moved no weight, but it was counted."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

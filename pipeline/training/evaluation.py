@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.example import write_example
@@ -23,6 +24,18 @@ class PeriodicEval:
         self.heldout = HeldOut(settings.data_dir, settings.manifest)
         self.tokenizer = load_tokenizer(settings.data_dir)
         self.example: Path = settings.run_dir / "evals" / "example.json"
+        self._check()
+
+    def _check(self) -> None:
+        """Find out before the first step, not at the first eval, what could not be decoded."""
+        longest = self.settings.prompt_tokens + self.settings.max_new_tokens
+        if longest > self.config.max_positions:
+            raise UserError(
+                f"evals.decode_speed.max_new_tokens: {self.settings.prompt_tokens} prompt tokens "
+                f"and {self.settings.max_new_tokens} new ones exceed the model's "
+                f"{self.config.max_positions} positions; shorten one of them"
+            )
+        self.heldout.prompts(1, self.settings.prompt_tokens, self.settings.seed)
 
     def due(self, step: int, steps: int) -> bool:
         every = self.settings.every

@@ -1,12 +1,12 @@
 """The training run's config, checked: each part's dataclass lives with the part that owns it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import existing_path, parse, require
+from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from pipeline.data.source import LayoutChoice
@@ -22,19 +22,35 @@ PRECISIONS = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Everything a run is told, from `conf/train.yaml` and its overrides."""
+class PlainKeys:
+    """The keys of `conf/train.yaml` that stand in no group; they are explained there."""
 
     run_dir: Path
-    data_dir: Path
-    manifest: Manifest
     steps: int
     seed: int
+    init_from: Path | None
     global_batch_size: int
     micro_batch_size: int
     precision: str
     activation_checkpointing: bool
-    init_from: Path | None
+    log_every_s: float
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = " and ".join(PRECISIONS)
+            raise UserError(f"precision: unknown value {self.precision!r}; known are {known}")
+        for key, least in (("steps", 1), ("seed", 0), ("global_batch_size", 1),
+                           ("micro_batch_size", 1)):  # fmt: skip
+            if (value := getattr(self, key)) < least:
+                raise UserError(f"{key}: must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainSettings(PlainKeys):
+    """Everything a run is told, from `conf/train.yaml` and its overrides."""
+
+    data_dir: Path
+    manifest: Manifest
     model: ModelConfig
     layout: LayoutChoice
     objective: ObjectiveConfig
@@ -44,36 +60,24 @@ class TrainSettings:
     checkpoint: CheckpointConfig
     decode_speed: DecodeSpeedConfig
     wandb: WandbConfig
-    log_every_s: float
     resolved: dict[str, Any]
     """The whole resolved config, for `config.yaml` and W&B."""
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "TrainSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
-        require(cfg, "data.dir", "run_dir", "steps", "seed", "global_batch_size")
-        require(cfg, "micro_batch_size", "precision")
         data_dir = existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
-        precision = str(cfg.precision)
-        if precision not in PRECISIONS:
-            raise UserError(f"precision: unknown value {precision!r}; known are bf16 and fp32")
-        for key in ("steps", "global_batch_size", "micro_batch_size"):
-            if int(cfg[key]) < 1:
-                raise UserError(f"{key}: must be at least 1, got {cfg[key]}")
-        init_from = None
+        plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
+        values = dict(vars(parse(PlainKeys, plain, "")))
+        values["run_dir"] = values["run_dir"].expanduser()
         if cfg.init_from is not None:
-            init_from = existing_path(cfg, "init_from", "a Hugging Face folder or a checkpoint")
+            values["init_from"] = existing_path(
+                cfg, "init_from", "a Hugging Face folder or a checkpoint"
+            )
         return cls(
-            run_dir=Path(str(cfg.run_dir)).expanduser(),
+            **values,
             data_dir=data_dir,
             manifest=Manifest.load(data_dir),
-            steps=int(cfg.steps),
-            seed=int(cfg.seed),
-            global_batch_size=int(cfg.global_batch_size),
-            micro_batch_size=int(cfg.micro_batch_size),
-            precision=precision,
-            activation_checkpointing=bool(cfg.activation_checkpointing),
-            init_from=init_from,
             model=parse(ModelConfig, cfg.model, "model"),
             layout=parse(LayoutChoice, cfg.layout, "layout"),
             objective=parse(ObjectiveConfig, cfg.objective, "objective"),
@@ -83,7 +87,6 @@ class TrainSettings:
             checkpoint=parse(CheckpointConfig, cfg.checkpoint, "checkpoint"),
             decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
-            log_every_s=float(cfg.log_every_s),
             resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
 

@@ -130,6 +130,6 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             MetricsFiles(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
-            Report(run_dir),
+            Report(run_dir, say),
         ]
     )

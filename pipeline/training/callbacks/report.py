@@ -1,5 +1,6 @@
 """Rebuilds `report.html` after each eval and at the end."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,25 @@ from pipeline.training.state import TrainState
 
 
 class Report(Callback):
-    def __init__(self, run_dir: Path) -> None:
+    """A page that cannot be drawn is said so and ends no training."""
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
         self.run_dir = run_dir
+        self.say = say
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
-        build_report(self.run_dir)
+        self._build()
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists() and metrics.stat().st_size:  # a run stopped before its first step
+            self._build()
+
+    def _build(self) -> None:
+        try:
             build_report(self.run_dir)
+        except Exception as error:
+            self.say(
+                f"warning: report.html could not be written ({error}); training goes on, and "
+                f"python -m pipeline.report {self.run_dir} draws it later"
+            )

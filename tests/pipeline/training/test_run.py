@@ -191,6 +191,7 @@ def test_a_continued_run_must_be_the_same_run(data_dir, one_process):
     ("overrides", "expected"),
     [
         (["steps=0"], "steps: must be at least 1"),
+        (["steps=many"], "steps: "),
         (["optimizer.learning_rate=fast"], "optimizer.learning_rate"),
         (["model.depth=3"], "model.depth"),
         (["deepspeed=zero9"], "zero9"),
@@ -217,6 +218,7 @@ def test_mistakes_are_one_line_and_code_2(
     ("override", "expected"),
     [
         ("global_batch_size=7", "global_batch_size: 7 is not a multiple of micro_batch_size 2 x 1"),
+        ("evals.decode_speed.max_new_tokens=250", "evals.decode_speed.max_new_tokens: 8 prompt"),
         ("model.max_positions=32", "model.max_positions: 32, but the data's sequences have 64"),
     ],
 )

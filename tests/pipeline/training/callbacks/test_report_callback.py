@@ -9,7 +9,7 @@ from pipeline.training.state import TrainState
 
 
 def test_report_follows_the_files(tmp_path):
-    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path)])
+    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path, print)])
     page = tmp_path / "report.html"
     callbacks.on_start(TrainState())
     for metrics in steps(1, 3):
@@ -27,7 +27,7 @@ def test_report_follows_the_files(tmp_path):
 
 
 def test_a_run_without_a_step_has_no_report(tmp_path):
-    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path)])
+    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path, print)])
     callbacks.on_start(TrainState())
     callbacks.on_end(TrainState(), finished=False)
     assert not (tmp_path / "report.html").exists()
@@ -35,9 +35,20 @@ def test_a_run_without_a_step_has_no_report(tmp_path):
 
 def test_a_run_that_was_cut_back_to_nothing_has_no_report(tmp_path):
     """Killed before its first checkpoint, then stopped before its first step."""
-    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path)])
+    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path, print)])
     callbacks.on_start(TrainState())
     callbacks.on_step(next(steps(1, 1)))
     callbacks.on_start(TrainState())
     callbacks.on_end(TrainState(), finished=False)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(tmp_path):
+    said: list[str] = []
+    callbacks = Callbacks([MetricsFiles(tmp_path), Report(tmp_path, said.append)])
+    callbacks.on_start(TrainState())
+    callbacks.on_step(next(steps(1, 1)))
+    (tmp_path / "report.html").mkdir()
+    callbacks.on_eval(EVAL_ROWS)
+    assert len(said) == 1
+    assert said[0].startswith("warning: report.html could not be written")

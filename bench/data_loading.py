@@ -6,6 +6,7 @@ thread. Target: waiting below 1 % of a step.
 """
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         )
         texts = prepare.standard_library(options.max_bytes)
         source = prepare.write_jsonl(Path(name) / "text.jsonl", texts)
-        manifest = prepare.prepare_folder(folder, prepare.overrides(settings, source))
+        manifest = prepare.prepare_folder(
+            folder, prepare.composed(prepare.overrides(settings, source))
+        )
         return measure(options, folder, manifest, device, rounds, warmup)
 
 
@@ -84,7 +87,7 @@ def measure(
         warmup=warmup,
         device=device,
     )
-    batches.close()  # type: ignore[attr-defined]
+    stop_reading(batches)
     outcome = Outcome()
     outcome.add(samples)
     for name in samples:
@@ -93,6 +96,14 @@ def measure(
             pair = ratio(samples[name], samples["training step"], at_most=target)
             outcome.ratios[f"{name} / training step"] = pair
     return outcome
+
+
+def stop_reading(batches: Iterator[list[Batch]]) -> None:
+    """End the read-ahead thread: torch code that is running when Python exits aborts it."""
+    batches.close()  # type: ignore[attr-defined]
+    for thread in threading.enumerate():
+        if thread.name == "tidar-read-ahead":
+            thread.join()
 
 
 def batch_maker(source: SequenceSource, share: Share) -> Callable[[], Batch]:

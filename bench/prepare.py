@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from bench.measure import interleaved, ratio
 from bench.results import Outcome
@@ -27,7 +28,7 @@ from data_prep.tokenizers import load_tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    max_bytes: int = 3_000_000
+    max_bytes: int = 8_000_000
     """text that is read, in bytes"""
     vocab_size: int = 4096
     """pieces of the SentencePiece model"""
@@ -44,14 +45,14 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         folder = Path(name)
         texts = standard_library(options.max_bytes)
         given = overrides(options, write_jsonl(folder / "text.jsonl", texts))
-        first = prepare_folder(folder / "first", given)
+        first = prepare_folder(folder / "first", composed(given))
         tokenizer_path = folder / "first" / first.tokenizer.file
         tokenizer = load_tokenizer(tokenizer_path)
+        cfg = composed([*given, f"tokenizer.path={tokenizer_path}"])
         numbers = count()
 
         def whole() -> None:
-            target = folder / f"round-{next(numbers)}"
-            prepare_folder(target, [*given, f"tokenizer.path={tokenizer_path}"])
+            prepare_folder(folder / f"round-{next(numbers)}", cfg)
 
         def encode() -> None:
             tokenizer.encode_batch(texts)
@@ -105,10 +106,15 @@ def overrides(options: Options, text: Path) -> list[str]:
     ]
 
 
-def prepare_folder(folder: Path, given: Sequence[str]) -> Manifest:
-    """Run `tidar-prepare` into `folder` without its printing."""
+def composed(given: Sequence[str]) -> DictConfig:
+    """The config of `tidar-prepare` with the overrides `given`; it has no `output_dir` yet."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("prepare", [*given, f"output_dir={folder}"])
+        return compose("prepare", list(given))
+
+
+def prepare_folder(folder: Path, cfg: DictConfig) -> Manifest:
+    """Run `tidar-prepare` into `folder` without its printing."""
+    cfg.output_dir = str(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(cfg)
     return Manifest.load(folder)

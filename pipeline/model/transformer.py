@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.attention import attend
+from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        mask: Tensor | None,
+        mask: Mask,
         cache: Cache | None = None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         Args:
             input_ids: [B, L].
             position_ids: rotary position of each token, [B, L] or [L]; None counts from 0.
-            mask: boolean, broadcasting to [B, H, L, keys]; None is causal.
+            mask: boolean, broadcasting to [B, H, L, keys], or its tiles; None is causal.
             cache: keys and values of earlier tokens; extended in place.
             rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there,
                 since they are most of a training step's memory.
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Final hidden states [B, L, E], arguments as in `forward`; input of `lm_head`."""

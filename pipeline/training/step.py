@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.data.batch import Batch
+from pipeline.model.attention import training_mask
 from pipeline.objective.joint import ObjectiveConfig, combine, joint_loss, loss_sums
 from pipeline.training.distributed import World
 from pipeline.training.engine import gradient_norm, set_learning_rate
@@ -99,7 +100,7 @@ def accumulate(
         logits = engine(
             batch.input_ids,
             position_ids=batch.position_ids,
-            mask=batch.spans.dense().unsqueeze(1),
+            mask=training_mask(batch.spans),
             rows=batch.rows,
         )
         sums = loss_sums(logits, batch.labels, batch.ar_labels)

@@ -154,7 +154,7 @@ def test_two_steps_are_the_same_in_one_and_two_processes(divided, precision, tol
     # Adam moves a weight by the rate whatever its gradient's size, so where a gradient is all
     # rounding its sign may differ: compare on average.
     for name, expected in one["weights"].items():
-        assert float((two["weights"][name] - expected).detach().abs().mean()) < tolerance * 0.05
+        assert float((two["weights"][name] - expected).detach().abs().mean()) < tolerance * 0.1
 
 
 def test_all_stages_agree(divided):

@@ -29,7 +29,10 @@ class Encoded:
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, path: Path, workers: int
 ) -> Iterator[Encoded]:
-    """Encode with the tokenizer, which is also at `path`; `workers` processes, 1 uses none."""
+    """Encode with the tokenizer, which is also saved at `path`; `workers` processes, 1 uses none.
+
+    Batches come back in the order in which they were handed out, whoever is done first.
+    """
     batches = _batches(documents)
     if workers == 1:
         yield from chain.from_iterable(_encode(tokenizer, batch) for batch in batches)

@@ -34,6 +34,11 @@ class PackedSequence:
     """[D], sum S; padding, if any, is a last pseudo-document that starts with the pad id."""
     layout: Layout
 
+    def real_tokens(self, pad_id: int) -> int:
+        """Tokens before the padding: a last document that starts with `pad_id` is padding."""
+        total, last = len(self.tokens), int(self.document_lengths[-1])
+        return total - last if int(self.tokens[total - last]) == pad_id else total
+
 
 def write_shard(
     path: Path, name: str, sequences: Sequence[PackedSequence], padding: int, group_size: int

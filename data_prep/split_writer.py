@@ -1,5 +1,6 @@
 """One split on its way to shards: packed, shuffled, laid out, written, counted."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.encoding import Encoded
 from data_prep.files import sha256_of, write_text_atomic
 from data_prep.layout import Layout, build_layout
 from data_prep.manifest import SPLITS, ShardInfo, Split
 from data_prep.packing import Packed, Packer
 from data_prep.settings import PrepareSettings
 from data_prep.shards import PackedSequence, write_shard
+from data_prep.tokenizers import Tokenizer
 
 DONE_FOLDER = ".done"
 
@@ -23,17 +26,15 @@ class SplitWriter:
     """Takes documents of one split; everything it does is a function of their order and the seed.
 
     A shard that an interrupted run has finished is recorded under `.done/`, with the hash of the
-    config; the same shard of this run is then not written again.
+    config and of the sequences that went into it; the same shard is then not written again.
     """
 
-    def __init__(
-        self, settings: PrepareSettings, split: str, vocab_size: int, eos_id: int, pad_id: int
-    ) -> None:
+    def __init__(self, settings: PrepareSettings, split: str, tokenizer: Tokenizer) -> None:
         self.settings = settings
         self.split = split
-        self.eos_id = eos_id
-        self.token_counts: NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
-        self.packer = Packer(settings.sequence_length, pad_id)
+        self.eos_id = tokenizer.eos_id
+        self.token_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        self.packer = Packer(settings.sequence_length, tokenizer.pad_id)
         self.documents = 0
         self.text_bytes = 0
         self._rng = random.Random(f"{settings.seed} {split}")
@@ -42,11 +43,11 @@ class SplitWriter:
         self._shards: list[ShardInfo] = []
         self._sequences = 0
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Take one document, given without its end token."""
+    def add(self, document: Encoded) -> None:
+        """Take one document and put the end token behind it."""
         self.documents += 1
-        self.text_bytes += text_bytes
-        whole = [*ids, self.eos_id]
+        self.text_bytes += document.text_bytes
+        whole = [*document.ids, self.eos_id]
         self.token_counts += np.bincount(whole, minlength=len(self.token_counts))
         self._shuffle(self.packer.add(whole))
 
@@ -90,16 +91,25 @@ class SplitWriter:
         name = f"{self.split}/{len(self._shards):06d}.tar"
         path = self.settings.output_dir / name
         record = self.settings.output_dir / DONE_FOLDER / f"{name.replace('/', '-')}.json"
-        info = finished_shard(path, record, self.settings.config_hash)
+        source_hash = self._source_hash()
+        info = finished_shard(path, record, source_hash)
         if info is None:
             sequences = [self._lay_out(packed, i) for i, packed in enumerate(self._waiting)]
             padding = sum(packed.padding for packed in self._waiting)
             info = write_shard(path, name, sequences, padding, self.settings.group_size)
-            content = {"config_hash": self.settings.config_hash, "shard": asdict(info)}
+            content = {"source_hash": source_hash, "shard": asdict(info)}
             write_text_atomic(record, json.dumps(content))
         self._shards.append(info)
         self._sequences += len(self._waiting)
         self._waiting.clear()
+
+    def _source_hash(self) -> str:
+        """Of all that decides the bytes of the shard that is due."""
+        digest = hashlib.sha256(f"{self.settings.config_hash} {self._sequences}".encode())
+        for packed in self._waiting:
+            digest.update(packed.tokens.tobytes())
+            digest.update(np.array(packed.document_lengths).tobytes())
+        return digest.hexdigest()
 
     def _lay_out(self, packed: Packed, offset: int) -> PackedSequence:
         number = self._sequences + offset
@@ -120,12 +130,12 @@ def stored_layout(
     )
 
 
-def finished_shard(path: Path, record: Path, config_hash: str) -> ShardInfo | None:
-    """The shard at `path` if `record` says that a run with this config finished it, undamaged."""
+def finished_shard(path: Path, record: Path, source_hash: str) -> ShardInfo | None:
+    """The shard at `path` if `record` says it was made from this source, and it is undamaged."""
     try:
         content = json.loads(record.read_text())
         info = ShardInfo(**content["shard"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     intact = path.is_file() and path.stat().st_size == info.bytes and sha256_of(path) == info.sha256
-    return info if intact and content["config_hash"] == config_hash else None
+    return info if intact and content["source_hash"] == source_hash else None

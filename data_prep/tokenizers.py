@@ -5,6 +5,7 @@ normalisation, no added or removed spaces. Ids of control symbols never come out
 """
 
 import io
+import json
 import random
 import re
 from abc import ABC, abstractmethod
@@ -14,11 +15,12 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.errors import UserError
-from data_prep.files import sha256_of, written_atomically
+from data_prep.files import sha256_of, write_text_atomic, written_atomically
 from data_prep.manifest import TokenizerInfo
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
+HUGGINGFACE_CONFIG = "tokenizer_config.json"
 MASK_PIECE = "<mask>"
 HUGGINGFACE_MASK = "<|mask|>"
 SPACE_SIGN = "\u2581"
@@ -136,9 +138,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{source}: not a Hugging Face tokenizer.json ({error})") from error
         self._model.no_padding()
         self._model.no_truncation()
+        # "<|endoftext|>" or "<|mask|>" spelled out in a document is text, not a control symbol.
+        self._model.encode_special_tokens = True
         mask = tokenizers.AddedToken(HUGGINGFACE_MASK, special=True, normalized=False)
         self._model.add_special_tokens([mask])
-        self.mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
+        mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
+        assert mask_id is not None, "it was added above"
+        self.mask_id = mask_id
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
         names = (eos_token,) if eos_token else HUGGINGFACE_EOS
         eos_id = self._first_id(names)
@@ -170,10 +176,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._model.to_str().encode()
 
+    def save(self, folder: Path) -> Path:
+        """Write `tokenizer.json`, and beside it `tokenizer_config.json`, which names the control
+        symbols the way `transformers` reads them; returns the path of the former."""
+        names = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._model.id_to_token(self.bos_id),
+            "eos_token": self._model.id_to_token(self.eos_id),
+            "mask_token": HUGGINGFACE_MASK,
+        }
+        write_text_atomic(folder / HUGGINGFACE_CONFIG, json.dumps(names, indent=2) + "\n")
+        return super().save(folder)
+
 
 def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer in file `path`, or in the folder `path`: `tokenizer.model` before
     `tokenizer.json`.
+
+    The end-of-document token of a `tokenizer.json` is `eos_token`, or the one that a
+    `tokenizer_config.json` beside it names, or the first of the usual names that it has.
 
     Raises:
         UserError: when there is none, or the file is not what its name says.
@@ -190,8 +211,20 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer") from error
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(content, str(path), eos_token)
+        return HuggingFaceTokenizer(content, str(path), eos_token or _configured_eos(path))
     return SentencePieceTokenizer(content, str(path))
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The `eos_token` of the `tokenizer_config.json` beside `path`; None where there is none."""
+    config = path.with_name(HUGGINGFACE_CONFIG)
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config}: not a JSON object ({error}); mend or remove it") from error
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def train_sentencepiece(

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from data_prep.manifest import Manifest, Split
-from data_prep.shards import PackedSequence, ShardReader
 from numpy.typing import NDArray
 
 from data_prep.layout import Layout, build_layout
+from data_prep.manifest import Manifest, Split
+from data_prep.shards import PackedSequence, ShardReader
 from pipeline.data.order import SequenceOrder
 
 CACHED_GROUPS = 8
@@ -82,9 +82,7 @@ class SequenceSource:
         number, inside = divmod(place.index, self.manifest.group_size)
         packed = self._group(place.shard, number)[inside]
         lengths = packed.document_lengths
-        start = int(lengths[:-1].sum())
-        is_padded = int(packed.tokens[start]) == self.manifest.tokenizer.pad_id
-        padding = int(lengths[-1]) if is_padded else 0
+        padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
         sequence = Sequence(packed.tokens, lengths, padding, packed.layout)
         if self.choice.stored:
             return sequence

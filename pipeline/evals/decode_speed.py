@@ -51,12 +51,11 @@ class MethodTotals:
 
     def __add__(self, other: "MethodTotals") -> "MethodTotals":
         mine, theirs = asdict(self), asdict(other)
-        return MethodTotals(
-            **{
-                name: _add(value, theirs[name]) if isinstance(value, list) else value + theirs[name]
-                for name, value in mine.items()
-            }
-        )
+        total: dict[str, Any] = {
+            name: _add(value, theirs[name]) if isinstance(value, list) else value + theirs[name]
+            for name, value in mine.items()
+        }
+        return MethodTotals(**total)
 
 
 def evaluate_decode_speed(

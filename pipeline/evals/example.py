@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from data_prep.tokenizers import Tokenizer
-
 from pipeline.decoding import generate
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from data_prep.manifest import Manifest
 
 from data_prep.errors import UserError
+from data_prep.manifest import Manifest
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 
 

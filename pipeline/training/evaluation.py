@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.tokenizers import load_tokenizer
-
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut

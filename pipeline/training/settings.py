@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import Manifest
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.config import existing_path, parse, require
 from data_prep.errors import UserError
+from data_prep.manifest import Manifest
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig

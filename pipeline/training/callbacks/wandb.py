@@ -70,7 +70,7 @@ class Wandb(Callback):
         self.run = wandb.init(
             id=run_id(folder),
             resume="allow",
-            mode=self.config.mode,
+            mode=self.config.mode,  # type: ignore[arg-type]
             dir=str(self.run_dir),
             project=self.config.project,
             entity=self.config.entity,

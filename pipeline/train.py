@@ -10,7 +10,7 @@ from pipeline.training.distributed import joined_world
 from pipeline.training.loop import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer, write_config
-from pipeline.training.signals import EXIT_SAVED, stop_on_signal
+from pipeline.training.signals import EXIT_SAVED, code_for_launcher, stop_on_signal
 
 INTERRUPTED = "interrupted"
 """File in the run directory that says: stopped by a signal, saved, to be continued."""
@@ -58,7 +58,7 @@ def prepare_run_dir(settings: TrainSettings) -> None:
 
 
 def main() -> None:
-    sys.exit(run("train", train))
+    sys.exit(code_for_launcher(run("train", train)))
 
 
 if __name__ == "__main__":

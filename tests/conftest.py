@@ -1,9 +1,29 @@
-"""What every test shares."""
+"""What every test shares: a small prepared corpus, and one run trained on it by two processes."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Tests start processes of their own; more threads than cores only slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from commands import prepare_small, train_small
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder written by `tidar-prepare`: sequences of 64 tokens, 400 pieces, K = 4."""
+    return prepare_small(tmp_path_factory.mktemp("data") / "stdlib")
+
+
+@pytest.fixture(scope="session")
+def trained_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of 12 steps under ZeRO-1 on two processes, with evals and checkpoints."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = train_small(data_dir, run_dir, processes=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.errors import UserError
 from data_prep.layout import Layout, build_layout
 from data_prep.manifest import Manifest, Split
 from data_prep.shards import PackedSequence, ShardReader
@@ -29,6 +30,12 @@ class LayoutChoice:
     """Share of the positions that are drafted, in (0, 1]."""
     shift: bool | None = None
     """Move each document's grid by a random 0 … K-1 positions."""
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
+        if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
+            raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
 
     @property
     def stored(self) -> bool:

@@ -20,6 +20,10 @@ from pipeline.training.checkpoint_files import verify_file_list, write_file_list
 from pipeline.training.distributed import World
 from pipeline.training.state import TrainState
 
+DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""Copies of its converters that DeepSpeed leaves beside checkpoints; `tidar-export` does the same
+with a checked result."""
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -69,6 +73,8 @@ class Checkpoints:
             (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
             write_file_list(temporary)
             self._publish(temporary, name)
+            for script in DEEPSPEED_SCRIPTS:
+                (self.folder / script).unlink(missing_ok=True)
         self.world.barrier()
         return name
 

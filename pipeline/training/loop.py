@@ -103,6 +103,6 @@ class Trainer:
         last = first + self.settings.global_batch_size - 1
         raise TrainingStoppedError(
             f"step {self.state.step + 1}: loss or gradient norm is not finite (sequences {first} "
-            f"to {last} of the run's order); weights were not updated and the last checkpoint is "
+            f"to {last} of the run's order); nothing of it was saved and the last checkpoint is "
             "intact; lower optimizer.learning_rate or look at these sequences"
         )

@@ -1,6 +1,5 @@
 """Putting a run together from its settings: model, engine, data, callbacks."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from data_prep.config import config_hash
 from data_prep.errors import UserError
+from data_prep.tokenizers import load_tokenizer
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 from pipeline.model.config import ModelConfig
@@ -113,8 +113,7 @@ def write_extra(folder: Path, settings: TrainSettings, config: ModelConfig) -> N
     """What makes a checkpoint folder loadable by itself."""
     config.save(folder / "model.json")
     write_config(folder, settings)
-    name = settings.manifest.tokenizer.file
-    shutil.copyfile(settings.data_dir / name, folder / name)
+    load_tokenizer(settings.data_dir).save(folder)
 
 
 def write_config(folder: Path, settings: TrainSettings) -> None:

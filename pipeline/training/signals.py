@@ -1,5 +1,6 @@
 """SIGTERM, SIGUSR1 and SIGINT ask a run to finish its step, save and leave."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,17 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.name is not None
+
+
+def code_for_launcher(code: int) -> int:
+    """`code`, but under torchrun 0 for `EXIT_SAVED`.
+
+    torchrun takes any other code for a crash: it ends with 1 and a long report, or, with
+    `--max-restarts`, starts the workers again. There the file `interrupted` in the run directory
+    tells a saved run from a finished one.
+    """
+    saved_under_torchrun = code == EXIT_SAVED and "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if saved_under_torchrun else code
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""Sequences out of real shards, and the loader that reads them ahead."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from data_prep.shards import read_shard
+from pipeline.data.batch import make_batch, sequence_digest
+from pipeline.data.loader import Share, ahead, step_batches
+from pipeline.data.source import LayoutChoice, SequenceSource
+
+
+@pytest.fixture(scope="module")
+def manifest(data_dir) -> Manifest:
+    return Manifest.load(data_dir)
+
+
+def make_source(data_dir, manifest, choice=None, seed=0) -> SequenceSource:
+    return SequenceSource(data_dir, manifest, manifest.train, seed, choice)
+
+
+def test_an_epoch_is_every_stored_sequence_once(data_dir, manifest):
+    source = make_source(data_dir, manifest)
+    stored = [
+        (sequence.tokens.tobytes(), sequence.document_lengths.tolist(), sequence.layout.table())
+        for shard in manifest.train.shards
+        for sequence in read_shard(data_dir / shard.name)
+    ]
+    assert source.order.epoch_sequences == len(stored) == manifest.train.sequences
+    assert len(manifest.train.shards) > 1
+    read = [source[n] for n in range(len(stored))]
+    found = [(s.tokens.tobytes(), s.document_lengths.tolist(), s.layout.table()) for s in read]
+    as_text = [sorted(map(repr, rows)) for rows in (found, stored)]
+    assert as_text[0] == as_text[1]
+    assert [row[0] for row in found] != [row[0] for row in stored]
+    assert sum(s.padding for s in read) == manifest.train.padding
+    assert sum(int(s.real_lengths.sum()) for s in read) == manifest.train.tokens
+
+
+def test_padding_is_told_apart_and_carries_no_block(data_dir, manifest):
+    source = make_source(data_dir, manifest, LayoutChoice(block_size=5, shift=True))
+    padded = [s for s in map(source.__getitem__, range(manifest.train.sequences)) if s.padding]
+    assert padded
+    for sequence in padded:
+        real = len(sequence.tokens) - sequence.padding
+        assert set(sequence.tokens[real:].tolist()) == {manifest.tokenizer.pad_id}
+        assert manifest.tokenizer.pad_id not in sequence.tokens[:real]
+        assert sequence.layout.draft_end.max() == real
+
+
+def test_new_layouts_differ_between_epochs_and_repeat_exactly(data_dir, manifest):
+    choice = LayoutChoice(block_size=6, coverage=0.5, shift=True)
+    source, again = (make_source(data_dir, manifest, choice) for _ in range(2))
+    epoch = source.order.epoch_sequences
+    by_tokens = [{}, {}]
+    for n in range(2 * epoch):
+        sequence = source[n]
+        assert np.array_equal(sequence.layout.table(), again[n].layout.table())
+        by_tokens[n // epoch][sequence.tokens.tobytes()] = sequence
+    changed = 0
+    for key, first in by_tokens[0].items():
+        second = by_tokens[1][key]
+        drafted = int(first.layout.num_slots)
+        assert drafted <= 0.5 * int(first.real_lengths.sum()) or first.layout.num_blocks == 1
+        assert first.layout.draft_lengths.max() <= 6
+        changed += not np.array_equal(first.layout.table(), second.layout.table())
+    assert changed > 0.9 * epoch
+
+
+def test_a_missing_shard_is_named(data_dir, manifest, tmp_path):
+    source = make_source(tmp_path, manifest)
+    with pytest.raises(UserError, match=r"train/00000\d\.tar: missing or damaged shard"):
+        source[0]
+
+
+@pytest.mark.parametrize("values", [{"block_size": 0}, {"coverage": 0.0}, {"coverage": 1.1}])
+def test_bad_layouts_are_refused(values):
+    with pytest.raises(UserError, match=f"layout.{next(iter(values))}"):
+        LayoutChoice(**values)
+
+
+def test_batches_are_those_of_the_order_from_any_start(data_dir, manifest):
+    source, share = make_source(data_dir, manifest), Share(2, 2, rank=1, world_size=2)
+    straight = step_batches(source, share, 0, with_slots=True)
+    steps = [next(straight) for _ in range(4)]
+    later = next(step_batches(make_source(data_dir, manifest), share, 3 * 8, with_slots=True))
+    for step, batches in enumerate(steps):
+        numbers = share.numbers(8 * step)
+        for batch, own in zip(batches, numbers, strict=True):
+            expected = make_batch([source[n] for n in own], manifest.tokenizer.mask_id, 64)
+            assert torch.equal(batch.input_ids, expected.input_ids)
+            assert torch.equal(batch.labels, expected.labels)
+            assert batch.digests == b"".join(sequence_digest(source[n]) for n in own)
+    assert [b.digests for b in later] == [b.digests for b in steps[3]]
+    straight.close()
+
+
+def test_no_mask_section_for_the_twin(data_dir, manifest):
+    batches = step_batches(make_source(data_dir, manifest), Share(2, 1, 0, 1), 0, with_slots=False)
+    batch = next(batches)[0]
+    assert batch.input_ids.shape == (2, 64)
+    assert batch.diffusion_labels == 0
+    batches.close()
+
+
+def test_what_goes_wrong_ahead_is_raised_in_turn():
+    def broken():
+        yield ["first"]
+        raise UserError("shard: damaged")
+
+    batches = ahead(broken(), 2)
+    assert next(batches) == ["first"]
+    with pytest.raises(UserError, match="shard: damaged"):
+        next(batches)
+
+
+def test_the_thread_ends_with_its_reader():
+    def endless():
+        while True:
+            yield ["batch"]
+
+    batches = ahead(endless(), 2)
+    next(batches)
+    thread = next(t for t in threading.enumerate() if t.name == "tidar-read-ahead")
+    batches.close()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -24,7 +24,9 @@ def plan(cfg: DictConfig) -> int:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_text_atomic(Path(planned.plan.json).expanduser(), text)
         except OSError as error:
-            raise UserError(f"plan.json: {planned.plan.json} cannot be written ({error})") from error
+            raise UserError(
+                f"plan.json: {planned.plan.json} cannot be written ({error})"
+            ) from error
     if result.errors:
         raise UserError("; ".join(result.errors))
     return 0

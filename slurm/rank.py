@@ -1,8 +1,8 @@
-"""One rank of train.sbatch: `pipeline.train`, its exit code left where the job script finds it.
+"""One rank of train.sbatch: `pipeline.train`, and its exit code left where the job script finds it.
 
-torchrun takes every code but 0 for a crash: it gives the other ranks 30 s, kills them, and leaves
-with 1 itself. A run that was asked to stop and saved has not crashed, so here torchrun sees 0 and
-waits for all ranks; the job script reads what happened from `$TIDAR_START_DIR/exit-code`.
+torchrun leaves with 1 whatever code a rank ended with, and with 0 both for a run that is done and
+for one that was stopped and saved. `$TIDAR_START_DIR/exit-code` keeps them apart: the code of the
+first rank that failed, or 75 from rank 0 for saved.
 """
 
 import contextlib
@@ -23,11 +23,20 @@ def main() -> int:
 
 
 def train_and_tell() -> int:
+    from omegaconf import DictConfig
+
     from data_prep.cli import run
-    from pipeline.train import train
+    from pipeline.train import INTERRUPTED, train
     from pipeline.training.signals import EXIT_SAVED
 
-    code = run("train", train)
+    def task(cfg: DictConfig) -> int:
+        code = train(cfg)
+        # Only rank 0 writes that file, and only it has written it by now.
+        if os.environ["RANK"] == "0" and (Path(cfg.run_dir).expanduser() / INTERRUPTED).exists():
+            return EXIT_SAVED
+        return code
+
+    code = run("train", task)
     if code:
         # The first rank to end tells; the rest are often ended by torchrun because of it.
         with (

@@ -25,9 +25,7 @@ class StepFlops:
         return self.weights + self.attention
 
 
-def step_flops(
-    config: ModelConfig, *, sequences: int, rows: int, checkpointing: bool
-) -> StepFlops:
+def step_flops(config: ModelConfig, *, sequences: int, rows: int, checkpointing: bool) -> StepFlops:
     """FLOPs of a step over `sequences` of `rows` rows each, both sections together.
 
     Training gives attention a dense mask with or without a mask section, so no pair is skipped.

@@ -1,10 +1,10 @@
-"""The plan of a run: every figure that is worked out before it starts, and what speaks against it."""
+"""The plan of a run: every figure worked out before it starts, and what speaks against it."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.planning.flops import StepFlops, step_flops
-from pipeline.planning.hardware import Gpu, find_gpu
+from pipeline.planning.hardware import GPUS, Gpu, find_gpu
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
     BatchMemory,
@@ -180,11 +180,9 @@ def duration(planned: Planned, gpu: Gpu, flops: StepFlops) -> Duration | None:
 def judge(plan: Plan) -> None:
     """Say what keeps the run from starting, and what its user should know."""
     planned, train = plan.planned, plan.planned.train
+    unknown = []
     if plan.gpu.memory_gib is None:
-        plan.warnings.append(
-            f"cluster.gpu: {plan.gpu.name} is unknown hardware, so memory is not judged; give "
-            "cluster.memory_gib"
-        )
+        unknown.append("memory is not judged (give cluster.memory_gib)")
     else:
         room = (plan.gpu.memory_gib - planned.plan.reserve_gib) * GIB
         if plan.memory.peak > room:
@@ -194,9 +192,13 @@ def judge(plan: Plan) -> None:
                 f"try {remedy(plan)}"
             )
     if plan.duration is None:
+        unknown.append(
+            f"time is not estimated (give cluster.tflops, the peak in {train.precision})"
+        )
+    if unknown:
         plan.warnings.append(
-            f"cluster.gpu: the {train.precision} peak of {plan.gpu.name} is unknown, so time is "
-            "not estimated; give cluster.tflops"
+            f"cluster.gpu: {plan.gpu.name}: unknown hardware, so {' and '.join(unknown)}; "
+            f"known are {', '.join(GPUS)}"
         )
     if planned.plan.attention == "math":
         plan.warnings.append(

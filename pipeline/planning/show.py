@@ -45,7 +45,7 @@ def run_rows(plan: Plan) -> Rows:
         sections += f" + {planned.num_slots} mask"
     drafted = f"coverage {planned.coverage:g}, K = {planned.block_size}"
     return [
-        ("parameters", f"{model.num_parameters / 1e6:,.1f} M", f"vocabulary {model.vocab_size}"),
+        ("parameters", f"{model.num_parameters:,}", f"vocabulary {model.vocab_size}"),
         ("GPUs", f"{cluster.processes}", f"{cluster.nodes} nodes x {cluster.gpus_per_node}, "
          f"{plan.gpu.name}"),
         ("rows of a sequence", f"{planned.rows}", f"{sections}, {drafted}" if planned.num_slots
@@ -54,7 +54,7 @@ def run_rows(plan: Plan) -> Rows:
          f"{plan.accumulation_steps} accumulation steps x {cluster.processes} GPUs"),
         ("clean tokens a step", f"{plan.tokens_per_step:,}", "padding included"),
         ("steps", f"{train.steps:,}",
-         f"{train.steps * plan.tokens_per_step / 1e9:,.2f} billion clean tokens"),
+         f"{train.steps * plan.tokens_per_step:,} clean tokens in all"),
     ]  # fmt: skip
 
 
@@ -115,4 +115,3 @@ def cost_rows(plan: Plan) -> Rows:
 def gib(size: int) -> str:
     """Bytes as GiB, or MiB where that would be nothing."""
     return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
-

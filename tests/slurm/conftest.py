@@ -47,6 +47,7 @@ class Submit:
             SLURM_SUBMIT_DIR=str(ROOT),
             TIDAR_PYTHON=sys.executable,
             TIDAR_INTERFACE="lo",
+            TIDAR_LOGS=str(self.folder),
             OMP_NUM_THREADS="1",
             **environment,
         )

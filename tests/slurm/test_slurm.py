@@ -67,7 +67,7 @@ def test_a_job_on_two_nodes_trains_to_the_end(prepared, submit, tmp_path):
 def test_signals_save_and_requeue_and_no_step_is_lost_or_doubled(prepared, submit, slurm, tmp_path):
     """First as the time limit's signal arrives; then at one node's task alone, which is all that
     reaches a task where Slurm tracks processes by cgroups."""
-    run_dir, steps = tmp_path / "run", 200
+    run_dir, steps = tmp_path / "run", 120
     job = submit("train.sbatch", *overrides(prepared[0], run_dir, steps), nodes=2)
     stops = []
     for ask in (

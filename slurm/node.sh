@@ -31,7 +31,9 @@ launch() {
 ask_ranks() {
   local file
   for file in "$pids"/*; do
-    [[ -e "$file" ]] && kill -USR1 "${file##*/}" 2>/dev/null || true
+    if [[ -e "$file" ]]; then
+      kill -USR1 "${file##*/}" 2>/dev/null || true
+    fi
   done
 }
 

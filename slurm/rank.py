@@ -2,7 +2,7 @@
 
 torchrun leaves with 1 whatever code a rank ended with, and with 0 both for a run that is done and
 for one that was stopped and saved. `$TIDAR_START_DIR/exit-code` keeps them apart: the code of the
-first rank that failed, or 75 from rank 0 for saved.
+first rank whose code is not 0, 75 for saved.
 """
 
 import contextlib
@@ -23,20 +23,11 @@ def main() -> int:
 
 
 def train_and_tell() -> int:
-    from omegaconf import DictConfig
-
     from data_prep.cli import run
-    from pipeline.train import INTERRUPTED, train
-    from pipeline.training.signals import EXIT_SAVED
+    from pipeline.train import train
+    from pipeline.training.signals import code_for_launcher
 
-    def task(cfg: DictConfig) -> int:
-        code = train(cfg)
-        # Only rank 0 writes that file, and only it has written it by now.
-        if os.environ["RANK"] == "0" and (Path(cfg.run_dir).expanduser() / INTERRUPTED).exists():
-            return EXIT_SAVED
-        return code
-
-    code = run("train", task)
+    code = run("train", train)
     if code:
         # The first rank to end tells; the rest are often ended by torchrun because of it.
         with (
@@ -44,7 +35,7 @@ def train_and_tell() -> int:
             open(Path(os.environ["TIDAR_START_DIR"]) / "exit-code", "x") as file,
         ):
             file.write(str(code))
-    return 0 if code == EXIT_SAVED else code
+    return code_for_launcher(code)
 
 
 if __name__ == "__main__":

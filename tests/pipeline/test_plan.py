@@ -218,3 +218,15 @@ def flat(cfg: DictConfig, prefix: str = "") -> set[str]:
         group = isinstance(value, DictConfig) and not value._is_none()
         names |= flat(value, f"{prefix}{key}.") if group else {f"{prefix}{key}"}
     return names
+
+
+def test_plans_in_the_cluster_guide_are_what_is_printed(planning):
+    blocks = (ROOT / "docs" / "cluster.md").read_text().split("```text\n$ tidar-plan ")[1:]
+    assert len(blocks) == 3
+    for block in blocks:
+        command, _, shown = block.partition("```")[0].partition("\n")
+        _, out, error = planning(*command.split())
+        if shown.startswith("...\n"):
+            assert shown == "...\n" + error
+        else:
+            assert shown == out + error

@@ -6,11 +6,13 @@ interrupted and saved.
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -29,12 +31,20 @@ def config_dir() -> Path:
     raise FileNotFoundError(f"no conf/ folder under {root}; reinstall tidar-pretrain")
 
 
-def run(config_name: str, task: Callable[[DictConfig], int | None]) -> int:
+def run(
+    config_name: str,
+    task: Callable[[DictConfig], int | None],
+    *,
+    verbatim_keys: Collection[str] = (),
+) -> int:
     """Compose `config_name` with the overrides in sys.argv, call `task(cfg)`, return an exit code.
+
+    The values of `verbatim_keys` are taken letter for letter, whatever they mean to Hydra.
 
     Hydra's own error handling is switched off: it prints several lines and always exits with 1.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
     codes: list[int] = []
     mistakes: list[str] = []
 
@@ -55,6 +65,18 @@ def run(config_name: str, task: Callable[[DictConfig], int | None]) -> int:
         report_mistake(mistakes[0])
         return EXIT_BAD_INPUT
     return max(codes, default=0)
+
+
+def quote_verbatim(argument: str, keys: Collection[str]) -> str:
+    """The command-line argument, with its value quoted for Hydra if it is `key=...` of `keys`.
+
+    `${` is escaped as well, which would be an interpolation even inside quotes.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key not in keys:
+        return argument
+    escaped = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return f"{key}={QuotedString(text=escaped, quote=Quote.single).with_quotes()}"
 
 
 def report_mistake(text: str) -> None:

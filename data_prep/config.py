@@ -15,31 +15,33 @@ T = TypeVar("T")
 
 
 def parse(schema: type[T], section: DictConfig, key: str) -> T:
-    """Check `section` (found at `key`) against the dataclass `schema` and build it.
+    """Check `section` (found at `key`, "" for the whole config) against `schema` and build it.
 
     Raises:
         UserError: naming `key.field` when a key is unknown, missing (`???`) or of the wrong type,
             or when the dataclass itself refuses the values (a ValueError in `__post_init__`).
     """
+    prefix = f"{key}." if key else ""
     known = {field.name for field in fields(schema)}  # type: ignore[arg-type]
     if not isinstance(section, DictConfig):
         raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
     for name in map(str, section):
         if name not in known:
-            raise UserError(f"{key}.{name}: unknown key; known are {', '.join(sorted(known))}")
+            raise UserError(f"{prefix}{name}: unknown key; known are {', '.join(sorted(known))}")
         if OmegaConf.is_missing(section, name):
-            raise UserError(f"{key}.{name}: has no value; set {key}.{name}=... on the command line")
+            full = prefix + name
+            raise UserError(f"{full}: has no value; set {full}=... on the command line")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), section)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         full_key = getattr(error, "full_key", None)
-        name = f"{key}.{full_key}" if full_key else key
+        name = f"{prefix}{full_key}" if full_key else key
         raise UserError(f"{name}: {first_line(error)}") from error
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{key}: {error}" if key else str(error)) from error
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

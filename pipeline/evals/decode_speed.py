@@ -6,103 +6,72 @@ and verifier agree because both are flat: so what a context-free draft would get
 every acceptance, and the AR loss with them.
 """
 
-from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.decoding import Generation, generate
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.totals import MethodTotals
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
 from pipeline.training.distributed import World
 
-
-@dataclass
-class MethodTotals:
-    """Sums over the prompts of one (method, temperature)."""
-
-    prompts: int = 0
-    tokens: int = 0
-    forwards: int = 0
-    seconds: float = 0.0
-    matches: int = 0
-    """Prompts whose tokens equal those of AR decoding."""
-    fourgrams: int = 0
-    distinct_fourgrams: int = 0
-    reached: list[int] = field(default_factory=list)
-    """Steps that came to verify draft position 1 … K - 1."""
-    accepted: list[int] = field(default_factory=list)
-    """Steps that accepted it."""
-
-    def add(self, run: Generation, block_size: int, matches: bool) -> None:
-        grams = [tuple(run.tokens[i : i + 4]) for i in range(len(run.tokens) - 3)]
-        self.prompts += 1
-        self.tokens += len(run.tokens)
-        self.forwards += run.forwards
-        self.seconds += run.seconds
-        self.matches += matches
-        self.fourgrams += len(grams)
-        self.distinct_fourgrams += len(set(grams))
-        positions = range(1, block_size)
-        self.reached = _add(self.reached, [sum(a >= i for a in run.accepted) for i in positions])
-        self.accepted = _add(self.accepted, [sum(a > i for a in run.accepted) for i in positions])
-
-    def __add__(self, other: "MethodTotals") -> "MethodTotals":
-        mine, theirs = asdict(self), asdict(other)
-        total: dict[str, Any] = {
-            name: _add(value, theirs[name]) if isinstance(value, list) else value + theirs[name]
-            for name, value in mine.items()
-        }
-        return MethodTotals(**total)
+WARM_UP_TOKENS = 8
 
 
 def evaluate_decode_speed(
-    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World, step: int
+    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World, step: int | None
 ) -> list[dict[str, Any]]:
     """One row for each (method, temperature), equal on all ranks; keys as in `docs/metrics.md`.
 
     Every rank must call it with the same full weights; each takes its share of prompts and
-    sequences.
+    sequences. But for clock times the rows do not depend on the number of ranks.
 
     Args:
         model: in evaluation mode. Without a mask token only AR rows come out.
         heldout: where prompts and sequences come from.
         config: how many of them, and how they are decoded.
         world: the ranks that share the work.
-        step: optimizer step, copied into the rows.
+        step: optimizer step, copied into the rows; None where it is not known.
+
+    Raises:
+        UserError: when no held-out document is long enough, or a prompt and its continuation do
+            not fit the model's positions.
     """
     drafts = model.config.mask_token_id is not None
-    block_size = config.block_size or model.config.block_size or 1
+    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     prompts = heldout.prompts(config.prompts, config.prompt_tokens, config.seed)
-    totals = _decode(model, prompts[world.rank :: world.size], config, block_size, drafts)
-    combined = _sum_over_ranks(totals, world)
-    quality = _score(model, heldout, config, block_size, drafts, world)
+    totals = _decode(model, prompts, config, block_size, world)
+    unigram = heldout.unigram()
+    sequences = heldout.sequences(
+        config.score_sequences,
+        config.seed,
+        block_size,
+        shift=True,  # the decoder, too, starts its blocks anywhere
+        rank=world.rank,
+        world_size=world.size,
+    )
+    probabilities = torch.from_numpy(unigram.probabilities).float()
+    own = score_drafts(model, sequences, block_size, probabilities)
+    scores = reduce(add, world.gather(own))
     rows = []
     for temperature in config.temperatures:
-        speed_ar = None
-        for method in ("ar", "tidar") if drafts else ("ar",):
-            total = combined[method, temperature]
-            speed = total.tokens / total.seconds
-            speed_ar = speed_ar or speed
-            row = {
-                "step": step,
-                "method": method,
-                "temperature": temperature,
-                "block_size": block_size if method == "tidar" else 1,
-                "prompts": total.prompts,
-                "tokens": total.tokens,
-                "forwards": total.forwards,
-                "tokens_per_forward": total.tokens / total.forwards,
-                "tokens_per_second": speed,
-                "speedup_over_ar": speed / speed_ar,
-                "exact_match_ar": total.matches / total.prompts if temperature == 0 else None,
-                "acceptance_by_position": _rates(total) if method == "tidar" else None,
-                "distinct_4grams": total.distinct_fourgrams / max(total.fourgrams, 1),
-            }
-            rows.append({**row, **quality(temperature)})
+        for method in methods_of(model):
+            own_totals, ar_totals = totals[method, temperature], totals["ar", temperature]
+            row = _decoding_part(method, temperature, own_totals, ar_totals, block_size)
+            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
+            rows.append({"step": step, **row, **quality})
     return rows
+
+
+def methods_of(model: Transformer) -> tuple[str, ...]:
+    """AR first; TiDAR as well where the model can draft."""
+    return ("ar",) if model.config.mask_token_id is None else ("ar", "tidar")
 
 
 def _decode(
@@ -110,102 +79,84 @@ def _decode(
     prompts: list[list[int]],
     config: DecodeSpeedConfig,
     block_size: int,
-    drafts: bool,
-) -> dict[tuple[str, float], MethodTotals]:
-    methods = ("ar", "tidar") if drafts else ("ar",)
-    totals = {(m, t): MethodTotals() for t in config.temperatures for m in methods}
-    if prompts:  # first calls allocate and pick kernels; they are not timed
-        for method in methods:
-            generate(model, prompts[0], method=method, block_size=block_size, max_new_tokens=8)
-    for number, prompt in enumerate(prompts):
-        for temperature in config.temperatures:
-            runs = {
-                method: generate(
-                    model,
-                    prompt,
-                    method=method,
-                    block_size=block_size,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=temperature,
-                    seed=config.seed + number,
-                    eos_id=None,
-                )
-                for method in methods
-            }
-            for method, run in runs.items():
-                matches = run.tokens == runs["ar"].tokens
-                totals[method, temperature].add(run, block_size, matches)
-    return totals
-
-
-def _sum_over_ranks(
-    totals: dict[tuple[str, float], MethodTotals], world: World
-) -> dict[tuple[str, float], MethodTotals]:
-    parts = world.gather(totals)
-    return {key: sum((part[key] for part in parts), MethodTotals()) for key in totals}
-
-
-def _score(
-    model: Transformer,
-    heldout: HeldOut,
-    config: DecodeSpeedConfig,
-    block_size: int,
-    drafts: bool,
     world: World,
-) -> Any:
-    """A function from temperature to the teacher-forced part of a row."""
-    sequences = heldout.sequences(config.score_sequences, config.seed, block_size)
-    unigram = heldout.unigram()
-    probabilities = torch.from_numpy(unigram.probabilities).float()
-    mine = score_drafts(
-        model, sequences[world.rank :: world.size], block_size if drafts else 1, probabilities
-    )
-    scores = _merge(world.gather(mine))
-    shared = {
-        "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
-        "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
-        if drafts and scores.diffusion_tokens
-        else None,
-        "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
-        "unigram_entropy": unigram.entropy,
+) -> dict[tuple[str, float], MethodTotals]:
+    """Decode this rank's prompts by every method at every temperature; sums over all ranks."""
+    methods = methods_of(model)
+
+    def run(method: str, temperature: float, number: int, tokens: int) -> Generation:
+        return generate(
+            model,
+            prompts[number],
+            method=method,
+            block_size=block_size,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            seed=config.seed + number,
+        )
+
+    own = range(world.rank, len(prompts), world.size)
+    settings = [(method, t) for t in config.temperatures for method in methods]
+    for method, temperature in settings if own else ():
+        # First calls allocate and pick kernels; they are not timed.
+        run(method, temperature, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
+    totals = {key: MethodTotals() for key in settings}
+    for turn, number in enumerate(own):
+        # Taking turns at being first, so that neither always finds the caches warm.
+        order = methods if turn % 2 == 0 else methods[::-1]
+        for temperature in config.temperatures:
+            runs = {m: run(m, temperature, number, config.max_new_tokens) for m in order}
+            for method in methods:
+                matches = runs[method].tokens == runs["ar"].tokens
+                totals[method, temperature] += MethodTotals.of(runs[method], matches=matches)
+    parts = world.gather(totals)
+    return {key: reduce(add, (part[key] for part in parts)) for key in settings}
+
+
+def _decoding_part(
+    method: str, temperature: float, totals: MethodTotals, ar: MethodTotals, block_size: int
+) -> dict[str, Any]:
+    """What was measured while decoding."""
+    greedy, drafts = temperature == 0, method == "tidar"
+    return {
+        "method": method,
+        "temperature": temperature,
+        "block_size": block_size if drafts else 1,
+        "prompts": totals.prompts,
+        "tokens": totals.tokens,
+        "forwards": totals.forwards,
+        "tokens_per_forward": totals.tokens_per_forward,
+        "tokens_per_second": totals.tokens_per_second,
+        "speedup_over_ar": totals.tokens_per_second / ar.tokens_per_second,
+        "exact_match_ar": totals.matches / totals.prompts if greedy else None,
+        "acceptance_by_position": totals.acceptance(block_size) if drafts else None,
+        "distinct_4grams": totals.distinct_4grams,
     }
 
-    def at(temperature: float) -> dict[str, Any]:
-        row = 0 if temperature == 0 else 1
-        return {
-            **shared,
-            # Sampling is scored at temperature 1 only; at others the sum of minima differs.
-            "teacher_forced_acceptance": _shares(scores.accepted, scores.drafts, row)
-            if drafts and temperature in (0, 1)
-            else None,
-            "unigram_acceptance": _shares(scores.unigram_accepted, scores.drafts, row)
-            if drafts and temperature in (0, 1)
-            else None,
-        }
 
-    return at
-
-
-def _merge(parts: list[DraftScores]) -> DraftScores:
-    total = parts[0]
-    for part in parts[1:]:
-        for name, value in vars(part).items():
-            setattr(total, name, getattr(total, name) + value)
-    return total
-
-
-def _shares(sums: torch.Tensor | None, counts: torch.Tensor | None, row: int) -> list[float | None]:
-    assert sums is not None
-    assert counts is not None
-    return [float(s / c) if c else None for s, c in zip(sums[row], counts, strict=True)]
+def _scoring_part(
+    scores: DraftScores, temperature: float, drafts: bool, unigram_entropy: float
+) -> dict[str, Any]:
+    """What was measured on held-out text; the same for every method."""
+    row = 0 if temperature == 0 else 1
+    # Sampling is scored at temperature 1 only; at others the sum of minima differs.
+    scored = drafts and temperature in (0, 1)
+    return {
+        "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
+        "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
+        if scores.diffusion_tokens
+        else None,
+        "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
+        "unigram_entropy": unigram_entropy,
+        "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts)
+        if scored
+        else None,
+        "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts)
+        if scored
+        else None,
+    }
 
 
-def _rates(total: MethodTotals) -> list[float | None]:
-    pairs = zip(total.accepted, total.reached, strict=True)
-    return [accepted / reached if reached else None for accepted, reached in pairs]
-
-
-def _add(left: list[int], right: list[int]) -> list[int]:
-    if not left or not right:
-        return left or right
-    return [a + b for a, b in zip(left, right, strict=True)]
+def _shares(sums: Tensor, counts: Tensor) -> list[float | None]:
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [total / count if count else None for total, count in pairs]

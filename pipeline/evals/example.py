@@ -1,9 +1,9 @@
 """A generation for the report: every token with the forward that made it final."""
 
 import json
-import os
 from pathlib import Path
 
+from data_prep.files import write_text_atomic
 from data_prep.tokenizers import Tokenizer
 from pipeline.decoding import generate
 from pipeline.evals.heldout import HeldOut
@@ -19,9 +19,18 @@ def write_example(
     step: int,
     path: Path,
 ) -> None:
-    """Continue one held-out prompt greedily with TiDAR and write it to `path` (JSON)."""
+    """Continue one held-out prompt greedily with TiDAR and write it to `path` (JSON).
+
+    It runs twice as far as the eval's own generations, or to the model's last position.
+    """
     prompt = heldout.prompts(1, config.prompt_tokens, config.seed)[0]
-    result = generate(model, prompt, max_new_tokens=2 * config.max_new_tokens)
+    room = model.config.max_positions - len(prompt)
+    result = generate(
+        model,
+        prompt,
+        block_size=config.block_size,
+        max_new_tokens=min(2 * config.max_new_tokens, room),
+    )
     content = {
         "step": step,
         "prompt": tokenizer.decode(prompt),
@@ -36,10 +45,7 @@ def write_example(
             )
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_atomic(path, json.dumps(content, ensure_ascii=False))
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -1,8 +1,11 @@
 """Held-out text as evals need it: whole documents to continue, packed sequences to score."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
@@ -18,19 +21,41 @@ class HeldOut:
         self.manifest = manifest
         self._data_dir = data_dir
 
-    def sequences(self, count: int, seed: int, block_size: int) -> list[Sequence]:
-        """Up to `count` different packed sequences, laid out with full coverage.
+    def sequences(
+        self,
+        count: int | None,
+        seed: int,
+        block_size: int,
+        *,
+        shift: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Sequence]:
+        """This rank's share of `count` different packed sequences, laid out with full coverage.
 
-        The grid is shifted, since the decoder, too, starts its blocks anywhere.
+        The shares of all ranks together are the same sequences, with the same layouts, for any
+        number of ranks.
+
+        Args:
+            count: sequences of all ranks together; None, or more than there are, takes all.
+            seed: of their choice and of the shifts.
+            block_size: K.
+            shift: move each document's grid by a random 0 … K-1 positions, as decoding starts its
+                blocks anywhere; without it every grid starts at its document's start.
+            rank: this rank.
+            world_size: how many there are.
         """
-        choice = LayoutChoice(block_size=block_size, coverage=1.0, shift=True)
+        choice = LayoutChoice(block_size=block_size, coverage=1.0, shift=shift)
         source = SequenceSource(self._data_dir, self.manifest, self.manifest.heldout, seed, choice)
-        return [source[n] for n in range(min(count, self.manifest.heldout.sequences))]
+        total = self.manifest.heldout.sequences
+        for n in range(rank, total if count is None else min(count, total), world_size):
+            yield source[n]
 
     def prompts(self, count: int, prompt_tokens: int, seed: int) -> list[list[int]]:
         """The first `prompt_tokens` tokens of up to `count` different documents.
 
         Only documents longer than the prompt are taken, so that there is something to continue.
+        A document longer than a sequence was cut when it was packed; its pieces count as documents.
 
         Raises:
             UserError: when no held-out document is long enough.
@@ -38,12 +63,9 @@ class HeldOut:
         source = SequenceSource(self._data_dir, self.manifest, self.manifest.heldout, seed)
         prompts: list[list[int]] = []
         for n in range(self.manifest.heldout.sequences):
-            sequence = source[n]
-            ends = np.cumsum(sequence.real_lengths)
-            for end, length in zip(ends, sequence.real_lengths, strict=True):
-                if length > prompt_tokens and len(prompts) < count:
-                    start = int(end - length)
-                    prompts.append(sequence.tokens[start : start + prompt_tokens].tolist())
+            for document in documents(source[n]):
+                if len(document) > prompt_tokens and len(prompts) < count:
+                    prompts.append(document[:prompt_tokens].tolist())
             if len(prompts) == count:
                 break
         if not prompts:
@@ -54,22 +76,30 @@ class HeldOut:
         return prompts
 
     def unigram(self) -> "Unigram":
-        counts = self.manifest.token_counts(self._data_dir)
-        return Unigram.from_counts(counts)
+        return Unigram.from_counts(self.manifest.token_counts(self._data_dir))
 
 
+@dataclass(frozen=True)
 class Unigram:
     """The context-free baseline: token frequencies of the training split, smoothed by one count."""
 
-    def __init__(self, probabilities: np.ndarray, entropy: float) -> None:
-        self.probabilities = probabilities
-        """fp64 [V]"""
-        self.entropy = entropy
-        """Of the unsmoothed frequencies, in nats."""
+    probabilities: NDArray[np.float64]
+    """fp64 [V]"""
+    entropy: float
+    """Of the unsmoothed frequencies, in nats."""
 
     @classmethod
-    def from_counts(cls, counts: np.ndarray) -> "Unigram":
+    def from_counts(cls, counts: NDArray[np.int64]) -> "Unigram":
         frequencies = counts[counts > 0] / counts.sum()
         entropy = float(-(frequencies * np.log(frequencies)).sum())
         smoothed = counts.astype(np.float64) + 1.0
         return cls(smoothed / smoothed.sum(), entropy)
+
+
+def documents(sequence: Sequence) -> list[NDArray[np.integer]]:
+    """The tokens of each document of a packed sequence, end tokens included, padding left out."""
+    ends = np.cumsum(sequence.real_lengths)
+    return [
+        sequence.tokens[end - length : end]
+        for end, length in zip(ends, sequence.real_lengths, strict=True)
+    ]

@@ -1,6 +1,7 @@
-"""Settings of the decode-speed eval, shared by training and `tidar-evaluate`."""
+"""Settings of the evals; those of decode speed are shared by training and `tidar-evaluate`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,72 @@ class DecodeSpeedConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "prompt_tokens", "max_new_tokens", "score_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.every < 0:
-            raise ValueError(f"every must be 0 or more, got {self.every}")
+            _at_least(1, name, getattr(self, name))
+        _at_least(1, "block_size", self.block_size)
+        _at_least(0, "every", self.every)
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError("temperatures must be a list of numbers, each 0 or above")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"temperatures must differ from each other, got {self.temperatures}")
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """Losses on the held-out split."""
+
+    sequences: int | None = None
+    """Packed sequences to score, over all ranks; None scores the whole split."""
+    block_size: int | None = None
+    """K of the mask section; None takes the one trained with."""
+    seed: int = 0
+    """Which sequences are taken where not all are."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "sequences", self.sequences)
+        _at_least(1, "block_size", self.block_size)
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Tasks of lm-evaluation-harness."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks or groups."""
+    tasks_dir: str | None = None
+    """Folder with task definitions (YAML) of one's own, beside those of the library."""
+    limit: int | None = None
+    """Documents of each task, for trying out: scores are then not comparable. None takes all."""
+    num_fewshot: int | None = None
+    """Examples in the prompt; None takes each task's own number."""
+    method: str = "tidar"
+    """How `generate_until` tasks decode: `tidar` or `ar`. Likelihood tasks run plain causal."""
+    block_size: int | None = None
+    """K of the decoder; None takes the one trained with."""
+    trust: float = 1.0
+    """Weight of the AR logits in the decoder's target; below 1 is not lossless."""
+    max_new_tokens: int = 256
+    """Longest answer where a task names no limit of its own."""
+    batch_size: int = 8
+    """Sequences in one causal forward of a likelihood task."""
+    seed: int = 0
+    """Of sampled answers."""
+    confirm_run_unsafe_code: bool = False
+    """Let tasks run code that the model wrote (HumanEval, MBPP). Only in a sandbox."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty; name at least one, for example tasks=[hellaswag]")
+        if self.method not in ("tidar", "ar"):
+            raise ValueError(f"method must be tidar or ar, got {self.method!r}")
+        if not 0.0 <= self.trust <= 1.0:
+            raise ValueError(f"trust must be in [0, 1], got {self.trust}")
+        if self.tasks_dir is not None and not Path(self.tasks_dir).expanduser().is_dir():
+            raise ValueError(f"tasks_dir: {self.tasks_dir} is not a folder")
+        for name in ("limit", "block_size", "max_new_tokens", "batch_size"):
+            _at_least(1, name, getattr(self, name))
+        _at_least(0, "num_fewshot", self.num_fewshot)
+
+
+def _at_least(least: int, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

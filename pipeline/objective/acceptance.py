@@ -5,38 +5,49 @@ sum_v min(p_v, q_v) at temperature 1, the chance that rejection sampling keeps a
 text the earlier drafts of the block are taken as right, hence "teacher-forced".
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.batch import make_batch
 from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
+from pipeline.objective.scoring import Scored, pieces, score_sequence
 
 
-@dataclass
+@dataclass(frozen=True)
 class DraftScores:
     """Sums over held-out tokens; add the ranks' and divide. Positions are 1 … K - 1 in a block."""
 
-    ar_loss: float = 0.0
-    ar_tokens: int = 0
-    diffusion_loss: float = 0.0
-    diffusion_tokens: int = 0
-    unigram_loss: float = 0.0
+    ar_loss: float
+    ar_tokens: int
+    diffusion_loss: float
+    diffusion_tokens: int
+    unigram_loss: float
     """Over the same tokens as `ar_loss`."""
-    drafts: Tensor | None = None
-    """Scored drafts at each position, [K - 1]."""
-    accepted: Tensor | None = None
-    """Summed acceptance of the diffusion draft: rows greedy, temperature 1; [2, K - 1]."""
-    unigram_accepted: Tensor | None = None
-    """The same for a draft that knows no context, [2, K - 1]."""
+    drafts: Tensor
+    """Scored drafts at each position, fp64 [K - 1]."""
+    accepted: Tensor
+    """Summed acceptance of the diffusion draft: rows greedy, temperature 1; fp64 [2, K - 1]."""
+    unigram_accepted: Tensor
+    """The same for a draft that knows no context, fp64 [2, K - 1]."""
+
+    @classmethod
+    def zero(cls, block_size: int) -> "DraftScores":
+        rates = torch.zeros(2, block_size - 1, dtype=torch.float64)
+        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates)
+
+    def __add__(self, other: "DraftScores") -> "DraftScores":
+        return DraftScores(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 @torch.inference_mode()
 def score_drafts(
-    model: Transformer, sequences: list[Sequence], block_size: int, unigram: Tensor
+    model: Transformer, sequences: Iterable[Sequence], block_size: int, unigram: Tensor
 ) -> DraftScores:
     """Losses and acceptance on `sequences`, one joint forward each.
 
@@ -46,52 +57,53 @@ def score_drafts(
         block_size: K.
         unigram: probabilities of a context-free draft, fp32 [V'], V' at most the model's V.
     """
-    device = next(model.parameters()).device
-    unigram = F.pad(unigram, (0, model.config.num_embeddings - len(unigram))).to(device)
-    shape = (2, block_size - 1)
-    accepted, unigram_accepted = torch.zeros(shape), torch.zeros(shape)
-    scores = DraftScores(drafts=torch.zeros(block_size - 1))
+    spare = model.config.num_embeddings - len(unigram)
+    if spare < 0:
+        raise ValueError(f"the unigram draft has {-spare} tokens more than the model")
+    unigram = F.pad(unigram, (0, spare)).to(next(model.parameters()).device)
+    total = DraftScores.zero(block_size)
     for sequence in sequences:
-        _add_sequence(scores, model, sequence, unigram, accepted, unigram_accepted)
-    scores.accepted, scores.unigram_accepted = accepted, unigram_accepted
-    return scores
+        total = total + _score(model, sequence, block_size, unigram)
+    return total
 
 
-def _add_sequence(
-    scores: DraftScores,
-    model: Transformer,
-    sequence: Sequence,
-    unigram: Tensor,
-    accepted: Tensor,
-    unigram_accepted: Tensor,
-) -> None:
-    mask_token_id = model.config.mask_token_id
-    num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
-    device = unigram.device
-    length = len(sequence.tokens)
-    batch = make_batch([sequence], mask_token_id or 0, num_slots).to(device)
-    mask = batch.spans.dense().unsqueeze(1)
-    logits = model(batch.input_ids, batch.position_ids, mask)[0].float()
-    losses = F.cross_entropy(logits[batch.rows], batch.labels, reduction="none").double()
-    scores.ar_loss += float(losses[: batch.ar_labels].sum())
-    scores.diffusion_loss += float(losses[batch.ar_labels :].sum())
-    scores.ar_tokens += batch.ar_labels
-    scores.diffusion_tokens += batch.diffusion_labels
-    ar_targets = batch.labels[: batch.ar_labels]
-    scores.unigram_loss += float(-unigram[ar_targets].double().log().sum())
+def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Tensor) -> DraftScores:
+    scored = score_sequence(model, sequence)
+    batch = scored.batch
+    drafts, accepted, unigram_accepted = _acceptance(model, sequence, scored, block_size, unigram)
+    return DraftScores(
+        ar_loss=float(scored.ar_losses.sum()),
+        ar_tokens=batch.ar_labels,
+        diffusion_loss=float(scored.diffusion_losses.sum()),
+        diffusion_tokens=batch.diffusion_labels,
+        unigram_loss=float(-unigram[batch.labels[: batch.ar_labels]].double().log().sum()),
+        drafts=drafts,
+        accepted=accepted,
+        unigram_accepted=unigram_accepted,
+    )
 
-    if num_slots == 0:
-        return
+
+def _acceptance(
+    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`drafts`, `accepted` and `unigram_accepted` of `DraftScores` for one sequence."""
+    drafts = torch.zeros(block_size - 1, dtype=torch.float64)
+    sums = torch.zeros(2, 2, block_size - 1, dtype=torch.float64)
+    if scored.batch.diffusion_labels == 0:
+        return drafts, sums[0], sums[1]
     slot, offset, clean = _scored_slots(sequence)
-    p = torch.softmax(logits[clean.to(device)], -1)
-    q = torch.softmax(logits[length + slot.to(device)], -1)
-    base = unigram.expand_as(p)
-    assert scores.drafts is not None
-    scores.drafts.index_add_(0, offset - 1, torch.ones(len(offset)))
-    for draft, sums in ((q, accepted), (base, unigram_accepted)):
-        greedy = (p.argmax(-1) == draft.argmax(-1)).float().cpu()
-        sampled = torch.minimum(p, draft).sum(-1).cpu()
-        sums.index_add_(1, offset - 1, torch.stack([greedy, sampled]))
+    drafts.index_add_(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
+    clean_hidden = scored.hidden[: len(sequence.tokens)]
+    slot_hidden = scored.hidden[len(sequence.tokens) :]
+    for part in pieces(len(slot)):
+        device = unigram.device
+        p = torch.softmax(model.lm_head(clean_hidden[clean[part].to(device)]).float(), -1)
+        q = torch.softmax(model.lm_head(slot_hidden[slot[part].to(device)]).float(), -1)
+        for total, draft in zip(sums, (q, unigram.expand_as(p)), strict=True):
+            greedy = (p.argmax(-1) == draft.argmax(-1)).double()
+            sampled = torch.minimum(p, draft).sum(-1).double()
+            total.index_add_(1, offset[part] - 1, torch.stack([greedy, sampled]).cpu())
+    return drafts, sums[0], sums[1]
 
 
 def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:

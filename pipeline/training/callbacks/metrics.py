@@ -1,10 +1,10 @@
 """`metrics.jsonl` and the eval files: the truth about a run. Everything else mirrors them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import write_text_atomic
 from pipeline.training.callbacks.base import Callback, StepMetrics
 from pipeline.training.state import TrainState
 
@@ -36,17 +36,19 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps above `step`, and a line that a crash left incomplete."""
+    """Drop the lines of steps above `step`, and what a crash left that is no row."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = [line + "\n" for line in lines if (found := step_of(line)) is not None and found <= step]
+    write_text_atomic(path, "".join(kept))
+
+
+def step_of(line: str) -> int | None:
+    """The step of a row, or None where `line` is not a whole row."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None

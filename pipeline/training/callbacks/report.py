@@ -16,5 +16,6 @@ class Report(Callback):
         build_report(self.run_dir)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
-        if (self.run_dir / "metrics.jsonl").exists():
+        metrics = self.run_dir / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:  # a run stopped before its first step
             build_report(self.run_dir)

@@ -1,0 +1,46 @@
+"""What a checkpoint folder says of itself beside the weights: its step and its data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.errors import UserError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from; None where its folder does not say, as in an export."""
+
+    step: int | None
+    """Optimizer steps it was trained for."""
+    data_dir: Path | None
+    """The data folder of its run."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Origin":
+        """Read `path`: a checkpoint, a run directory (its latest checkpoint), or any other model.
+
+        Raises:
+            UserError: when a file that is there cannot be read.
+        """
+        latest = path / "checkpoints" / "latest"
+        if latest.is_file():
+            path = latest.parent / latest.read_text(encoding="utf-8").strip()
+        state = _read(path / "state.json", json.loads)
+        config = _read(path / "config.yaml", yaml.safe_load)
+        data = config.get("data")
+        folder = data.get("dir") if isinstance(data, dict) else None
+        return cls(state.get("step"), Path(str(folder)).expanduser() if folder else None)
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged ({error}); use another checkpoint") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,149 @@
+"""Likelihood of the held-out split: every sequence once, spread over the ranks.
+
+The AR loss is that of plain causal prediction. The diffusion loss is taken on the published layout:
+full coverage, each document's grid at its start, so that every position is predicted once, from a
+block that begins 0 … K - 1 positions before it. Letters: K block length.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.tokenizers import Tokenizer
+from pipeline.data.source import Sequence
+from pipeline.evals.heldout import HeldOut, documents
+from pipeline.evals.settings import LikelihoodConfig
+from pipeline.model.transformer import Transformer
+from pipeline.objective.scoring import score_sequence
+from pipeline.training.distributed import World
+
+
+@dataclass(frozen=True)
+class LikelihoodSums:
+    """Sums over sequences, losses in nats; add the ranks' with `+`."""
+
+    sequences: int
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    ar_tokens: int
+    ar_loss: float
+    unigram_loss: float
+    """Over the same tokens as `ar_loss`."""
+    first_loss: float
+    """Unigram loss of each document's first token, which nothing predicts."""
+    diffusion_tokens: Tensor
+    """At place 0 … K - 1 of a block, fp64 [K]."""
+    diffusion_loss: Tensor
+    """fp64 [K]"""
+
+    @classmethod
+    def zero(cls, block_size: int) -> "LikelihoodSums":
+        none = torch.zeros(block_size, dtype=torch.float64)
+        return cls(0, 0, 0, 0, 0.0, 0.0, 0.0, none, none)
+
+    def __add__(self, other: "LikelihoodSums") -> "LikelihoodSums":
+        return LikelihoodSums(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+
+def evaluate_likelihood(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: LikelihoodConfig,
+    world: World,
+) -> dict[str, Any]:
+    """Losses on held-out text, equal on all ranks; keys as in `docs/metrics.md`.
+
+    Every rank must call it with the same full weights.
+
+    Args:
+        model: in evaluation mode. Without a mask token the diffusion entries are None.
+        tokenizer: the data's; counts the bytes of text where not the whole split is scored.
+        heldout: where sequences come from.
+        config: how many of them.
+        world: the ranks that share the work.
+    """
+    drafts = model.config.mask_token_id is not None
+    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
+    unigram = heldout.unigram()
+    own = heldout.sequences(
+        config.sequences,
+        config.seed,
+        block_size,
+        shift=False,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    costs = torch.from_numpy(unigram.probabilities).log().neg()
+    sums = sum_up(model, tokenizer, own, block_size, costs)
+    total = sum(world.gather(sums), LikelihoodSums.zero(block_size))
+    split = heldout.manifest.heldout
+    whole = total.sequences == split.sequences
+    # Decoding each document finds the same number, but where a cut went through a character.
+    text_bytes = split.text_bytes if whole else total.text_bytes
+    ar_loss = total.ar_loss / max(total.ar_tokens, 1)
+    diffusion_tokens = int(total.diffusion_tokens.sum())
+    diffusion_loss = float(total.diffusion_loss.sum()) / max(diffusion_tokens, 1)
+    bits = (total.ar_loss + total.first_loss) / math.log(2)
+    places = zip(total.diffusion_loss.tolist(), total.diffusion_tokens.tolist(), strict=True)
+    return {
+        "sequences": total.sequences,
+        "whole_split": whole,
+        "documents": total.documents,
+        "text_bytes": text_bytes,
+        "ar_tokens": total.ar_tokens,
+        "ar_loss": ar_loss,
+        "perplexity": math.exp(ar_loss),
+        "bits_per_byte": bits / max(text_bytes, 1),
+        "unigram_loss": total.unigram_loss / max(total.ar_tokens, 1),
+        "unigram_entropy": unigram.entropy,
+        "block_size": block_size if drafts else None,
+        "diffusion_tokens": diffusion_tokens,
+        "diffusion_loss": diffusion_loss if drafts else None,
+        "diffusion_loss_by_place": [loss / count if count else None for loss, count in places]
+        if drafts
+        else None,
+    }
+
+
+def sum_up(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    sequences: Iterable[Sequence],
+    block_size: int,
+    costs: Tensor,
+) -> LikelihoodSums:
+    """The sums of `sequences`; `costs` are the unigram losses of the tokenizer's ids, fp64 [V']."""
+    total = LikelihoodSums.zero(block_size)
+    for sequence in sequences:
+        scored = score_sequence(model, sequence)
+        pieces = documents(sequence)
+        first = torch.tensor([int(piece[0]) for piece in pieces])
+        tokens = torch.zeros(block_size, dtype=torch.float64)
+        losses = torch.zeros_like(tokens)
+        if scored.batch.diffusion_labels:
+            layout = sequence.layout
+            place = layout.slot_position - layout.prefix_end[layout.slot_block]
+            places = torch.from_numpy(place.astype("int64"))
+            tokens.index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
+            losses.index_add_(0, places, scored.diffusion_losses)
+        labels = scored.batch.labels[: scored.batch.ar_labels].cpu()
+        total = total + LikelihoodSums(
+            sequences=1,
+            documents=len(pieces),
+            text_bytes=sum(len(tokenizer.decode(p.tolist()).encode()) for p in pieces),
+            ar_tokens=scored.batch.ar_labels,
+            ar_loss=float(scored.ar_losses.sum()),
+            unigram_loss=float(costs[labels].sum()),
+            first_loss=float(costs[first].sum()),
+            diffusion_tokens=tokens,
+            diffusion_loss=losses,
+        )
+    return total

@@ -1,0 +1,188 @@
+"""The model as lm-evaluation-harness sees it; imported only where that library is installed.
+
+`loglikelihood` and `loglikelihood_rolling` run plain causal forwards; `generate_until` decodes one
+request at a time by TiDAR or AR. A context that is empty is the end token: documents start with
+no token of their own in training.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from pipeline.decoding import stream
+from pipeline.decoding.sampling import Sampling
+from pipeline.evals.settings import TasksConfig
+from pipeline.model.transformer import Transformer
+from pipeline.training.distributed import World
+
+NEUTRAL = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1)}
+"""Values of sampling options that change nothing; others are refused where a task samples."""
+
+
+@dataclass
+class Generated:
+    """What `generate_until` cost for one task on this rank."""
+
+    answers: int = 0
+    tokens: int = 0
+    forwards: int = 0
+
+
+class TidarLM(TemplateLM):
+    """Every rank holds the whole model and answers its share of the requests."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, config: TasksConfig, world: World
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tidar_tokenizer = tokenizer
+        self.config = config
+        self.world = world
+        self._rank, self._world_size = world.rank, world.size
+        self._device = next(model.parameters()).device
+        self.generated: defaultdict[str, Generated] = defaultdict(Generated)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tidar_tokenizer.eos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.model.config.max_positions
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.world.gather(tensor.cpu())).flatten()
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        parts = self.world.gather(obj)
+        return parts if self.rank == dst else None
+
+    def barrier(self) -> None:
+        self.world.barrier()
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self.tidar_tokenizer.encode(string)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log probability of each continuation, and whether greedy decoding would give it.
+
+        Args:
+            requests: (names, context ids, continuation ids) each; contexts that do not fit are cut
+                from the left.
+            disable_tqdm: unused; there is no bar of our own.
+            **kwargs: of other adapters.
+        """
+        results: dict[int, tuple[float, bool]] = {}
+        # Neighbours of like length waste little on padding.
+        order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1] + requests[n][2]))
+        for start in range(0, len(order), self.config.batch_size):
+            numbers = order[start : start + self.config.batch_size]
+            pairs = [(requests[n][1], requests[n][2]) for n in numbers]
+            results.update(zip(numbers, self._score(pairs), strict=True))
+        return [results[n] for n in range(len(requests))]
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        whole = [(context + target)[-(self.max_length + 1) :] for context, target in pairs]
+        targets = [tokens[-len(target) :] for tokens, (_, target) in zip(whole, pairs, strict=True)]
+        width = max(len(tokens) for tokens in whole) - 1
+        # Padding stands on the right, where no token of the sequence can see it.
+        ids = torch.full((len(whole), width), self.eot_token_id)
+        rows = []
+        for number, (tokens, target) in enumerate(zip(whole, targets, strict=True)):
+            ids[number, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+            end = number * width + len(tokens) - 1
+            rows.append(torch.arange(end - len(target), end))
+        logits = self.model(ids.to(self.device), rows=torch.cat(rows).to(self.device))
+        results = []
+        for part, target in zip(logits.split([len(t) for t in targets]), targets, strict=True):
+            labels = torch.tensor(target, device=self.device)
+            chosen = torch.log_softmax(part.float(), -1).gather(1, labels[:, None])
+            greedy = bool((part.argmax(-1) == labels).all())
+            results.append((float(chosen.double().sum()), greedy))
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of whole texts, longer ones in windows that score each token once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            found = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, target in map(make_disjoint_window, found):
+                windows.append((None, context, target))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to its first stop string."""
+        answers = []
+        for request in requests:
+            context, options = request.args
+            options = normalize_gen_kwargs(options, self.config.max_new_tokens)
+            cost = self.generated[request.task_name or ""]
+            answers.append(self._answer(context, options, cost))
+        return answers
+
+    def _answer(self, context: str, options: dict[str, Any], cost: Generated) -> str:
+        limit, stops = options["max_gen_toks"], [stop for stop in options["until"] if stop]
+        prompt = self.tok_encode(context) or [self.prefix_token_id]
+        if limit >= self.max_length:
+            raise UserError(
+                f"evals.tasks.tasks: an answer may have {limit} tokens, the model has "
+                f"{self.max_length} positions; leave this task out"
+            )
+        steps = stream(
+            self.model,
+            prompt[-(self.max_length - limit) :],
+            method=self.config.method,
+            block_size=self.config.block_size,
+            max_new_tokens=limit,
+            sampling=self._sampling(options),
+            eos_id=self.eot_token_id,
+        )
+        tokens: list[int] = []
+        text = ""
+        cost.answers += 1
+        for new, _ in steps:
+            tokens += new
+            cost.tokens += len(new)
+            cost.forwards += 1
+            text = self.tidar_tokenizer.decode(tokens)
+            if any(stop in text for stop in stops):
+                break
+        return postprocess_generated_text(text, stops, None)
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        temperature = float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0
+        for name, neutral in NEUTRAL.items():
+            if temperature > 0 and options.get(name) not in neutral:
+                raise UserError(
+                    f"evals.tasks.tasks: a task samples with {name}={options[name]}, which this "
+                    "decoder does not offer; leave it out or redefine it in evals.tasks.tasks_dir"
+                )
+        return Sampling(temperature=temperature, trust=self.config.trust, seed=self.config.seed)

@@ -1,0 +1,178 @@
+"""`tidar-evaluate` put together: its settings, and the evals that were asked for."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from data_prep.config import existing_path, parse
+from data_prep.errors import UserError
+from data_prep.files import write_text_atomic
+from data_prep.manifest import Manifest
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from pipeline.evals.checkpoint import Origin
+from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.evals.heldout import HeldOut
+from pipeline.evals.likelihood import evaluate_likelihood
+from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
+from pipeline.evals.table import text_table
+from pipeline.evals.tasks import evaluate_tasks, task_rows
+from pipeline.model.transformer import Transformer
+from pipeline.training.distributed import World
+
+SCHEMAS = {
+    "decode_speed": DecodeSpeedConfig,
+    "likelihood": LikelihoodConfig,
+    "tasks": TasksConfig,
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Everything `tidar-evaluate` is told."""
+
+    checkpoint: Path
+    origin: Origin
+    evals: dict[str, Any]
+    """Settings of each eval asked for, by name."""
+    data_dir: Path | None
+    """None where no eval needs data."""
+    output: Path | None
+    dtype: torch.dtype | None
+    """None takes the checkpoint's own."""
+    device: str | None
+    """None takes a GPU where there is one."""
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "EvaluateSettings":
+        """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
+        checkpoint = existing_path(cfg, "checkpoint", "a checkpoint, an export or a model folder")
+        origin = Origin.of(checkpoint)
+        if not cfg.get("evals"):
+            raise UserError(f"evals: none given; choose from {', '.join(SCHEMAS)}")
+        unknown = [name for name in map(str, cfg.evals) if name not in SCHEMAS]
+        if unknown:
+            raise UserError(f"evals.{unknown[0]}: unknown eval; known are {', '.join(SCHEMAS)}")
+        evals: dict[str, Any] = {
+            name: parse(schema, cfg.evals[name], f"evals.{name}")
+            for name, schema in SCHEMAS.items()
+            if name in cfg.evals
+        }
+        needs_data = set(evals) - {"tasks"}
+        if cfg.dtype is not None and str(cfg.dtype) not in DTYPES:
+            raise UserError(f"dtype: unknown value {str(cfg.dtype)!r}; known are bf16 and fp32")
+        if cfg.device not in (None, "cpu", "cuda"):
+            raise UserError(f"device: unknown value {str(cfg.device)!r}; known are cpu and cuda")
+        return cls(
+            checkpoint=checkpoint,
+            origin=origin,
+            evals=evals,
+            data_dir=_data_dir(cfg, origin) if needs_data else None,
+            output=None if cfg.output is None else Path(str(cfg.output)).expanduser(),
+            dtype=None if cfg.dtype is None else DTYPES[str(cfg.dtype)],
+            device=cfg.device,
+        )
+
+    def device_of(self, world: World) -> torch.device:
+        """The device this rank computes on."""
+        if self.device == "cuda" and world.device.type != "cuda":
+            raise UserError("device: cuda asked for, but torch sees no GPU; use device=cpu")
+        return torch.device("cpu") if self.device == "cpu" else world.device
+
+
+def run_evals(
+    settings: EvaluateSettings,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    world: World,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run every eval on all ranks together; the content of the output file, equal on all."""
+    heldout = None
+    if settings.data_dir is not None:
+        heldout = open_heldout(settings.data_dir, tokenizer)
+    results: dict[str, Any] = {}
+    for name, config in settings.evals.items():
+        say(f"running {name}")
+        if name == "tasks":
+            results[name] = evaluate_tasks(model, tokenizer, config, world)
+            continue
+        assert heldout is not None, "from_config asks for data"
+        if name == "decode_speed":
+            step = settings.origin.step
+            results[name] = evaluate_decode_speed(model, heldout, config, world, step)
+        else:
+            results[name] = evaluate_likelihood(model, tokenizer, heldout, config, world)
+    first = next(model.parameters())
+    return {
+        "checkpoint": str(settings.checkpoint),
+        "step": settings.origin.step,
+        "data_dir": None if settings.data_dir is None else str(settings.data_dir),
+        "data_fingerprint": None if heldout is None else heldout.manifest.fingerprint(),
+        "device": device_name(first.device),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "processes": world.size,
+        "threads_per_process": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **results,
+    }
+
+
+def open_heldout(data_dir: Path, tokenizer: Tokenizer) -> HeldOut:
+    """The held-out split of `data_dir`, which must be in the model's own tokens.
+
+    Raises:
+        UserError: when the data was prepared with another tokenizer, or has no held-out split.
+    """
+    if load_tokenizer(data_dir).content() != tokenizer.content():
+        raise UserError(
+            f"data.dir: {data_dir} was prepared with another tokenizer than the checkpoint's; "
+            "give the data that the model was trained on, or data prepared with its tokenizer"
+        )
+    return HeldOut(data_dir, Manifest.load(data_dir))
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the output file, all or nothing."""
+    try:
+        write_text_atomic(path, json.dumps(results, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"output: {path} cannot be written ({error}); give another") from error
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The results for a reader, as text."""
+    parts = []
+    for name in SCHEMAS:
+        if name in results:
+            found = results[name]
+            columns = task_rows(found) if name == "tasks" else found
+            columns = columns if isinstance(columns, list) else [columns]
+            parts.append(f"{name}\n{text_table(columns)}")
+    return "\n\n".join(parts)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _data_dir(cfg: DictConfig, origin: Origin) -> Path:
+    if cfg.data.dir is not None:
+        return existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
+    if origin.data_dir is None:
+        raise UserError(
+            "data.dir: has no value, and the checkpoint does not name its data; set data.dir=... "
+            "on the command line"
+        )
+    if not origin.data_dir.exists():
+        raise UserError(
+            f"data.dir: {origin.data_dir}, which the checkpoint names, does not exist here; set "
+            "data.dir=... on the command line"
+        )
+    return origin.data_dir

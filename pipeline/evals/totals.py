@@ -1,0 +1,73 @@
+"""Sums over generations, from which the rates of the decode-speed eval are made."""
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+from pipeline.decoding import Generation
+
+
+@dataclass(frozen=True)
+class MethodTotals:
+    """Sums over the prompts of one (method, temperature); add the ranks' with `+`."""
+
+    prompts: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    matches: int = 0
+    """Prompts whose tokens equal those of AR decoding."""
+    fourgrams: int = 0
+    distinct_fourgrams: int = 0
+    """Different 4-grams within a generation, summed over generations."""
+    reached: Counter[int] = field(default_factory=Counter)
+    """Steps that came to verify the draft at a position of the block, by position (1 … K - 1)."""
+    accepted: Counter[int] = field(default_factory=Counter)
+    """Steps that accepted it."""
+
+    @classmethod
+    def of(cls, run: Generation, *, matches: bool) -> "MethodTotals":
+        """The sums of one generation."""
+        grams = [tuple(run.tokens[i : i + 4]) for i in range(len(run.tokens) - 3)]
+        reached: Counter[int] = Counter()
+        accepted: Counter[int] = Counter()
+        for count in run.accepted:
+            # d_0 … d_{count-1} were accepted: d_count was looked at and refused.
+            reached.update(range(1, count + 1))
+            accepted.update(range(1, count))
+        return cls(
+            prompts=1,
+            tokens=len(run.tokens),
+            forwards=run.forwards,
+            seconds=run.seconds,
+            matches=int(matches),
+            fourgrams=len(grams),
+            distinct_fourgrams=len(set(grams)),
+            reached=reached,
+            accepted=accepted,
+        )
+
+    def __add__(self, other: "MethodTotals") -> "MethodTotals":
+        return MethodTotals(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one process: where ranks decode side by side, their seconds add up."""
+        return self.tokens / self.seconds
+
+    @property
+    def distinct_4grams(self) -> float | None:
+        """Share of 4-grams that are the first of their kind; None for texts under 4 tokens."""
+        return self.distinct_fourgrams / self.fourgrams if self.fourgrams else None
+
+    def acceptance(self, block_size: int) -> list[float | None]:
+        """For positions 1 … K - 1, the share of the steps that reached it which accepted it."""
+        return [
+            self.accepted[i] / self.reached[i] if self.reached[i] else None
+            for i in range(1, block_size)
+        ]

@@ -1,0 +1,271 @@
+"""Hugging Face folders as a source of weights, and the two configs translated into each other.
+
+Parameter names need no translation: the modules of `transformer.py` are named like those of
+`Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from pipeline.model.config import ModelConfig
+from pipeline.model.source import EMBEDDING, NamedWeight, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TIDAR_FILE = "tidar.json"
+FORMAT_VERSION = 1
+"""Of `tidar.json`."""
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+DEFAULT_ROPE_THETA = 10000.0
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""Old Llama files hold this table, which follows from the config."""
+
+
+def open_folder(folder: Path) -> Source:
+    """The Hugging Face folder, with what `tidar.json` adds to it where there is one.
+
+    Raises:
+        UserError: naming the file, and the field of its config, that this model cannot represent.
+    """
+    config = config_from_huggingface(folder / CONFIG_FILE)
+    tidar = read_tidar(folder)
+    if tidar is not None:
+        drafting = {name: tidar[name] for name in ("mask_token_id", "block_size")}
+        try:
+            config = replace(config, **drafting)
+        except ValueError as error:
+            raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
+    files = weight_files(folder)
+    return Source(
+        folder=folder,
+        config=config,
+        dtype=_stored_dtype(files),
+        weights=lambda wanted: _read(files),
+        tokenizer=lambda: _tokenizer(folder, tidar),
+        progress=tidar.get("training") if tidar else None,
+    )
+
+
+def config_from_huggingface(path: Path) -> ModelConfig:
+    """The shape in a `config.json`; raises UserError for what the model does not implement."""
+    values = read_json(path)
+    family = values.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(f"{path}: model_type {family!r} is not one of {', '.join(ARCHITECTURES)}")
+    config = _parse(path, values)
+    _refuse_unsupported(path, config)
+    rope = config.rope_parameters or {}
+    try:
+        return ModelConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            rope_theta=float(rope.get("rope_theta", DEFAULT_ROPE_THETA)),
+            rms_norm_eps=float(config.rms_norm_eps),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tie_embeddings=bool(config.tie_word_embeddings),
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _config_class(family: str) -> Any:
+    import transformers
+
+    return getattr(transformers, ARCHITECTURES[family].replace("ForCausalLM", "Config"))
+
+
+def _parse(path: Path, values: dict[str, Any]) -> "PretrainedConfig":
+    # The library's own class knows each family's defaults and how its keys were named over time.
+    try:
+        return _config_class(values["model_type"]).from_dict(values)
+    except Exception as error:  # a validation error of its own for every kind of mistake
+        raise UserError(f"{path}: {_words(error)}") from error
+
+
+def _refuse_unsupported(path: Path, config: "PretrainedConfig") -> None:
+    """What would load and then compute something else is refused, by the name of its field."""
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    biased = getattr(config, "attention_bias", False)
+    windowed = getattr(config, "sliding_window", None) is not None and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    refused = {
+        "rope_scaling (rope_parameters)": kind if kind != "default" else None,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)
+        if rope.get("partial_rotary_factor", 1.0) != 1.0
+        else None,
+        "use_sliding_window": True if windowed else None,
+        "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
+        "attention_bias": True if biased else None,
+        "mlp_bias": True if getattr(config, "mlp_bias", False) else None,
+        "quantization_config": getattr(config, "quantization_config", None),
+    }
+    for field, value in refused.items():
+        if value is not None:
+            shown = value if isinstance(value, str | bool | float) else "set"
+            raise UserError(
+                f"{path}: {field} is {shown}, which this model does not implement; "
+                "use a model without it"
+            )
+
+
+def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Content of `config.json` for the family's class in transformers.
+
+    Raises:
+        UserError: for a shape that no class of theirs has.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise UserError(
+            "checkpoint: the model has both qkv_bias and qk_norm, and no Hugging Face "
+            "architecture of these families does; it cannot be exported"
+        )
+    try:
+        theirs = _config_class(config.family)(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.num_embeddings,
+            max_position_embeddings=config.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    except Exception as error:  # its validation errors have no common type
+        raise UserError(
+            f"checkpoint: transformers' {config.family} cannot have this shape ({_words(error)})"
+        ) from error
+    return {
+        "architectures": [ARCHITECTURES[config.family]],
+        "dtype": str(dtype).removeprefix("torch."),
+        **_own_fields(theirs),
+        # Where releases before 5 look for it.
+        "rope_theta": config.rope_theta,
+    }
+
+
+def _own_fields(config: "PretrainedConfig") -> dict[str, Any]:
+    """All fields but those that every config has at the same value."""
+    from transformers import PretrainedConfig
+
+    common = PretrainedConfig().to_dict()
+    values = config.to_dict()
+    kept = {k: v for k, v in values.items() if k not in common or common[k] != v}
+    return {**kept, "transformers_version": values["transformers_version"]}
+
+
+def read_tidar(folder: Path) -> dict[str, Any] | None:
+    """The checked content of `tidar.json`, None where there is none."""
+    path = folder / TIDAR_FILE
+    if not path.exists():
+        return None
+    values = read_json(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
+    for field in ("mask_token_id", "block_size"):
+        if field not in values or not isinstance(values[field], int | None):
+            raise UserError(f"{path}: {field} is missing or not a number; export the model again")
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, after a look at whether they are all there."""
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(
+            f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}; only safetensors are read"
+        )
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError(f"{index}: has no weight_map; the model is damaged")
+    files = [folder / name for name in sorted(set(mapping.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing, although {INDEX_FILE} names it")
+    return files
+
+
+def _read(files: list[Path]) -> Iterator[NamedWeight]:
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    if not name.endswith(ROTARY_BUFFER):
+                        yield NamedWeight(name, path, file.get_tensor(name))
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or cut short ({error})") from error
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """Type of the embedding, which stands for all."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
+                    return file.get_slice(EMBEDDING)[:0].dtype
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or cut short ({error})") from error
+    raise UserError(f"{files[0].parent}: tensor {EMBEDDING} missing; the model is incomplete")
+
+
+def _tokenizer(folder: Path, tidar: dict[str, Any] | None) -> Tokenizer:
+    """The tokenizer the model was trained with: an export's own, else `tokenizer.json` first."""
+    kind = tidar.get("tokenizer", {}).get("kind") if tidar else "huggingface"
+    names = [HUGGINGFACE_FILE, SENTENCEPIECE_FILE]
+    for name in names if kind == "huggingface" else reversed(names):
+        if (folder / name).is_file():
+            return load_tokenizer(folder / name, named_eos(folder))
+    return load_tokenizer(folder)
+
+
+def named_eos(folder: Path) -> str | None:
+    """The end-of-document token that `tokenizer_config.json` names, if it does."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    eos = read_json(path).get("eos_token") if path.is_file() else None
+    return eos.get("content") if isinstance(eos, dict) else eos  # an added token, spelled out
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no object")
+    return values
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Models from disk: a training checkpoint, an export, or a plain Hugging Face folder."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from pipeline.model.checkpoint import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
+from pipeline.model.checkpoint_files import FILE_LIST
+from pipeline.model.config import ModelConfig
+from pipeline.model.huggingface import CONFIG_FILE, open_folder
+from pipeline.model.source import Source, fill
+from pipeline.model.transformer import Transformer
+
+MAY_DIFFER = ("vocab_size", "max_positions", "mask_token_id", "block_size")
+"""Fields in which a run may differ from the weights it starts from."""
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """A model ready to decode, and its tokenizer.
+
+    Args:
+        path: a training checkpoint (`run_dir/checkpoints/step-00000100`), a `run_dir` (its latest
+            checkpoint), a folder written by `tidar-export`, or a Hugging Face folder of the Qwen2,
+            Qwen3 or Llama family.
+        dtype: a torch type, `bf16` or `fp32`; None keeps that of the weights, for a checkpoint the
+            precision it was trained in. `fp32` takes the master weights of a bf16 checkpoint where
+            ZeRO 1, 2 or 3 kept them.
+        device: None is the GPU where there is one, else the CPU.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer it was trained with.
+
+    Raises:
+        UserError: naming the file, and the tensor or field in it, that cannot be used.
+    """
+    source = open_source(path)
+    return read_model(source, dtype=dtype, device=device), source.tokenizer()
+
+
+def read_model(
+    source: Source,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Transformer:
+    """The model of an opened `source`, in evaluation mode; arguments as in `load_model`."""
+    chosen = source.dtype if dtype is None else as_dtype(dtype)
+    model = Transformer.empty(source.config, as_device(device), chosen)
+    fill(model, source)
+    return model.eval()
+
+
+def initialize_from(path: str | Path, config: ModelConfig) -> Transformer:
+    """A model of shape `config` on the CPU, with the weights found at `path`; for training.
+
+    `config` may have more embedding rows, and a mask token where the weights have none. Rows that
+    mean nothing yet (those added, and the mask token's) start as the mean of the source's rows, in
+    an untied LM head as well: a typical embedding, so that no logit stands out at the first step.
+
+    Raises:
+        UserError: as `load_model`, or naming the key whose value contradicts the weights.
+    """
+    source = open_source(path)
+    _check_shape(source, config)
+    model = Transformer.empty(config, torch.device("cpu"), source.dtype)
+    fill(model, source)
+    rows = source.config.num_embeddings
+    new = set(range(rows, config.num_embeddings))
+    if config.mask_token_id is not None and source.config.mask_token_id is None:
+        new.add(config.mask_token_id)
+    if new:
+        index = torch.tensor(sorted(new))
+        for weight in {model.model.embed_tokens.weight, model.lm_head.weight}:
+            _set_to_mean(weight, rows, index)
+    return model
+
+
+def open_source(path: str | Path) -> Source:
+    """Find out what `path` is, and read everything but its weights."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: not a folder; give a training checkpoint, a run_dir, an export or a "
+            "downloaded Hugging Face model"
+        )
+    folder = folder.resolve()
+    if (folder / "checkpoints").is_dir():
+        return open_checkpoint(newest_checkpoint(folder / "checkpoints"))
+    if any((folder / name).is_file() for name in (FILE_LIST, MODEL_FILE)):
+        return open_checkpoint(folder)
+    if (folder / CONFIG_FILE).is_file():
+        return open_folder(folder)
+    raise UserError(
+        f"{folder}: holds no model: neither {FILE_LIST} of a training checkpoint nor {CONFIG_FILE} "
+        "of a Hugging Face folder"
+    )
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`bf16`, `fp32` or a torch type as a torch type."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: unknown value {dtype!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that is there; None is the GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device: {device} cannot be used here; try device=cpu") from error
+    return chosen
+
+
+def _check_shape(source: Source, config: ModelConfig) -> None:
+    for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_DIFFER):
+        found, asked = getattr(source.config, name), getattr(config, name)
+        if found != asked:
+            raise UserError(
+                f"init_from: {source.folder} has {name} {found}, the config has {asked}; "
+                f"set model.{name}={_spelled(found)}"
+            )
+    rows, asked_rows = source.config.num_embeddings, config.num_embeddings
+    if asked_rows < rows:
+        raise UserError(
+            f"init_from: {source.folder} has vocab_size {rows}, the config has {asked_rows}; "
+            f"set model.vocab_size={rows}, or more"
+        )
+    trained, mask = source.config.mask_token_id, config.mask_token_id
+    if trained is not None and mask is not None and trained != mask:
+        raise UserError(
+            f"init_from: {source.folder} was trained with mask token {trained}, the data's "
+            f"tokenizer has {mask}; prepare the data with the tokenizer of that model"
+        )
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _set_to_mean(weight: Tensor, rows: int, index: Tensor) -> None:
+    """Set the rows `index` [N] of `weight` [V, E] to the mean of its first `rows` rows."""
+    with torch.no_grad():
+        weight[index] = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)

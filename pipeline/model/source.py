@@ -1,0 +1,101 @@
+"""Weights on disk, whatever wrote them, and copying them into a model without a second copy."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from pipeline.model.config import ModelConfig
+from pipeline.model.transformer import Transformer
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class NamedWeight(NamedTuple):
+    """One tensor of a model on disk."""
+
+    name: str
+    file: Path
+    """Where it stands, for messages."""
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder that holds a model: a training checkpoint, an export or a Hugging Face folder."""
+
+    folder: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    """Of the weights; for a training checkpoint the precision of its forward passes."""
+    weights: Callable[[torch.dtype], Iterator[NamedWeight]]
+    """Reads the tensors one after another. The argument is the type they will be cast to, which
+    decides between a checkpoint's bf16 weights and its fp32 master weights; casting is left to the
+    caller."""
+    tokenizer: Callable[[], Tokenizer]
+    progress: dict[str, Any] | None = None
+    """`step` and `tokens` of the training run, where they are known."""
+
+
+def fill(model: Transformer, source: Source) -> None:
+    """Copy `source`'s weights into `model`, one tensor at a time.
+
+    The embedding matrices of `model` may have more rows than those of the source; the rows that
+    have no counterpart are left as they are.
+
+    Raises:
+        UserError: naming tensor and file when one is unknown, missing or of another shape.
+    """
+    dtype = next(model.parameters()).dtype
+    # Module by module rather than `parameters()`: a tied matrix stands under both of its names.
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    tied = model.config.tie_embeddings
+    pending = set(targets) - ({HEAD} if tied else set())
+    head: NamedWeight | None = None
+    for weight in source.weights(dtype):
+        if tied and weight.name == HEAD:
+            head = weight
+            continue
+        if weight.name not in targets:
+            raise UserError(
+                f"{weight.file}: holds tensor {weight.name}, which this architecture "
+                f"({model.config.family}) does not have"
+            )
+        rows = source.config.num_embeddings if weight.name in (EMBEDDING, HEAD) else None
+        copy_rows(targets[weight.name], weight, rows)
+        pending.discard(weight.name)
+    if pending:
+        first = min(pending)
+        more = f" and {len(pending) - 1} more" if len(pending) > 1 else ""
+        raise UserError(f"{source.folder}: tensor {first}{more} missing; the model is incomplete")
+    if head is not None:
+        check_tied(targets[EMBEDDING], head)
+
+
+def copy_rows(target: nn.Parameter, weight: NamedWeight, rows: int | None) -> None:
+    """Copy `weight` into `target`; into its first `rows` rows, where a number is given."""
+    with torch.no_grad():
+        place = target if rows is None else target[:rows]
+        if weight.tensor.shape != place.shape:
+            raise UserError(
+                f"{weight.file}: tensor {weight.name} has shape {list(weight.tensor.shape)}, "
+                f"the config beside it asks for {list(place.shape)}"
+            )
+        place.copy_(weight.tensor)
+
+
+def check_tied(embedding: nn.Parameter, head: NamedWeight) -> None:
+    """A file may repeat a tied matrix, but not contradict it."""
+    rows = len(head.tensor)
+    same = head.tensor.shape[1:] == embedding.shape[1:] and rows <= len(embedding)
+    if not same or not torch.equal(embedding[:rows], head.tensor.to(embedding)):
+        raise UserError(
+            f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, although the config says they "
+            "are one; set tie_word_embeddings to false there"
+        )

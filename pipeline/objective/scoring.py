@@ -1,0 +1,67 @@
+"""One held-out sequence through the model, and the cross entropy of its labelled tokens.
+
+Letters: S clean tokens, M slots, N labelled rows, E hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.data.batch import Batch, make_batch
+from pipeline.data.source import Sequence
+from pipeline.model.transformer import Transformer
+
+ROWS_AT_ONCE = 1024
+"""Rows whose logits exist at the same time: with 150,000 tokens, 0.6 GB of fp32."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The joint forward of one sequence."""
+
+    hidden: Tensor
+    """[S + M, E], input of the LM head."""
+    losses: Tensor
+    """Cross entropy of each labelled token in nats, fp64 [N] on the CPU: AR first, then slots in
+    their order."""
+    batch: Batch
+
+    @property
+    def ar_losses(self) -> Tensor:
+        return self.losses[: self.batch.ar_labels]
+
+    @property
+    def diffusion_losses(self) -> Tensor:
+        """One for each slot of the layout, in order; empty without a mask section."""
+        return self.losses[self.batch.ar_labels :]
+
+
+@torch.inference_mode()
+def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
+    """Run `sequence` with its layout's mask section, or alone where the model has no mask token.
+
+    The LM head is applied to a few rows at a time, since the logits of a whole sequence with its
+    mask section would outgrow the model.
+    """
+    mask_token_id = model.config.mask_token_id
+    num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
+    device = next(model.parameters()).device
+    batch = make_batch([sequence], mask_token_id or 0, num_slots).to(device)
+    hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans.dense().unsqueeze(1))[0]
+    losses = [
+        F.cross_entropy(
+            model.lm_head(hidden[batch.rows[part]]).float(), batch.labels[part], reduction="none"
+        )
+        for part in pieces(len(batch.rows))
+    ]
+    joined = torch.cat(losses) if losses else torch.zeros(0)
+    return Scored(hidden, joined.double().cpu(), batch)
+
+
+def pieces(count: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:
+    """Slices of at most `size` that together cover `0 … count - 1`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

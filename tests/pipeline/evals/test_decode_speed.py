@@ -1,0 +1,190 @@
+"""The decode-speed eval: what its rows say, on one rank and on two."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evals_data import (
+    BLOCK_SIZE,
+    CONFIG,
+    FEW,
+    OneRank,
+    make_flat_model,
+    make_model,
+    model_config,
+)
+
+from data_prep.errors import UserError
+from pipeline.decoding import generate
+from pipeline.evals import decode_speed
+from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.objective.acceptance import score_drafts
+
+CLOCK = ("tokens_per_second", "speedup_over_ar")
+
+
+def rows_of(model, data, config=CONFIG, step: int | None = 7) -> dict:
+    rows = evaluate_decode_speed(model, data.heldout, config, OneRank(), step)
+    assert all(row["step"] == step for row in rows)
+    return {(row["method"], row["temperature"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return make_model(model_config(data.tokenizer))
+
+
+def flat(row: dict) -> dict:
+    """Lists spread over several keys, so that numbers can be compared with a tolerance."""
+    lists = {key: value for key, value in row.items() if isinstance(value, list)}
+    spread = {f"{key} {n}": v for key, values in lists.items() for n, v in enumerate(values)}
+    return {key: value for key, value in row.items() if key not in lists} | spread
+
+
+def test_two_ranks_say_what_one_says(data, model, two_ranks):
+    """Sampled rows too: a prompt has its own seed, whoever decodes it."""
+    for config, got in zip((CONFIG, FEW), two_ranks["decode_speed"], strict=True):
+        expected = evaluate_decode_speed(model, data.heldout, config, OneRank(), 7)
+        for row, wanted in zip(map(flat, got), map(flat, expected), strict=True):
+            assert row.keys() == wanted.keys()
+            for key in row.keys() - set(CLOCK):
+                assert row[key] == (pytest.approx(wanted[key]) if wanted[key] else wanted[key]), key
+
+
+def test_rows_are_those_of_single_generations(data, model):
+    rows = rows_of(model, data)
+    prompts = data.heldout.prompts(5, 4, seed=0)
+    for temperature in CONFIG.temperatures:
+        for method in ("ar", "tidar"):
+            runs = [
+                generate(
+                    model, prompt, method=method, max_new_tokens=13, temperature=temperature, seed=n
+                )
+                for n, prompt in enumerate(prompts)
+            ]
+            row = rows[method, temperature]
+            assert row["prompts"] == 5
+            assert row["tokens"] == sum(len(run.tokens) for run in runs) == 65
+            assert row["forwards"] == sum(run.forwards for run in runs)
+            assert row["tokens_per_forward"] == row["tokens"] / row["forwards"]
+            if method == "tidar":
+                steps = [a for run in runs for a in run.accepted]
+                first = sum(a > 1 for a in steps) / len(steps)
+                assert row["acceptance_by_position"][0] == first
+                assert len(row["acceptance_by_position"]) == BLOCK_SIZE - 1
+    assert rows["tidar", 0.0]["exact_match_ar"] == 1.0
+    assert rows["tidar", 1.0]["exact_match_ar"] is None
+    assert rows["ar", 0.0]["tokens_per_forward"] == rows["ar", 1.0]["tokens_per_forward"] == 1.0
+    assert rows["ar", 1.0]["speedup_over_ar"] == 1.0
+    assert rows["ar", 0.0]["acceptance_by_position"] is None
+
+
+def test_scores_stand_in_every_row_and_acceptance_where_it_is_defined(data, model):
+    rows = rows_of(model, data)
+    losses = [
+        (row["ar_loss"], row["diffusion_loss"], row["unigram_entropy"]) for row in rows.values()
+    ]
+    assert len(set(losses)) == 1
+    greedy, sampled = rows["tidar", 0.0], rows["tidar", 1.0]
+    assert greedy["teacher_forced_acceptance"] != sampled["teacher_forced_acceptance"]
+    assert len(greedy["unigram_acceptance"]) == BLOCK_SIZE - 1
+    assert rows["tidar", 0.5]["teacher_forced_acceptance"] is None
+    assert rows["tidar", 0.5]["unigram_acceptance"] is None
+
+
+def test_scores_are_taken_on_shifted_grids(data, model):
+    """The decoder starts its blocks anywhere; a grid from the document's start scores otherwise."""
+    unigram = torch.from_numpy(data.heldout.unigram().probabilities).float()
+    aligned, shifted = (
+        score_drafts(model, data.heldout.sequences(5, 0, 4, shift=shift), 4, unigram)
+        for shift in (False, True)
+    )
+    row = rows_of(model, data)["tidar", 1.0]
+    expected = shifted.diffusion_loss / shifted.diffusion_tokens
+    assert row["diffusion_loss"] == pytest.approx(expected)
+    assert row["diffusion_loss"] != pytest.approx(aligned.diffusion_loss / aligned.diffusion_tokens)
+    rates = (shifted.accepted[1] / shifted.drafts).tolist()
+    assert row["teacher_forced_acceptance"] == pytest.approx(rates)
+    unigram_rates = (shifted.unigram_accepted[1] / shifted.drafts).tolist()
+    assert row["unigram_acceptance"] == pytest.approx(unigram_rates)
+
+
+def test_a_model_that_drafts_perfectly_gives_k_tokens_a_forward(data):
+    """One token from the first forward, then K from each: 13 = 1 + 3 · 4.
+
+    It also repeats one token when greedy, which distinct 4-grams betray, and not when sampled.
+    """
+    rows = rows_of(make_flat_model(model_config(data.tokenizer)), data)
+    for temperature in CONFIG.temperatures:
+        row = rows["tidar", temperature]
+        assert row["forwards"] == 5 * (1 + 3)
+        assert row["tokens_per_forward"] == 13 / 4
+        assert row["acceptance_by_position"] == [1.0] * (BLOCK_SIZE - 1)
+    assert rows["tidar", 0.0]["distinct_4grams"] == 1 / 10
+    assert rows["tidar", 1.0]["distinct_4grams"] == 1.0
+    assert rows["tidar", 0.0]["teacher_forced_acceptance"] == [1.0] * (BLOCK_SIZE - 1)
+    assert rows["tidar", 1.0]["teacher_forced_acceptance"] == pytest.approx([1.0] * 3)
+
+
+def test_a_twin_gives_only_ar_rows(data):
+    twin = make_model(model_config(data.tokenizer).without_drafting())
+    rows = rows_of(twin, data)
+    assert set(rows) == {("ar", temperature) for temperature in CONFIG.temperatures}
+    for row in rows.values():
+        assert row["diffusion_loss"] is None
+        assert row["teacher_forced_acceptance"] is None
+        assert row["block_size"] == 1
+        assert row["ar_loss"] > 0
+
+
+def test_block_size_may_differ_from_the_trained_one(data, model):
+    rows = rows_of(model, data, replace(CONFIG, block_size=2, temperatures=[0.0]))
+    assert rows["tidar", 0.0]["block_size"] == 2
+    assert len(rows["tidar", 0.0]["acceptance_by_position"]) == 1
+    assert rows["tidar", 0.0]["exact_match_ar"] == 1.0
+
+
+def test_methods_take_turns_and_warm_up_is_not_counted(data, model, monkeypatch):
+    calls = []
+
+    def spy(model, prompt, **options):
+        calls.append((options["method"], options["temperature"], options["max_new_tokens"]))
+        return generate(model, prompt, **options)
+
+    monkeypatch.setattr(decode_speed, "generate", spy)
+    rows_of(model, data, replace(CONFIG, prompts=2, temperatures=[0.0, 1.0]))
+    warm_up = [("ar", 0.0, 8), ("tidar", 0.0, 8), ("ar", 1.0, 8), ("tidar", 1.0, 8)]
+    first = [("ar", 0.0, 13), ("tidar", 0.0, 13), ("ar", 1.0, 13), ("tidar", 1.0, 13)]
+    second = [("tidar", 0.0, 13), ("ar", 0.0, 13), ("tidar", 1.0, 13), ("ar", 1.0, 13)]
+    assert calls == warm_up + first + second
+
+
+def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
+    with pytest.raises(UserError, match="positions"):
+        rows_of(model, data, replace(CONFIG, max_new_tokens=1000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 0}, "prompts must be at least 1"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"every": -1}, "every must be at least 0"),
+        ({"temperatures": []}, "temperatures must be a list"),
+        ({"temperatures": [0.0, -1.0]}, "temperatures must be a list"),
+        ({"temperatures": [1.0, 1.0]}, "must differ"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_evaluating_leaves_the_model_and_the_random_state_alone(data, model):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    rows_of(model, data)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,0 +1,104 @@
+"""Held-out prompts and sequences: from the right split, each once, the same for all ranks."""
+
+import math
+
+import numpy as np
+import pytest
+from evals_data import SEQUENCE_LENGTH, make_sequence
+
+from data_prep.errors import UserError
+from pipeline.evals.heldout import HeldOut, Unigram, documents
+
+
+def encoded(data, split: str) -> list[tuple[int, ...]]:
+    tokenizer = data.tokenizer
+    return [(*tokenizer.encode(text), tokenizer.eos_id) for text in data.texts[split]]
+
+
+def pieces(ids: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A document as packing cuts it."""
+    return [ids[i : i + SEQUENCE_LENGTH] for i in range(0, len(ids), SEQUENCE_LENGTH)]
+
+
+def test_prompts_begin_different_heldout_documents(data):
+    heldout = [piece for ids in encoded(data, "heldout") for piece in pieces(ids)]
+    train = [piece for ids in encoded(data, "train") for piece in pieces(ids)]
+    prompts = [tuple(p) for p in data.heldout.prompts(1000, 10, seed=3)]
+    long_enough = [piece[:10] for piece in heldout if len(piece) > 10]
+    assert sorted(prompts) == sorted(long_enough)
+    assert len(set(prompts)) == len(prompts) > 10
+    assert not {piece[:10] for piece in train} & set(prompts)
+
+
+def test_prompts_are_the_same_each_time_and_depend_on_the_seed(data):
+    first = data.heldout.prompts(4, 5, seed=1)
+    assert len(first) == 4
+    assert first == data.heldout.prompts(4, 5, seed=1)
+    assert data.heldout.prompts(6, 5, seed=1)[:4] == first
+    assert any(data.heldout.prompts(4, 5, seed=s) != first for s in range(2, 6))
+
+
+def test_prompts_longer_than_every_document_are_refused(data):
+    with pytest.raises(UserError, match=r"prompt_tokens: no held-out document has more than 48"):
+        data.heldout.prompts(4, SEQUENCE_LENGTH, seed=0)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("count", [3, 5, None, 10_000])
+def test_shares_of_ranks_are_the_whole(data, count, shift):
+    def share(rank: int, world_size: int):
+        return list(
+            data.heldout.sequences(count, 2, 4, shift=shift, rank=rank, world_size=world_size)
+        )
+
+    whole = share(0, 1)
+    expected = data.manifest.heldout.sequences
+    assert len(whole) == (expected if count in (None, 10_000) else count)
+    assert len({sequence.tokens.tobytes() for sequence in whole}) == len(whole)
+    divided = [share(rank, 3) for rank in range(3)]
+    assert sum(map(len, divided)) == len(whole)
+    for n, sequence in enumerate(whole):
+        other = divided[n % 3][n // 3]
+        assert np.array_equal(other.tokens, sequence.tokens)
+        assert np.array_equal(other.layout.table(), sequence.layout.table())
+
+
+def test_aligned_grids_cover_every_position_from_each_documents_start(data):
+    for sequence in data.heldout.sequences(None, 0, 4, shift=False):
+        ends = np.cumsum(sequence.real_lengths)
+        starts = ends - sequence.real_lengths
+        covered = sequence.layout.slot_position
+        assert np.array_equal(covered, np.arange(int(ends[-1])))
+        offset = sequence.layout.prefix_end - sequence.layout.prefix_start
+        assert not (offset % 4).any()
+        assert set(starts) <= set(sequence.layout.prefix_end)
+
+
+def test_documents_leave_padding_out():
+    sequence = make_sequence([3, 1, 2], 4, 2, 20, 0, shift=False)
+    found = documents(sequence)
+    assert [len(document) for document in found] == [3, 1, 2]
+    assert np.array_equal(np.concatenate(found), sequence.tokens[:6])
+
+
+def test_unigram_counts_the_training_split(data):
+    counts = np.zeros(data.tokenizer.vocab_size)
+    for ids in encoded(data, "train"):
+        for token in ids:
+            counts[token] += 1
+    unigram = data.heldout.unigram()
+    shares = [c / counts.sum() for c in counts if c]
+    assert unigram.entropy == pytest.approx(-sum(p * math.log(p) for p in shares))
+    np.testing.assert_allclose(unigram.probabilities, (counts + 1) / (counts + 1).sum())
+
+
+def test_entropy_of_equal_frequencies():
+    assert Unigram.from_counts(np.array([0, 5, 5, 5, 5])).entropy == pytest.approx(math.log(4))
+
+
+def test_data_without_heldout_split_is_refused(data):
+    from dataclasses import replace
+
+    empty = replace(data.manifest, heldout=replace(data.manifest.heldout, sequences=0))
+    with pytest.raises(UserError, match="raise heldout_fraction"):
+        HeldOut(data.folder, empty)

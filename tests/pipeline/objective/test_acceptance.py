@@ -1,0 +1,185 @@
+"""Acceptance on held-out text against an oracle: dense loops, one causal forward a position."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.layout import build_layout
+from pipeline.data.source import Sequence
+from pipeline.model.config import ModelConfig
+from pipeline.model.transformer import Transformer
+from pipeline.objective import scoring
+from pipeline.objective.acceptance import DraftScores, score_drafts
+
+VOCABULARY, MASK = 14, 13
+UNIGRAM_IDS = 12
+"""The unigram knows fewer ids than the model has embeddings."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(
+        hidden_size=24, intermediate_size=32, num_layers=2, num_heads=3, num_kv_heads=1,
+        head_dim=8, vocab_size=VOCABULARY, mask_token_id=MASK, block_size=3,
+    )  # fmt: skip
+    model = Transformer(config).initialize(1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unigram() -> torch.Tensor:
+    return torch.softmax(torch.randn(UNIGRAM_IDS, generator=torch.Generator().manual_seed(2)), 0)
+
+
+def sequences(block_size: int) -> list[Sequence]:
+    """Several documents with padding, one whole document, documents of one token."""
+    made = []
+    for seed, (lengths, padding) in enumerate([([7, 2, 4], 3), ([16], 0), ([1, 1, 9], 5)]):
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(0, UNIGRAM_IDS, size=16)
+        documents = np.array([*lengths, padding] if padding else lengths)
+        layout = build_layout(lengths, block_size, shift=True, rng=rng)
+        made.append(Sequence(tokens, documents, padding, layout))
+    return made
+
+
+def causal(model: Transformer, tokens: list[int]) -> torch.Tensor:
+    """The verifier's distribution after `tokens`, [V]."""
+    return torch.softmax(model(torch.tensor([tokens]))[0, -1], -1)
+
+
+def drafted(model: Transformer, prefix: list[int], count: int) -> torch.Tensor:
+    """Distributions of `count` mask slots behind `prefix`, by a mask written out, [count, V]."""
+    total = len(prefix) + count
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for query in range(total):
+        for key in range(total):
+            mask[query, key] = key <= query or query >= len(prefix)
+    logits = model(torch.tensor([prefix + [MASK] * count]), mask=mask)[0, len(prefix) :]
+    return torch.softmax(logits, -1)
+
+
+def blocks_of(sequence: Sequence) -> list[tuple[list[int], int, int]]:
+    """(its document's tokens, block start, block end) of each block; places in the document."""
+    layout = sequence.layout
+    ends = np.cumsum(sequence.real_lengths)
+    found = []
+    for first, start, end in zip(
+        layout.prefix_start, layout.prefix_end, layout.draft_end, strict=True
+    ):
+        document_end = int(min(e for e in ends if e > start))
+        found.append((sequence.tokens[first:document_end].tolist(), start - first, end - first))
+    return found
+
+
+@torch.no_grad()
+def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram) -> dict:
+    """All sums of `DraftScores` by loops over documents, blocks, positions and tokens."""
+    sums = {
+        "ar_loss": 0.0, "ar_tokens": 0, "unigram_loss": 0.0, "diffusion_loss": 0.0,
+        "diffusion_tokens": 0, "drafts": [0.0] * (block_size - 1),
+        "accepted": [[0.0] * (block_size - 1) for _ in range(2)],
+        "unigram_accepted": [[0.0] * (block_size - 1) for _ in range(2)],
+    }  # fmt: skip
+    base = [float(p) for p in unigram] + [0.0] * (VOCABULARY - len(unigram))
+    for sequence in chosen:
+        start = 0
+        for length in map(int, sequence.real_lengths):
+            document = sequence.tokens[start : start + length].tolist()
+            start += length
+            for position in range(1, length):
+                token = document[position]
+                sums["ar_loss"] -= math.log(float(causal(model, document[:position])[token]))
+                sums["unigram_loss"] -= math.log(base[token])
+                sums["ar_tokens"] += 1
+        for document, first, end in blocks_of(sequence):
+            drafts = drafted(model, document[:first], end - first)
+            for place in range(end - first):
+                position = first + place
+                sums["diffusion_loss"] -= math.log(float(drafts[place][document[position]]))
+                sums["diffusion_tokens"] += 1
+                if place == 0 or first == 0:
+                    continue
+                p = causal(model, document[:position]).tolist()
+                sums["drafts"][place - 1] += 1
+                for name, q in (("accepted", drafts[place].tolist()), ("unigram_accepted", base)):
+                    agrees = max(range(VOCABULARY), key=lambda v, p=p: p[v]) == max(
+                        range(VOCABULARY), key=lambda v, q=q: q[v]
+                    )
+                    sums[name][0][place - 1] += agrees
+                    sums[name][1][place - 1] += sum(map(min, zip(p, q, strict=True)))
+    return sums
+
+
+def check(scores: DraftScores, expected: dict) -> None:
+    for name in ("ar_tokens", "diffusion_tokens"):
+        assert getattr(scores, name) == expected[name]
+    for name in ("ar_loss", "unigram_loss", "diffusion_loss"):
+        assert getattr(scores, name) == pytest.approx(expected[name], rel=1e-4)
+    for name in ("drafts", "accepted", "unigram_accepted"):
+        wanted = torch.tensor(expected[name], dtype=torch.float64)
+        torch.testing.assert_close(getattr(scores, name), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+def test_scores_are_those_of_dense_loops(model, unigram, block_size):
+    chosen = sequences(block_size)
+    scores = score_drafts(model, chosen, block_size, unigram)
+    expected = oracle(model, chosen, block_size, unigram)
+    check(scores, expected)
+    if block_size > 1:  # or the comparison would be between zeros
+        assert min(expected["drafts"]) > 0
+        assert 0 < sum(expected["accepted"][1]) < sum(expected["drafts"])
+
+
+def test_rows_at_a_time_do_not_change_the_scores(model, unigram, monkeypatch):
+    monkeypatch.setattr(scoring.pieces, "__defaults__", (3,))
+    assert [part.stop for part in scoring.pieces(7)] == [3, 6, 7]
+    chosen = sequences(3)
+    check(score_drafts(model, chosen, 3, unigram), oracle(model, chosen, 3, unigram))
+
+
+def test_parts_add_up(model, unigram):
+    chosen = sequences(3)
+    parts = [score_drafts(model, [sequence], 3, unigram) for sequence in chosen]
+    whole = score_drafts(model, chosen, 3, unigram)
+    total = DraftScores.zero(3) + parts[0] + parts[1] + parts[2]
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(
+            torch.as_tensor(getattr(total, name), dtype=torch.float64),
+            torch.as_tensor(value, dtype=torch.float64),
+        )
+    assert not DraftScores.zero(3).drafts.any()
+
+
+def test_a_model_that_knows_its_drafts_is_always_accepted(model, unigram):
+    """With all logits equal p and q are the same, and so is their argmax."""
+    flat = Transformer(model.config).initialize(0).eval()
+    with torch.no_grad():
+        flat.model.norm.weight.zero_()
+    scores = score_drafts(flat, sequences(3), 3, unigram)
+    torch.testing.assert_close(scores.accepted[0], scores.drafts)
+    torch.testing.assert_close(scores.accepted[1], scores.drafts, rtol=1e-6, atol=1e-6)
+    assert scores.ar_loss / scores.ar_tokens == pytest.approx(math.log(VOCABULARY), rel=1e-5)
+    assert (scores.unigram_accepted[1] < scores.drafts).all()
+
+
+def test_a_twin_without_drafts_gives_its_ar_loss(model, unigram):
+    chosen = sequences(3)
+    twin = Transformer(model.config.without_drafting()).eval()
+    twin.load_state_dict(model.state_dict())
+    scores, full = score_drafts(twin, chosen, 1, unigram), score_drafts(model, chosen, 3, unigram)
+    assert scores.ar_loss == pytest.approx(full.ar_loss, rel=1e-5)
+    assert (scores.diffusion_tokens, scores.diffusion_loss) == (0, 0.0)
+    assert scores.drafts.numel() == 0
+
+
+def test_a_unigram_of_another_vocabulary_is_refused(model):
+    with pytest.raises(ValueError, match="2 tokens more than the model"):
+        score_drafts(model, sequences(3), 3, torch.full((VOCABULARY + 2,), 1 / 16))

@@ -1,0 +1,1 @@
+"""What a training run takes, worked out from its config alone: memory, FLOPs, time, disk."""

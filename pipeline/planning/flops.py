@@ -1,0 +1,49 @@
+"""Floating point operations of an optimizer step; a multiply-add counts as two.
+
+Model FLOPs, in the sense of MFU: what forward and backward execute, without what activation
+checkpointing computes again (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from dataclasses import dataclass
+
+from pipeline.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Of one optimizer step over all processes."""
+
+    weights: int
+    """6 for each weight and row that meet in a matrix product."""
+    attention: int
+    """Scores and mixing as they are executed: over all pairs of rows, masked ones too."""
+    recomputed: int
+    """Forward work that checkpointing repeats; not part of `model`."""
+
+    @property
+    def model(self) -> int:
+        return self.weights + self.attention
+
+
+def step_flops(config: ModelConfig, *, sequences: int, rows: int, checkpointing: bool) -> StepFlops:
+    """FLOPs of a step over `sequences` of `rows` rows each, both sections together.
+
+    Training gives attention a dense mask with or without a mask section, so no pair is skipped.
+    The LM head counts every row: all but a few carry a label.
+    """
+    head = config.num_embeddings * config.hidden_size
+    width = config.num_heads * config.head_dim
+    projections = 2 * width + 2 * config.num_kv_heads * config.head_dim
+    last = config.intermediate_size * config.hidden_size
+    layers = config.num_layers * (config.hidden_size * projections + 3 * last)
+    total = sequences * rows
+    forward_layers = 2 * layers * total
+    forward_head = 2 * head * total
+    forward_attention = 4 * config.num_layers * width * total * rows
+    # A layer is computed again up to its last product, whose result nothing needs.
+    repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
+    return StepFlops(
+        weights=3 * (forward_layers + forward_head),
+        attention=3 * forward_attention,
+        recomputed=repeated if checkpointing else 0,
+    )

@@ -1,0 +1,43 @@
+"""Accelerators: memory and peak rate. What is not in the table is unknown, never guessed."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator; None is unknown."""
+
+    name: str
+    memory_gib: float | None
+    """As nvidia-smi reports it."""
+    bf16_tflops: float | None
+    """Peak dense TFLOP/s, without sparsity (NVIDIA's data sheets)."""
+    fp32_tflops: float | None
+    """Peak of the plain fp32 units, which is what fp32 training runs on (TF32 is not enabled)."""
+
+    def tflops(self, precision: str) -> float | None:
+        """Peak TFLOP/s in `bf16` or `fp32`."""
+        return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100_40gb", 40.0, 312.0, 19.5),
+        Gpu("a100_80gb", 80.0, 312.0, 19.5),
+        Gpu("h100_80gb", 79.6, 989.0, 67.0),  # SXM5
+        Gpu("h200", 140.4, 989.0, 67.0),  # SXM
+        Gpu("b200", 179.1, 2250.0, None),
+    )
+}
+
+
+def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:
+    """The table's entry for `name`, with what the user states himself in its place."""
+    known = GPUS.get(name or "", Gpu(name or "not given", None, None, None))
+    return Gpu(
+        known.name,
+        memory_gib if memory_gib is not None else known.memory_gib,
+        tflops if tflops is not None else known.bf16_tflops,
+        tflops if tflops is not None else known.fp32_tflops,
+    )

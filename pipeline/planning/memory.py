@@ -1,0 +1,182 @@
+"""Memory of one process and size of a checkpoint, as this project runs DeepSpeed.
+
+Letters: N parameters, W processes, e bytes of a weight (2 in bf16, 4 in fp32), T rows of a
+micro-batch, E hidden size, I feed-forward size, H query heads, G key heads, D head size, V
+vocabulary. `tests/pipeline/planning` counts the same in a real engine and a real forward.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.model.config import ModelConfig
+
+MASTER_AND_ADAM = 12
+"""Bytes a parameter of fp32 weights and both moments; ZeRO keeps them in fp32 runs as well."""
+DEFAULT_BUCKET = 500_000_000
+"""Elements of DeepSpeed's `reduce_bucket_size`."""
+GATHERED_AHEAD = 50_000_000
+"""Elements of DeepSpeed's `stage3_prefetch_bucket_size`."""
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes of one process that do not depend on the batch."""
+
+    weights: int
+    gradients: int
+    """Held from the backward pass to the update."""
+    optimizer: int
+    buffers: int
+    """Buckets in which gradients are reduced; in stage 3 also weights that are gathered."""
+    update: int
+    """Gradients in fp32 and in one piece, during the update alone."""
+    host: int
+    """Optimizer states of this process in host memory."""
+
+    @property
+    def total(self) -> int:
+        """On the GPU while a batch is there."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+def element_bytes(precision: str) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if precision == "bf16" else 4
+
+
+def static_memory(
+    config: ModelConfig,
+    *,
+    stage: int,
+    precision: str,
+    processes: int,
+    offload: bool = False,
+    bucket: int = DEFAULT_BUCKET,
+) -> StaticMemory:
+    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction."""
+    n, size, bf16 = config.num_parameters, element_bytes(precision), precision == "bf16"
+    share = -(-n // processes)
+    if stage == 0:
+        # bf16: an optimizer with fp32 weights of its own. fp32: Adam on the weights themselves.
+        return StaticMemory(
+            weights=size * n,
+            gradients=size * n,
+            optimizer=(MASTER_AND_ADAM if bf16 else 8) * n,
+            buffers=size * min(bucket, n),
+            update=4 * n if bf16 else 0,
+            host=0,
+        )
+    states = MASTER_AND_ADAM * share
+    gradients, update = 4 * share, 4 * share
+    if stage == 1:
+        # All gradients on every process; in bf16 the backward pass's and their sum in fp32.
+        gradients, update = (6 * n, 0) if bf16 else (4 * n, 4 * share)
+    weights, gathered = size * n, 0
+    if stage == 3:
+        weights, gathered = size * share, size * gathered_elements(config)
+    return StaticMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=0 if offload else states,
+        buffers=size * bucket + gathered,
+        update=update,
+        host=states if offload else 0,
+    )
+
+
+def gathered_elements(config: ModelConfig) -> int:
+    """Weights that stage 3 holds whole at one time: the largest of a layer and the LM head, and
+    those gathered ahead."""
+    head = config.num_embeddings * config.hidden_size
+    rest = config.num_parameters - head * (1 if config.tie_embeddings else 2)
+    layer = rest // config.num_layers
+    return max(head, layer) + min(GATHERED_AHEAD, config.num_parameters)
+
+
+def layer_row_bytes(config: ModelConfig, size: int, *, fused_norm: bool) -> int:
+    """Bytes a row that one layer saves for its backward pass, scores and mask left out.
+
+    Args:
+        config: the model's shape.
+        size: bytes of an activation.
+        fused_norm: CUDA's RMSNorm saves its input and a factor; on a CPU it is made of parts that
+            also save the normalised input, both in fp32.
+    """
+    hidden = config.hidden_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norm = size if fused_norm else 2 * 4
+    norms = 2 * (norm * hidden + 4)
+    if config.qk_norm:
+        norms += norm * (query + key) + 4 * (config.num_heads + config.num_kv_heads)
+    # Inputs of the projections, q, k, v and the output, and the softmax's fp32 sums.
+    attention = size * (hidden + 2 * query + 2 * key) + 4 * config.num_heads
+    # Input, gate, its SiLU, up, and their product.
+    feed_forward = size * (hidden + 4 * config.intermediate_size)
+    return norms + attention + feed_forward
+
+
+@dataclass(frozen=True)
+class BatchMemory:
+    """Bytes that one micro-batch takes on top."""
+
+    activations: int
+    """Saved by the forward pass for the backward pass, logits left out."""
+    work: int
+    """Beside them while one layer goes backward: what checkpointing computes again, and gradients
+    of attention scores."""
+    logits: int
+    """Logits, in fp32 their log-softmax, and the gradients of both: before any layer goes back."""
+    kept_logits: int
+    """What is left of them until the backward pass ends."""
+    mask: int
+
+    @property
+    def peak(self) -> int:
+        return self.activations + self.mask + max(self.logits, self.work + self.kept_logits)
+
+
+def batch_memory(
+    config: ModelConfig,
+    *,
+    precision: str,
+    sequences: int,
+    rows: int,
+    checkpointing: bool,
+    attention: str,
+    fused_norm: bool = True,
+) -> BatchMemory:
+    """Memory of `sequences` of `rows` rows each, all of them labelled.
+
+    `attention=math` holds scores [sequences, H, rows, rows] in fp32: it saves the softmax, and has
+    gradients beside it while a layer goes backward.
+    """
+    size, total = element_bytes(precision), sequences * rows
+    pairs = sequences * rows * rows
+    scores = 4 * config.num_heads * pairs if attention == "math" else 0
+    # In bf16 their gradients exist in both types.
+    gradients = scores + scores // 2 if precision == "bf16" else scores
+    # Every backend turns the boolean mask into numbers of the weights' type, in each layer anew.
+    layer = total * layer_row_bytes(config, size, fused_norm=fused_norm) + size * pairs + scores
+    norm = size if fused_norm else 2 * 4
+    activations = total * ((norm + size) * config.hidden_size + 4)
+    if checkpointing:
+        activations += config.num_layers * total * size * config.hidden_size
+    else:
+        activations += config.num_layers * layer
+    logits = total * config.num_embeddings
+    return BatchMemory(
+        activations=activations,
+        work=gradients + (layer if checkpointing else 0),
+        logits=(size + 3 * 4) * logits,
+        kept_logits=size * logits,
+        # With one more while it is put together.
+        mask=2 * pairs,
+    )
+
+
+def checkpoint_bytes(config: ModelConfig, stage: int, precision: str) -> int:
+    """Size on disk of one checkpoint, over all processes."""
+    n, size = config.num_parameters, element_bytes(precision)
+    if stage == 0:
+        return (size + (MASTER_AND_ADAM if precision == "bf16" else 8)) * n
+    # Stage 3 saves no weights beside the optimizer's fp32 ones.
+    return (MASTER_AND_ADAM if stage == 3 else size + MASTER_AND_ADAM) * n

@@ -1,0 +1,226 @@
+"""The plan of a run: every figure worked out before it starts, and what speaks against it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.planning.flops import StepFlops, step_flops
+from pipeline.planning.hardware import GPUS, Gpu, find_gpu
+from pipeline.planning.memory import (
+    DEFAULT_BUCKET,
+    BatchMemory,
+    StaticMemory,
+    batch_memory,
+    checkpoint_bytes,
+    element_bytes,
+    static_memory,
+)
+from pipeline.planning.settings import Planned
+
+GIB = 2**30
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in bytes."""
+
+    static: StaticMemory
+    batch: BatchMemory
+    evaluation: int
+    """A whole copy of the weights, which evals decode with; activations are gone by then."""
+    host_start: int
+    """On the host: the whole model in fp32, before DeepSpeed takes it."""
+
+    @property
+    def peak(self) -> int:
+        return self.static.total + max(self.batch.peak, self.evaluation, self.static.update)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long the run takes, at the assumed share of the peak rate."""
+
+    step_s: float
+    days: float
+    gpu_hours: float
+    tokens_per_second: float
+    """Clean tokens, over all GPUs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a run; `errors` keep it from starting, `warnings` do not."""
+
+    planned: Planned
+    gpu: Gpu
+    accumulation_steps: int
+    memory: Memory
+    flops: StepFlops
+    duration: Duration | None
+    """None where the GPU's peak rate is not known."""
+    checkpoint: int
+    """Bytes of one checkpoint."""
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Clean tokens, padding included."""
+        return self.planned.train.global_batch_size * self.planned.sequence_length
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """Most checkpoints on disk at one time, the one that is being written included."""
+        train = self.planned.train
+        total = -(-train.steps // train.checkpoint.every)
+        keep = train.checkpoint.keep_last
+        return total if keep == 0 else min(total, keep + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; sizes in bytes, times in seconds unless the name says so."""
+        planned, train = self.planned, self.planned.train
+        return {
+            "parameters": planned.model.num_parameters,
+            "sequence_length": planned.sequence_length,
+            "mask_slots": planned.num_slots,
+            "coverage": planned.coverage,
+            "block_size": planned.block_size,
+            "steps": train.steps,
+            "clean_tokens_per_step": self.tokens_per_step,
+            "global_batch_size": train.global_batch_size,
+            "micro_batch_size": train.micro_batch_size,
+            "accumulation_steps": self.accumulation_steps,
+            "processes": planned.cluster.processes,
+            "precision": train.precision,
+            "zero_stage": train.deepspeed.stage,
+            "gpu": asdict(self.gpu),
+            "memory": {
+                **asdict(self.memory),
+                "batch_peak": self.memory.batch.peak,
+                "peak": self.memory.peak,
+                "attention": planned.plan.attention,
+            },
+            "flops_per_step": {**asdict(self.flops), "model": self.flops.model},
+            "assumed_mfu": planned.plan.mfu,
+            "duration": asdict(self.duration) if self.duration else None,
+            "checkpoint": self.checkpoint,
+            "checkpoints_on_disk": self.kept_checkpoints,
+            "errors": self.errors,
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(planned: Planned) -> Plan:
+    """Work the plan out.
+
+    Raises:
+        UserError: when the global batch does not divide over the processes.
+    """
+    train, cluster = planned.train, planned.cluster
+    gpu = find_gpu(cluster.gpu, cluster.memory_gib, cluster.tflops)
+    flops = step_flops(
+        planned.model,
+        sequences=train.global_batch_size,
+        rows=planned.rows,
+        checkpointing=train.activation_checkpointing,
+    )
+    plan = Plan(
+        planned=planned,
+        gpu=gpu,
+        accumulation_steps=train.accumulation_steps(cluster.processes),
+        memory=process_memory(planned),
+        flops=flops,
+        duration=duration(planned, gpu, flops),
+        checkpoint=checkpoint_bytes(planned.model, train.deepspeed.stage, train.precision),
+    )
+    judge(plan)
+    return plan
+
+
+def process_memory(planned: Planned) -> Memory:
+    """Memory of one process, one process a GPU."""
+    train, model = planned.train, planned.model
+    zero = train.deepspeed.extra.get("zero_optimization", {})
+    static = static_memory(
+        model,
+        stage=train.deepspeed.stage,
+        precision=train.precision,
+        processes=planned.cluster.processes,
+        offload=train.deepspeed.offload_optimizer,
+        bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+    )
+    batch = batch_memory(
+        model,
+        precision=train.precision,
+        sequences=train.micro_batch_size,
+        rows=planned.rows,
+        checkpointing=train.activation_checkpointing,
+        attention=planned.plan.attention,
+    )
+    return Memory(
+        static=static,
+        batch=batch,
+        evaluation=element_bytes(train.precision) * model.num_parameters,
+        host_start=element_bytes("fp32") * model.num_parameters,
+    )
+
+
+def duration(planned: Planned, gpu: Gpu, flops: StepFlops) -> Duration | None:
+    """Time of the run without evals, checkpoints and waiting; None for an unknown GPU."""
+    peak = gpu.tflops(planned.train.precision)
+    if peak is None:
+        return None
+    processes = planned.cluster.processes
+    step_s = flops.model / (planned.plan.mfu * peak * 1e12 * processes)
+    run_s = step_s * planned.train.steps
+    tokens = planned.train.global_batch_size * planned.sequence_length
+    return Duration(step_s, run_s / SECONDS_PER_DAY, run_s / 3600 * processes, tokens / step_s)
+
+
+def judge(plan: Plan) -> None:
+    """Say what keeps the run from starting, and what its user should know."""
+    planned, train = plan.planned, plan.planned.train
+    unknown = []
+    if plan.gpu.memory_gib is None:
+        unknown.append("memory is not judged (give cluster.memory_gib)")
+    else:
+        room = (plan.gpu.memory_gib - planned.plan.reserve_gib) * GIB
+        if plan.memory.peak > room:
+            plan.errors.append(
+                f"memory: {plan.memory.peak / GIB:.1f} GiB do not fit into {room / GIB:.1f} GiB "
+                f"({plan.gpu.memory_gib:g} less plan.reserve_gib={planned.plan.reserve_gib:g}); "
+                f"try {remedy(plan)}"
+            )
+    if plan.duration is None:
+        unknown.append(
+            f"time is not estimated (give cluster.tflops, the peak in {train.precision})"
+        )
+    if unknown:
+        plan.warnings.append(
+            f"cluster.gpu: {plan.gpu.name}: unknown hardware, so {' and '.join(unknown)}; "
+            f"known are {', '.join(GPUS)}"
+        )
+    if planned.plan.attention == "math":
+        plan.warnings.append(
+            "plan.attention=math counts attention scores in memory; where cuDNN takes the call "
+            "they are not (plan.attention=fused)"
+        )
+
+
+def remedy(plan: Plan) -> str:
+    """The next knob to turn, the one that costs least speed first."""
+    train, memory = plan.planned.train, plan.memory
+    if memory.batch.peak > max(memory.static.total, memory.evaluation):
+        if not train.activation_checkpointing and memory.batch.activations > memory.batch.logits:
+            return "activation_checkpointing=true"
+        if train.micro_batch_size > 1:
+            return f"micro_batch_size={train.micro_batch_size // 2}"
+    if train.deepspeed.stage < 3 and plan.planned.cluster.processes > 1:
+        return f"deepspeed=zero{train.deepspeed.stage + 1}"
+    if not train.activation_checkpointing:
+        return "activation_checkpointing=true"
+    if train.micro_batch_size > 1:
+        return f"micro_batch_size={train.micro_batch_size // 2}"
+    if not train.deepspeed.offload_optimizer and train.deepspeed.stage > 0:
+        return "deepspeed.offload_optimizer=true, or more nodes"
+    return "more nodes, GPUs with more memory, a smaller layout.coverage or shorter sequences"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One node's part of train.sbatch: torchrun with the node's ranks, and requests to stop handed on.
+set -euo pipefail
+source slurm/common.sh
+
+declare -A address
+for entry in $TIDAR_NODES; do
+  address[${entry%%=*}]="${entry#*=}"
+done
+first="$(printf '%s' "$TIDAR_NODES" | cut -d= -f1)"
+is_host=false
+if [[ "$SLURMD_NODENAME" == "$first" ]]; then
+  is_host=true
+fi
+pids="$TIDAR_START_DIR/pids-$SLURMD_NODENAME"
+mkdir -p "$pids"
+export TIDAR_PIDS="$pids"
+
+launch() {
+  # SIGUSR1 would end torchrun, and a rank that is still importing; a rank that trains handles it.
+  trap '' USR1
+  # A session of its own: at SIGTERM torchrun gives its ranks 30 s, which may not do for saving.
+  exec setsid "${python[@]}" -m torch.distributed.run \
+    --nnodes="$SLURM_NNODES" --nproc-per-node="$TIDAR_RANKS_PER_NODE" --max-restarts=0 \
+    --rdzv-backend=c10d --rdzv-endpoint="${address[$first]}:$TIDAR_PORT" \
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-conf="is_host=$is_host" \
+    --local-addr="${address[$SLURMD_NODENAME]}" \
+    slurm/rank.py "$@"
+}
+
+ask_ranks() {
+  local file
+  for file in "$pids"/*; do
+    if [[ -e "$file" ]]; then
+      kill -USR1 "${file##*/}" 2>/dev/null || true
+    fi
+  done
+}
+
+asked=false
+trap 'asked=true' USR1 TERM
+launch "$@" &
+agent=$!
+while kill -0 "$agent" 2>/dev/null; do
+  # Again and again, for ranks that had not come to training yet. `wait`, since a signal ends it.
+  if $asked; then ask_ranks; fi
+  sleep 1 &
+  wait $! || true
+done
+code=0
+wait "$agent" || code=$?
+exit "$code"

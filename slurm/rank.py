@@ -1,0 +1,42 @@
+"""One rank of train.sbatch: `pipeline.train`, and its exit code left where the job script finds it.
+
+torchrun leaves with 1 whatever code a rank ended with, and with 0 both for a run that is done and
+for one that was stopped and saved. `$TIDAR_START_DIR/exit-code` keeps them apart: the code of the
+first rank whose code is not 0, 75 for saved.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Train with the overrides in sys.argv; returns the code for torchrun."""
+    # Before the slow imports: from here on node.sh can ask this process to stop.
+    own_pid = Path(os.environ["TIDAR_PIDS"]) / str(os.getpid())
+    own_pid.touch()
+    try:
+        return train_and_tell()
+    finally:
+        own_pid.unlink(missing_ok=True)
+
+
+def train_and_tell() -> int:
+    from data_prep.cli import run
+    from pipeline.train import train
+    from pipeline.training.signals import code_for_launcher
+
+    code = run("train", train)
+    if code:
+        # The first rank to end tells; the rest are often ended by torchrun because of it.
+        with (
+            contextlib.suppress(FileExistsError),
+            open(Path(os.environ["TIDAR_START_DIR"]) / "exit-code", "x") as file,
+        ):
+            file.write(str(code))
+    return code_for_launcher(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

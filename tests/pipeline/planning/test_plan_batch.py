@@ -1,0 +1,130 @@
+"""Parameters, FLOPs and memory of a batch against real models: counted by other means than ours."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.model.config import ModelConfig
+from pipeline.model.transformer import Transformer
+from pipeline.objective.joint import loss_sums
+from pipeline.planning.flops import step_flops
+from pipeline.planning.memory import batch_memory, layer_row_bytes
+
+MODELS = sorted(Path(__file__).parents[3].glob("conf/model/*.yaml"))
+CONFIG = ModelConfig(
+    hidden_size=64, intermediate_size=160, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=64,
+)  # fmt: skip
+SEQUENCES, ROWS = 2, 192
+SHAPES = {
+    "plain": CONFIG,
+    "qk_norm": dataclasses.replace(CONFIG, qk_norm=True),
+    "qkv_bias and untied": dataclasses.replace(CONFIG, qkv_bias=True, tie_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_parameters_are_those_of_the_real_model(path):
+    config = ModelConfig(**OmegaConf.load(path))
+    config = dataclasses.replace(config, vocab_size=config.vocab_size or 4096)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert config.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: bool):
+    """A function that runs forward, loss and backward as training does, every row labelled."""
+    model = Transformer(config).initialize(0).to(dtype)
+    model.model.activation_checkpointing = checkpointing
+    ids = torch.randint(0, config.num_embeddings, (SEQUENCES, ROWS))
+    labels = torch.randint(0, config.num_embeddings, (SEQUENCES * ROWS,))
+    mask = torch.ones(SEQUENCES, 1, ROWS, ROWS, dtype=torch.bool)
+    rows = torch.arange(SEQUENCES * ROWS)
+
+    def step() -> None:
+        logits = model(ids, torch.arange(ROWS), mask, rows=rows)
+        sums = loss_sums(logits, labels, len(labels) // 2)
+        (sums.ar + sums.diffusion).backward()
+
+    step()  # makes the gradients, so that they are not counted below
+    return step
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_are_those_that_are_executed(shape, checkpointing):
+    config = SHAPES[shape]
+    step = training_step(config, torch.float32, checkpointing)
+    # Torch counts attention only where it is made of matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    flops = step_flops(config, sequences=SEQUENCES, rows=ROWS, checkpointing=checkpointing)
+    assert counter.get_total_flops() == flops.model + flops.recomputed
+    products = counter.get_flop_counts()["Global"]
+    attention = products[torch.ops.aten.bmm]
+    assert attention == flops.attention * (4 if checkpointing else 3) // 3
+
+
+@pytest.mark.parametrize("attention", ["fused", "math"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "precision"), [*((shape, "fp32") for shape in SHAPES), ("plain", "bf16")]
+)
+def test_a_batch_takes_the_memory_planned_for(shape, precision, checkpointing, attention):
+    config = SHAPES[shape]
+    step = training_step(
+        config, torch.bfloat16 if precision == "bf16" else torch.float32, checkpointing
+    )
+    backend = SDPBackend.MATH if attention == "math" else SDPBackend.FLASH_ATTENTION
+    with (
+        sdpa_kernel(backend),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
+        step()
+    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, most = 0, 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        most = max(most, held)
+    batch = batch_memory(
+        config,
+        precision=precision,
+        sequences=SEQUENCES,
+        rows=ROWS,
+        checkpointing=checkpointing,
+        attention=attention,
+        fused_norm=False,
+    )
+    # The mask is made before the step here, and training makes it within.
+    assert 0.9 * most < batch.peak - batch.mask < 1.15 * most
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_tensors_of_a_layer_are_those_counted(shape):
+    """Two models that differ by one layer: what the second saves more, byte for byte."""
+    saved = []
+    for layers in (1, 2):
+        config = dataclasses.replace(SHAPES[shape], num_layers=layers)
+        model = Transformer(config).initialize(0)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor, weights=weights, storages=storages):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.randint(0, config.num_embeddings, (SEQUENCES, ROWS))
+        mask = torch.ones(SEQUENCES, 1, ROWS, ROWS, dtype=torch.bool)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(ids, None, mask)
+        saved.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+    per_row = layer_row_bytes(SHAPES[shape], 4, fused_norm=False)
+    mask_as_numbers = 4 * SEQUENCES * ROWS * ROWS
+    assert saved[1] - saved[0] == SEQUENCES * ROWS * per_row + mask_as_numbers

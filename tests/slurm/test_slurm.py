@@ -1,0 +1,159 @@
+"""The job scripts on a real Slurm of two nodes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from cluster import wait_until
+
+STARTED_S = 90
+"""Longest wait for a start of training: two nodes import torch and DeepSpeed on shared cores."""
+TINY = (
+    "model=tiny",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "model.num_kv_heads=1",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "precision=fp32",
+    "deepspeed=zero1",
+    "wandb.mode=disabled",
+    "evals.decode_speed.prompts=1",
+    "evals.decode_speed.prompt_tokens=4",
+    "evals.decode_speed.max_new_tokens=4",
+    "evals.decode_speed.score_sequences=2",
+)
+
+
+def overrides(data: Path, run_dir: Path, steps: int) -> list[str]:
+    return [f"data.dir={data}", f"run_dir={run_dir}", f"steps={steps}", *TINY]
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of the complete lines of metrics.jsonl, in order."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = text.split("\n")[:-1]
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_prepare_uses_the_job_s_cpus(prepared):
+    data, log = prepared
+    assert (data / "manifest.json").is_file()
+    assert "1 workers" in log
+    assert "ended with 0" in log
+
+
+def test_a_job_on_two_nodes_trains_to_the_end(prepared, submit, tmp_path):
+    run_dir = tmp_path / "run"
+    job = submit("train.sbatch", *overrides(prepared[0], run_dir, 4), nodes=2)
+    fields = submit.wait(job, 2 * STARTED_S)
+    log = submit.log(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
+        "COMPLETED", "0:0", "0",
+    ), log  # fmt: skip
+    assert fields["NumNodes"] == "2"
+    assert "2 nodes x 1 ranks (n[1-2])" in log
+    assert steps_of(run_dir) == [1, 2, 3, 4]
+    state = json.loads((run_dir / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["world_size"] == 2
+    assert (run_dir / "report.html").is_file()
+
+
+def test_signals_save_and_requeue_and_no_step_is_lost_or_doubled(prepared, submit, slurm, tmp_path):
+    """First as the time limit's signal arrives; then at one node's task alone, which is all that
+    reaches a task where Slurm tracks processes by cgroups."""
+    run_dir, steps = tmp_path / "run", 120
+    job = submit(
+        "train.sbatch",
+        *overrides(prepared[0], run_dir, steps),
+        nodes=2,
+        TIDAR_PLAN_CHECK="off",
+    )
+    stops = []
+    for ask in (
+        lambda: slurm.run("scancel", "--signal=USR1", job),
+        lambda: os.kill(node_task(job), signal.SIGUSR1),
+    ):
+        reached = stops[-1] if stops else 0
+        wait_until(
+            lambda: len(steps_of(run_dir)) >= reached + 2,  # noqa: B023
+            STARTED_S,
+            lambda: submit.log(job),
+        )
+        ask()
+        wait_until(
+            lambda: submit.log(job).count("saved and requeued") > len(stops),
+            60,
+            lambda: submit.log(job),
+        )
+        stops.append(steps_of(run_dir)[-1])
+    assert stops[0] < stops[1] < steps, "a signal came too late to show anything"
+    fields = submit.wait(job, 2 * STARTED_S)
+    log = submit.log(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
+        "COMPLETED", "0:0", "2",
+    ), log  # fmt: skip
+    for step in stops:
+        assert f"continuing {run_dir} after step {step}" in log
+    assert steps_of(run_dir) == list(range(1, steps + 1))
+    assert not (run_dir / "interrupted").exists()
+
+
+def node_task(job: str) -> int:
+    """Process id of the second node's `node.sh` of a job."""
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        own = {b"SLURM_JOB_ID=" + job.encode(), b"SLURM_NODEID=1"}
+        if command.split(b"\0")[1:2] == [b"slurm/node.sh"] and own <= set(environment):
+            return int(folder.name)
+    raise AssertionError(f"no node.sh of job {job} on the second node")
+
+
+def test_a_bad_override_ends_the_job_at_once_with_one_line(prepared, submit, tmp_path):
+    started = time.monotonic()
+    run_dir = tmp_path / "run"
+    job = submit("train.sbatch", *overrides(prepared[0], run_dir, 4), "objective.alpa=1", nodes=2)
+    fields = submit.wait(job, 60)
+    log = submit.log(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0"), log
+    errors = [line for line in log.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "objective.alpa" in errors[0]
+    assert "Traceback" not in log
+    assert not run_dir.exists()
+    assert time.monotonic() - started < 45
+
+
+def test_the_exit_code_of_a_rank_is_the_job_s(prepared, submit, tmp_path):
+    """Past the check before the start: a run directory that cannot be one."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    job = submit(
+        "train.sbatch",
+        *overrides(prepared[0], blocked / "run", 4),
+        nodes=1,
+        TIDAR_PLAN_CHECK="off",
+    )
+    fields = submit.wait(job, STARTED_S)
+    log = submit.log(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0"), log
+    assert "error: run_dir: " in log
+
+
+def test_a_folder_that_is_not_the_checkout_is_refused(submit, slurm, tmp_path):
+    output = slurm.run(
+        "sbatch", "--parsable", f"--chdir={tmp_path}", f"--output={tmp_path}/job-%j.out",
+        str(Path(__file__).parents[2] / "slurm" / "evaluate.sbatch"),
+    )  # fmt: skip
+    fields = submit.wait(output.strip(), 30)
+    assert fields["JobState"] == "FAILED"
+    assert fields["ExitCode"] != "0:0"

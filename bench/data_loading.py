@@ -6,8 +6,7 @@ thread. Target: waiting below 1 % of a step.
 """
 
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def measure(
         warmup=warmup,
         device=device,
     )
-    stop_reading(batches)
+    batches.close()
     outcome = Outcome()
     outcome.add(samples)
     for name in samples:
@@ -96,14 +95,6 @@ def measure(
             pair = ratio(samples[name], samples["training step"], at_most=target)
             outcome.ratios[f"{name} / training step"] = pair
     return outcome
-
-
-def stop_reading(batches: Iterator[list[Batch]]) -> None:
-    """End the read-ahead thread: torch code that is running when Python exits aborts it."""
-    batches.close()  # type: ignore[attr-defined]
-    for thread in threading.enumerate():
-        if thread.name == "tidar-read-ahead":
-            thread.join()
 
 
 def batch_maker(source: SequenceSource, share: Share) -> Callable[[], Batch]:

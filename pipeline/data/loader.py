@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from pipeline.data.batch import Batch, make_batch, section_length
@@ -38,10 +38,10 @@ class Share:
 
 def step_batches(
     source: SequenceSource, share: Share, sequences_seen: int, *, with_slots: bool
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """Yield, without end, the micro-batches of one optimizer step after another.
 
-    A thread reads ahead; what goes wrong there is raised here.
+    A thread reads ahead; what goes wrong there is raised here. Close the generator to end it.
     """
     length = source.manifest.sequence_length
     slots = section_length(length, source.coverage, source.block_size) if with_slots else 0
@@ -59,7 +59,7 @@ def step_batches(
     return ahead(read(), READ_AHEAD_STEPS)
 
 
-def ahead(batches: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+def ahead(batches: Iterator[list[Batch]], depth: int) -> Generator[list[Batch]]:
     """`batches`, produced by a thread that stays up to `depth` items ahead."""
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(depth)
     stopped = threading.Event()
@@ -81,7 +81,8 @@ def ahead(batches: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
         except BaseException as error:
             put(error)
 
-    threading.Thread(target=work, name="tidar-read-ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="tidar-read-ahead", daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -90,3 +91,4 @@ def ahead(batches: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
             yield item
     finally:
         stopped.set()
+        thread.join()  # a daemon thread that is cut off by the interpreter's end can abort it

@@ -1,12 +1,10 @@
 """The config of `tidar-plan`: a training run's, checked by the same code, and the cluster's."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import parse
+from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
@@ -115,11 +113,9 @@ def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
         for name in ("sequence_length", "vocab_size"):
             if getattr(plan, name) is not None:
                 raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
-        return TrainSettings.from_config(own)
-    with tempfile.TemporaryDirectory() as folder:
-        stand_in_manifest(cfg, plan).save(Path(folder))
-        own.data.dir = folder
-        return TrainSettings.from_config(own)
+        data_dir = existing_path(own, "data.dir", "a folder written by tidar-prepare")
+        return TrainSettings.from_config(own, Manifest.load(data_dir))
+    return TrainSettings.from_config(own, stand_in_manifest(cfg, plan))
 
 
 def stand_in_manifest(cfg: DictConfig, plan: PlanConfig) -> Manifest:

@@ -1,7 +1,8 @@
 """The training loop: steps, and what is due between them."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Trainer:
     settings: TrainSettings
     engine: Any
     state: TrainState
-    batches: Iterator[list[Batch]]
+    batches: Generator[list[Batch]]
     world: World
     checkpoints: Checkpoints
     periodic_eval: PeriodicEval
@@ -40,7 +41,8 @@ class Trainer:
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
         self.callbacks.on_start(self.state)
-        finished = self._run_steps(stop)
+        with contextlib.closing(self.batches):
+            finished = self._run_steps(stop)
         self.callbacks.on_end(self.state, finished)
         return finished
 

@@ -64,20 +64,25 @@ class TrainSettings(PlainKeys):
     """The whole resolved config, for `config.yaml` and W&B."""
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "TrainSettings":
-        """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
-        data_dir = existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
+    def from_config(cls, cfg: DictConfig, manifest: Manifest | None = None) -> "TrainSettings":
+        """Check `cfg`; raises UserError naming the first key that is wrong and the remedy.
+
+        With a `manifest` neither `data.dir` nor `init_from` is looked at: a plan of a run.
+        """
+        data_dir = Path()
+        if manifest is None:
+            data_dir = existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
         values = dict(vars(parse(PlainKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
-        if cfg.init_from is not None:
+        if cfg.init_from is not None and manifest is None:
             values["init_from"] = existing_path(
                 cfg, "init_from", "a Hugging Face folder or a checkpoint"
             )
         return cls(
             **values,
             data_dir=data_dir,
-            manifest=Manifest.load(data_dir),
+            manifest=manifest or Manifest.load(data_dir),
             model=parse(ModelConfig, cfg.model, "model"),
             layout=parse(LayoutChoice, cfg.layout, "layout"),
             objective=parse(ObjectiveConfig, cfg.objective, "objective"),

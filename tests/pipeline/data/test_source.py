@@ -127,5 +127,4 @@ def test_the_thread_ends_with_its_reader():
     next(batches)
     thread = next(t for t in threading.enumerate() if t.name == "tidar-read-ahead")
     batches.close()
-    thread.join(5)
     assert not thread.is_alive()

@@ -142,9 +142,13 @@ def test_gradients_are_those_of_the_global_batch(divided, oracle, size, stage):
     assert result["norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "bound"), [("fp32", 2e-4, 1e-5), ("bf16", 3e-2, 3e-3)]
+)
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_steps_are_the_same_in_one_and_two_processes(divided, precision, tolerance, stage):
+def test_two_steps_are_the_same_in_one_and_two_processes(
+    divided, precision, tolerance, bound, stage
+):
     one, two = (divided[size][precision, stage] for size in (1, 2))
     assert two["second"].loss_ar == pytest.approx(one["second"].loss_ar, rel=tolerance)
     assert two["second"].loss_diffusion == pytest.approx(
@@ -154,7 +158,7 @@ def test_two_steps_are_the_same_in_one_and_two_processes(divided, precision, tol
     # Adam moves a weight by the rate whatever its gradient's size, so where a gradient is all
     # rounding its sign may differ: compare on average.
     for name, expected in one["weights"].items():
-        assert float((two["weights"][name] - expected).detach().abs().mean()) < tolerance * 0.1
+        assert float((two["weights"][name] - expected).detach().abs().mean()) < bound
 
 
 def test_all_stages_agree(divided):

@@ -1,24 +1,31 @@
 # One command each; `make help` lists them. Everything is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup setup-eval demo test lint format bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## create .venv and install everything; does nothing when up to date
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"error: Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --upgrade pip setuptools
+	$(PIP) torch numpy
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+setup-eval: $(VENV)/.installed-eval ## what evals=tasks needs as well (lm-eval); its tests skip without
+
+$(VENV)/.installed-eval: $(STAMP)
+	$(PIP) --editable '.[dev,eval]'
 	@touch $@
 
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)

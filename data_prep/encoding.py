@@ -1,15 +1,17 @@
 """Documents to ids, in several processes when asked, always in the order of the corpus."""
 
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.corpora import Document
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers import Tokenizer
+from data_prep.workers import Worker
 
 BATCH_CHARACTERS = 200_000
 QUEUED_BATCHES = 3
@@ -21,33 +23,46 @@ class Encoded:
     """A tokenised document."""
 
     id: str
-    ids: list[int]
+    ids: NDArray[np.int32]
     """Without the end token."""
     text_bytes: int
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, path: Path, workers: int
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Encode with the tokenizer, which is also saved at `path`; `workers` processes, 1 uses none.
 
-    Batches come back in the order in which they were handed out, whoever is done first.
+    Batches go round the workers and come back in the same order, whoever is done first. Closing
+    the generator, or an exception inside it, ends the workers at once.
+
+    Raises:
+        UserError: when a worker process dies.
     """
+    # `workers` says how many cores tokenise; the threads of Hugging Face's library would add more.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     batches = _batches(documents)
     if workers == 1:
-        yield from chain.from_iterable(_encode(tokenizer, batch) for batch in batches)
-        return
-    pending: deque[Future[list[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(path,)
-    )
-    with pool:
         for batch in batches:
-            pending.append(pool.submit(_work, batch))
+            yield from _encoded(batch, tokenizer.encode_batch([one.text for one in batch]))
+        return
+    pool: list[Worker] = []
+    pending: deque[tuple[list[Document], Worker]] = deque()
+    try:
+        pool.extend(Worker(path) for _ in range(workers))
+        for number, batch in enumerate(batches):
+            worker = pool[number % workers]
+            worker.send([document.text for document in batch])
+            pending.append((batch, worker))
             if len(pending) > workers * QUEUED_BATCHES:
-                yield from pending.popleft().result()
+                first, worker = pending.popleft()
+                yield from _encoded(first, worker.receive())
         while pending:
-            yield from pending.popleft().result()
+            first, worker = pending.popleft()
+            yield from _encoded(first, worker.receive())
+    finally:
+        for worker in pool:
+            worker.stop()
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -62,22 +77,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
-    ids = tokenizer.encode_batch([document.text for document in batch])
-    return [
-        Encoded(document.id, own, len(document.text.encode()))
-        for document, own in zip(batch, ids, strict=True)
-    ]
-
-
-_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(path: Path) -> None:
-    global _tokenizer
-    _tokenizer = load_tokenizer(path)
-
-
-def _work(batch: list[Document]) -> list[Encoded]:
-    assert _tokenizer is not None, "the pool's initializer loads it"
-    return _encode(_tokenizer, batch)
+def _encoded(batch: list[Document], ids: Iterable[NDArray[np.int32]]) -> Iterator[Encoded]:
+    for document, own in zip(batch, ids, strict=True):
+        yield Encoded(document.id, own, len(document.text.encode()))

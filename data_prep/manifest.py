@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.config import config_hash
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
+CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
 
 
@@ -74,9 +76,9 @@ class Manifest:
 
     format_version: int
     config: dict[str, Any]
-    """The resolved config of the preparation."""
+    """The resolved config, of it the keys that decide the output: not where and how fast."""
     config_hash: str
-    """SHA-256 of the part of the config that decides the output."""
+    """SHA-256 of `config`."""
     sequence_length: int
     group_size: int
     """Packed sequences in one sample of a shard; the last of a shard may have fewer."""
@@ -99,7 +101,8 @@ class Manifest:
         """Read `data_dir/manifest.json`.
 
         Raises:
-            UserError: naming the file when it is missing, damaged, or of another format version.
+            UserError: naming the file when it is missing, damaged, edited, or of another format
+                version.
         """
         path = Path(data_dir) / MANIFEST
         if not path.is_file():
@@ -115,6 +118,8 @@ class Manifest:
                     f"{path}: format version {version}, this release reads {FORMAT_VERSION}; "
                     "prepare the data again"
                 )
+            if values.pop(CHECKSUM, None) != config_hash(values):
+                raise ValueError(f"it does not match its own {CHECKSUM}")
             values["tokenizer"] = TokenizerInfo(**values["tokenizer"])
             for split in SPLITS:
                 shards = tuple(ShardInfo(**shard) for shard in values[split]["shards"])
@@ -126,8 +131,11 @@ class Manifest:
             raise UserError(f"{path}: damaged ({error}); prepare the data again") from error
 
     def save(self, data_dir: Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        write_text_atomic(data_dir / MANIFEST, text + "\n")
+        """Write `data_dir/manifest.json`, with a checksum over its values as the last entry."""
+        values = asdict(self)
+        values[CHECKSUM] = config_hash(values)
+        # ASCII only: ids and paths may hold what plain UTF-8 refuses.
+        write_text_atomic(data_dir / MANIFEST, json.dumps(values, indent=1) + "\n")
 
     def fingerprint(self) -> str:
         """Identity of the data: SHA-256 over the hashes of the tokenizer and of every shard."""

@@ -1,6 +1,5 @@
-"""The steps of `tidar-prepare` around its main loop: where it writes, and with what tokenizer."""
+"""The steps of `tidar-prepare` around its main loop: the tokenizer, the manifest, the summary."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +11,13 @@ from data_prep.errors import UserError
 from data_prep.files import sha256_of, written_atomically
 from data_prep.manifest import (
     FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
     TOKEN_COUNTS,
     Manifest,
     Split,
     TokenizerInfo,
 )
 from data_prep.settings import PrepareSettings
-from data_prep.split_writer import DONE_FOLDER
 from data_prep.tokenizers import (
-    HUGGINGFACE_CONFIG,
     HUGGINGFACE_FILE,
     SENTENCEPIECE_FILE,
     Tokenizer,
@@ -30,59 +25,7 @@ from data_prep.tokenizers import (
     train_sentencepiece,
 )
 
-OWN_NAMES = {
-    *SPLITS, DONE_FOLDER, MANIFEST, TOKEN_COUNTS,
-    SENTENCEPIECE_FILE, HUGGINGFACE_FILE, HUGGINGFACE_CONFIG,
-}  # fmt: skip
-"""Everything that a prepared folder, finished or not, may hold."""
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
-
-
-def open_output_dir(settings: PrepareSettings) -> bool:
-    """Make the output folder ready; returns whether it is prepared with these settings already.
-
-    Raises:
-        UserError: when it cannot be written, holds something else, or was prepared with other
-            settings and `overwrite` is off.
-    """
-    folder = settings.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
-    foreign = sorted(name for name in found - OWN_NAMES if not name.endswith(".writing"))
-    if foreign:
-        raise UserError(
-            f"output_dir: {folder} holds {foreign[0]}, which no preparation writes; choose an "
-            "empty or a new folder"
-        )
-    if MANIFEST not in found:
-        return False
-    if not settings.overwrite:
-        manifest = Manifest.load(folder)
-        if manifest.config_hash == settings.config_hash:
-            _require_shards(manifest, folder)
-            return True
-        raise UserError(
-            f"output_dir: {folder} was prepared with other settings; choose another folder, or "
-            "overwrite=true to replace it"
-        )
-    # The manifest goes first: what is half removed must not look finished.
-    (folder / MANIFEST).unlink()
-    for name in found - {MANIFEST}:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return False
-
-
-def _require_shards(manifest: Manifest, folder: Path) -> None:
-    """A quick look at every shard; `verify=true` reads them."""
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = folder / shard.name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: missing or damaged; prepare again with overwrite=true")
 
 
 def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
@@ -124,6 +67,10 @@ def make_manifest(
         UserError: when a split came out empty.
     """
     packed = sum(split.documents for split in splits.values())
+    refused = dict(sorted(corpus.refused.items()))
+    if packed == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in refused.items())
+        raise UserError(f"corpus: holds no text ({reasons or 'no documents'}); give another")
     for name, split in splits.items():
         if split.documents == 0:
             change = "raise" if name == "heldout" else "lower"
@@ -131,10 +78,9 @@ def make_manifest(
                 f"heldout_fraction: none of {packed} documents fell into the {name} split with "
                 f"{settings.heldout_fraction}; {change} it, or use more documents"
             )
-    refused = dict(sorted(corpus.refused.items()))
     return Manifest(
         format_version=FORMAT_VERSION,
-        config=settings.resolved,
+        config=settings.decisive,
         config_hash=settings.config_hash,
         sequence_length=settings.sequence_length,
         group_size=settings.group_size,
@@ -166,13 +112,3 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
     for reason, count in manifest.documents["refused"].items():
         lines.append(f"refused: {count:,} documents, {reason}")
     return "\n".join([*lines, f"{folder} prepared in {seconds:.1f} s"])
-
-
-def remove_leftovers(manifest: Manifest, folder: Path) -> None:
-    """Delete what an earlier, interrupted preparation left and this one does not list."""
-    shutil.rmtree(folder / DONE_FOLDER, ignore_errors=True)
-    for split, listed in manifest.splits.items():
-        names = {shard.name for shard in listed.shards}
-        for path in (folder / split).glob("*"):
-            if f"{split}/{path.name}" not in names:
-                path.unlink()

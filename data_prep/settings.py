@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import config_hash, parse, require
+from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
 
+GROUPS = ("corpus", "tokenizer", "layout")
 IRRELEVANT_KEYS = ("output_dir", "workers", "verify", "overwrite")
 """Keys that do not change what is written."""
 
@@ -43,6 +44,8 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size: {self.vocab_size} is below 300; 256 bytes and the control "
                 "symbols are part of it"
             )
+        if self.sample_bytes < 1:
+            raise UserError(f"tokenizer.sample_bytes: must be at least 1, got {self.sample_bytes}")
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,11 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
-    """Everything `tidar-prepare` is told, but the corpus, which its reader checks."""
+class PlainKeys:
+    """The keys of `conf/prepare.yaml` that stand in no group; they are explained there."""
 
     output_dir: Path
     sequence_length: int
-    tokenizer: TokenizerConfig
-    layout: LayoutConfig
     heldout_fraction: float
     shard_sequences: int
     group_size: int
@@ -76,43 +77,51 @@ class PrepareSettings:
     seed: int
     verify: bool
     overwrite: bool
+
+    def __post_init__(self) -> None:
+        for key, least in (("sequence_length", 2), ("shard_sequences", 1), ("group_size", 1),
+                           ("shuffle_sequences", 1), ("workers", 1), ("seed", 0)):  # fmt: skip
+            if (value := getattr(self, key)) < least:
+                raise UserError(f"{key}: must be at least {least}, got {value}")
+        if not 0.0 < self.heldout_fraction < 1.0:
+            raise UserError(f"heldout_fraction: must be in (0, 1), got {self.heldout_fraction}")
+
+
+@dataclass(frozen=True)
+class PrepareSettings(PlainKeys):
+    """Everything `tidar-prepare` is told, but the corpus, which its reader checks."""
+
+    tokenizer: TokenizerConfig
+    layout: LayoutConfig
     resolved: dict[str, Any]
+    """The whole resolved config."""
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "PrepareSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
-        require(cfg, "output_dir")
-        for key, least in (("sequence_length", 2), ("shard_sequences", 1), ("group_size", 1),
-                           ("shuffle_sequences", 1), ("workers", 1)):  # fmt: skip
-            if int(cfg[key]) < least:
-                raise UserError(f"{key}: must be at least {least}, got {cfg[key]}")
-        if not 0.0 < float(cfg.heldout_fraction) < 1.0:
-            raise UserError(f"heldout_fraction: must be in (0, 1), got {cfg.heldout_fraction}")
-        resolved = OmegaConf.to_container(cfg, resolve=True)
+        plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in GROUPS])
+        values = dict(vars(parse(PlainKeys, plain, "")))
+        values["output_dir"] = values["output_dir"].expanduser()
         return cls(
-            output_dir=Path(str(cfg.output_dir)).expanduser(),
-            sequence_length=int(cfg.sequence_length),
+            **values,
             tokenizer=parse(TokenizerConfig, cfg.tokenizer, "tokenizer"),
             layout=parse(LayoutConfig, cfg.layout, "layout"),
-            heldout_fraction=float(cfg.heldout_fraction),
-            shard_sequences=int(cfg.shard_sequences),
-            group_size=int(cfg.group_size),
-            shuffle_sequences=int(cfg.shuffle_sequences),
-            workers=int(cfg.workers),
-            seed=int(cfg.seed),
-            verify=bool(cfg.verify),
-            overwrite=bool(cfg.overwrite),
-            resolved=resolved,  # type: ignore[arg-type]
+            resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The keys that decide the output, as the manifest records them."""
+        return {k: v for k, v in self.resolved.items() if k not in IRRELEVANT_KEYS}
 
     @property
     def config_hash(self) -> str:
         """SHA-256 of the keys that decide the output."""
-        decisive = {k: v for k, v in self.resolved.items() if k not in IRRELEVANT_KEYS}
-        return config_hash(decisive)
+        return config_hash(self.decisive)
 
     def split_of(self, document_id: str) -> str:
         """`train` or `heldout`, by a hash of the id: the same whatever else is in the corpus."""
-        digest = hashlib.sha256(f"{self.seed}\n{document_id}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
+        # Ids from file names and JSON may hold lone surrogates, which plain UTF-8 refuses.
+        key = f"{self.seed}\n{document_id}".encode(errors="surrogatepass")
+        share = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
         return "heldout" if share < self.heldout_fraction else "train"

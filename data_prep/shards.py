@@ -4,6 +4,7 @@ A sample is a group of n packed sequences: `tokens.npy` [n, S], `document_length
 with 0, `layout.npy` [n, B, 4] padded with rows of zeros, each in the smallest unsigned type.
 """
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.files import sha256_of, written_atomically
-from data_prep.layout import Layout
+from data_prep.files import written_atomically
+from data_prep.layout import COLUMNS, Layout
 from data_prep.manifest import ShardInfo
 
 MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy")
@@ -43,27 +43,50 @@ class PackedSequence:
 def write_shard(
     path: Path, name: str, sequences: Sequence[PackedSequence], padding: int, group_size: int
 ) -> ShardInfo:
-    """Write `sequences` (which hold `padding` tokens of padding) to `path`, all or nothing."""
-    with written_atomically(path) as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=MTIME, user="", group="")
-        for number, start in enumerate(range(0, len(sequences), group_size)):
-            group = sequences[start : start + group_size]
-            writer.write({"__key__": f"{number:08d}", **encode_group(group)})
-        writer.close()
+    """Write `sequences` (which hold `padding` tokens of padding) to `path`, all or nothing.
+
+    A file that holds just these bytes already is left alone.
+    """
+    content = shard_bytes(sequences, group_size)
+    if not _holds(path, content):
+        with written_atomically(path) as file:
+            file.write(content)
     total = sum(len(sequence.tokens) for sequence in sequences)
-    size, digest = path.stat().st_size, sha256_of(path)
-    return ShardInfo(name, len(sequences), total - padding, padding, size, digest)
+    digest = hashlib.sha256(content).hexdigest()
+    return ShardInfo(name, len(sequences), total - padding, padding, len(content), digest)
+
+
+def shard_bytes(sequences: Sequence[PackedSequence], group_size: int) -> bytes:
+    """The tar file; a function of its arguments only."""
+    # Imported where it is used: it imports torch, which costs seconds and every worker 200 MB.
+    import webdataset
+
+    buffer = io.BytesIO()
+    writer = webdataset.TarWriter(buffer, encoder=False, mtime=MTIME, user="", group="")
+    for number, start in enumerate(range(0, len(sequences), group_size)):
+        group = sequences[start : start + group_size]
+        writer.write({"__key__": f"{number:08d}", **encode_group(group)})
+    writer.close()
+    return buffer.getvalue()
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
     """The members of one sample."""
     documents = max(len(sequence.document_lengths) for sequence in group)
     blocks = max(sequence.layout.num_blocks for sequence in group)
-    lengths = np.zeros((len(group), documents), dtype=np.int64)
-    layouts = np.zeros((len(group), blocks, 4), dtype=np.int64)
+    lengths = np.zeros((len(group), documents), dtype=np.int32)
+    layouts = np.zeros((len(group), blocks, len(COLUMNS)), dtype=np.int32)
     for row, sequence in enumerate(group):
         lengths[row, : len(sequence.document_lengths)] = sequence.document_lengths
-        layouts[row, : sequence.layout.num_blocks] = sequence.layout.table()
+        for column, name in enumerate(COLUMNS):
+            layouts[row, : sequence.layout.num_blocks, column] = getattr(sequence.layout, name)
     tokens = np.stack([sequence.tokens for sequence in group])
     arrays = zip(MEMBERS, (tokens, lengths, layouts), strict=True)
     return {name: _npy_bytes(array) for name, array in arrays}
@@ -125,6 +148,8 @@ class ShardReader:
 
 def read_shard(path: Path) -> Iterator[PackedSequence]:
     """All sequences of a shard in order, through webdataset; UserError when damaged."""
+    import webdataset  # see shard_bytes
+
     dataset = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
     try:
         for sample in dataset:
@@ -133,7 +158,7 @@ def read_shard(path: Path) -> Iterator[PackedSequence]:
         raise _damaged(path, error) from error
 
 
-def _npy_bytes(array: NDArray[np.int64]) -> bytes:
+def _npy_bytes(array: NDArray[np.integer]) -> bytes:
     """The `.npy` form of `array` in the smallest unsigned type that holds its values."""
     kind = np.min_scalar_type(int(array.max(initial=0)))
     buffer = io.BytesIO()

@@ -1,17 +1,12 @@
 """One split on its way to shards: packed, shuffled, laid out, written, counted."""
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encoding import Encoded
-from data_prep.files import sha256_of, write_text_atomic
 from data_prep.layout import Layout, build_layout
 from data_prep.manifest import SPLITS, ShardInfo, Split
 from data_prep.packing import Packed, Packer
@@ -19,24 +14,22 @@ from data_prep.settings import PrepareSettings
 from data_prep.shards import PackedSequence, write_shard
 from data_prep.tokenizers import Tokenizer
 
-DONE_FOLDER = ".done"
-
 
 class SplitWriter:
     """Takes documents of one split; everything it does is a function of their order and the seed.
 
-    A shard that an interrupted run has finished is recorded under `.done/`, with the hash of the
-    config and of the sequences that went into it; the same shard is then not written again.
+    So a run after an interrupted one comes to the same shards; those that are there are kept.
     """
 
     def __init__(self, settings: PrepareSettings, split: str, tokenizer: Tokenizer) -> None:
         self.settings = settings
         self.split = split
-        self.eos_id = tokenizer.eos_id
         self.token_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        """How often each id stands in the finished shards, padding left out."""
         self.packer = Packer(settings.sequence_length, tokenizer.pad_id)
         self.documents = 0
         self.text_bytes = 0
+        self._eos = np.array([tokenizer.eos_id], dtype=np.int32)
         self._rng = random.Random(f"{settings.seed} {split}")
         self._shuffled: list[Packed] = []
         self._waiting: list[Packed] = []
@@ -47,9 +40,7 @@ class SplitWriter:
         """Take one document and put the end token behind it."""
         self.documents += 1
         self.text_bytes += document.text_bytes
-        whole = [*document.ids, self.eos_id]
-        self.token_counts += np.bincount(whole, minlength=len(self.token_counts))
-        self._shuffle(self.packer.add(whole))
+        self._shuffle(self.packer.add(np.concatenate((document.ids, self._eos))))
 
     def finish(self) -> Split:
         """Write what is left and return the split's totals."""
@@ -88,54 +79,60 @@ class SplitWriter:
     def _flush(self) -> None:
         if not self._waiting:
             return
+        lengths = [packed.document_lengths for packed in self._waiting]
+        layouts = stored_layouts(self.settings, self.split, self._sequences, lengths)
+        sequences = []
+        for packed, layout in zip(self._waiting, layouts, strict=True):
+            padding = [packed.padding] if packed.padding else []
+            with_padding = np.array([*packed.document_lengths, *padding])
+            sequences.append(PackedSequence(packed.tokens, with_padding, layout))
+        padding_tokens = sum(packed.padding for packed in self._waiting)
         name = f"{self.split}/{len(self._shards):06d}.tar"
         path = self.settings.output_dir / name
-        record = self.settings.output_dir / DONE_FOLDER / f"{name.replace('/', '-')}.json"
-        source_hash = self._source_hash()
-        info = finished_shard(path, record, source_hash)
-        if info is None:
-            sequences = [self._lay_out(packed, i) for i, packed in enumerate(self._waiting)]
-            padding = sum(packed.padding for packed in self._waiting)
-            info = write_shard(path, name, sequences, padding, self.settings.group_size)
-            content = {"source_hash": source_hash, "shard": asdict(info)}
-            write_text_atomic(record, json.dumps(content))
+        info = write_shard(path, name, sequences, padding_tokens, self.settings.group_size)
         self._shards.append(info)
+        self._count(padding_tokens)
         self._sequences += len(self._waiting)
         self._waiting.clear()
 
-    def _source_hash(self) -> str:
-        """Of all that decides the bytes of the shard that is due."""
-        digest = hashlib.sha256(f"{self.settings.config_hash} {self._sequences}".encode())
-        for packed in self._waiting:
-            digest.update(packed.tokens.tobytes())
-            digest.update(np.array(packed.document_lengths).tobytes())
-        return digest.hexdigest()
-
-    def _lay_out(self, packed: Packed, offset: int) -> PackedSequence:
-        number = self._sequences + offset
-        layout = stored_layout(self.settings, self.split, number, packed.document_lengths)
-        padding = [packed.padding] if packed.padding else []
-        lengths = np.array([*packed.document_lengths, *padding])
-        return PackedSequence(packed.tokens, lengths, layout)
+    def _count(self, padding: int) -> None:
+        # Once a shard, not for each document: a count takes time in proportion to the vocabulary.
+        tokens = np.concatenate([packed.tokens for packed in self._waiting])
+        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
+        self.token_counts[self.packer.pad_id] -= padding
 
 
-def stored_layout(
-    settings: PrepareSettings, split: str, number: int, document_lengths: list[int]
-) -> Layout:
-    """The layout of the split's sequence `number`, from its own random stream."""
-    rng = np.random.default_rng([settings.seed, SPLITS.index(split), number])
+def stored_layouts(
+    settings: PrepareSettings, split: str, first: int, document_lengths: Sequence[list[int]]
+) -> list[Layout]:
+    """The layouts of the split's sequences `first`, `first + 1`, …, padding left out of each.
+
+    Each sequence has a random stream of its own, keyed by (seed, split, number in the split).
+    """
     choice = settings.layout
-    return build_layout(
-        document_lengths, choice.block_size, coverage=choice.coverage, shift=choice.shift, rng=rng
+    if choice.coverage == 1.0 and not choice.shift:
+        return _aligned_layouts(document_lengths, choice.block_size)
+    streams = (
+        np.random.default_rng([settings.seed, SPLITS.index(split), first + number])
+        for number in range(len(document_lengths))
     )
+    return [
+        build_layout(
+            lengths, choice.block_size, coverage=choice.coverage, shift=choice.shift, rng=rng
+        )
+        for lengths, rng in zip(document_lengths, streams, strict=True)
+    ]
 
 
-def finished_shard(path: Path, record: Path, source_hash: str) -> ShardInfo | None:
-    """The shard at `path` if `record` says it was made from this source, and it is undamaged."""
-    try:
-        content = json.loads(record.read_text())
-        info = ShardInfo(**content["shard"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    intact = path.is_file() and path.stat().st_size == info.bytes and sha256_of(path) == info.sha256
-    return info if intact and content["source_hash"] == source_hash else None
+def _aligned_layouts(document_lengths: Sequence[list[int]], block_size: int) -> list[Layout]:
+    """`build_layout` of each, at the price of one: nothing is drawn, so the sequences can be laid
+    out as one long one, of which each takes its rows."""
+    whole = build_layout([n for lengths in document_lengths for n in lengths], block_size).table()
+    ends = np.cumsum([sum(lengths) for lengths in document_lengths])
+    last_rows = np.searchsorted(whole[:, 2], ends, side="right")
+    layouts, row, start = [], 0, 0
+    for end, last_row in zip(ends.tolist(), last_rows.tolist(), strict=True):
+        # At full coverage a block's slots stand where its positions do, so one offset moves all.
+        layouts.append(Layout(*(whole[row:last_row] - start).T))
+        row, start = last_row, end
+    return layouts

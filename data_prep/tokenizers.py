@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of, write_text_atomic, written_atomically
@@ -28,7 +30,11 @@ SPACE_SIGN = "\u2581"
 HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 CHUNK_BYTES = 2000
-"""Length of the pieces of text that SentencePiece trains on; it drops sentences over 4192."""
+"""Length of the pieces of text that SentencePiece trains on, to a line more or less."""
+LONGEST_LINE = 1000
+"""Characters after which a longer line is cut for training: in UTF-8 at most 4,000 bytes."""
+LONGEST_SENTENCE_BYTES = CHUNK_BYTES + 4 * LONGEST_LINE
+"""What SentencePiece must take; it drops longer sentences in silence, from 4,192 by default."""
 
 
 class Tokenizer(ABC):
@@ -55,9 +61,9 @@ class Tokenizer(ABC):
     def content(self) -> bytes:
         """The tokenizer's file."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [self.encode(text) for text in texts]
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """What `encode` gives for each text, as arrays."""
 
     def save(self, folder: Path) -> Path:
         """Write the tokenizer's file into `folder`; returns its path."""
@@ -105,6 +111,10 @@ class SentencePieceTokenizer(Tokenizer):
             )
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
         self._space_sign = byte_ids if all(map(self._model.is_byte, byte_ids)) else None
+        probe = f"a{SPACE_SIGN}a"
+        if self.decode(self.encode(probe)) != probe:
+            # A model that puts a space before each text would put one before each part.
+            self._space_sign = None
 
     def encode(self, text: str) -> list[int]:
         if self._space_sign is None or SPACE_SIGN not in text:
@@ -115,6 +125,13 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._space_sign if number else []
             ids += self._model.encode(part)
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        encoded = self._model.encode(list(texts), return_type="numpy", num_threads=1)
+        for number, text in enumerate(texts):
+            if SPACE_SIGN in text:
+                encoded[number] = np.array(self.encode(text), dtype=np.int32)
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -145,7 +162,8 @@ class HuggingFaceTokenizer(Tokenizer):
         mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
         assert mask_id is not None, "it was added above"
         self.mask_id = mask_id
-        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+        # Ids of added tokens may leave gaps, so a count of the tokens would be too small.
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         names = (eos_token,) if eos_token else HUGGINGFACE_EOS
         eos_id = self._first_id(names)
         if eos_id is None:
@@ -166,9 +184,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -258,6 +276,7 @@ def train_sentencepiece(
             bos_id=2,
             eos_id=3,
             control_symbols=[MASK_PIECE],
+            max_sentence_length=LONGEST_SENTENCE_BYTES,
             num_threads=1,  # more change the result of unigram training
             minloglevel=2,
         )
@@ -297,10 +316,12 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         chunk, size = [], 0
         for line in text.replace("\0", "").splitlines(keepends=True):
-            chunk.append(line)
-            size += len(line.encode())
-            if size >= CHUNK_BYTES:
-                yield "".join(chunk)
-                chunk, size = [], 0
+            for start in range(0, len(line), LONGEST_LINE):
+                part = line[start : start + LONGEST_LINE]
+                chunk.append(part)
+                size += len(part.encode())
+                if size >= CHUNK_BYTES:
+                    yield "".join(chunk)
+                    chunk, size = [], 0
         if chunk:
             yield "".join(chunk)

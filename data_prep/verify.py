@@ -1,6 +1,7 @@
 """`tidar-prepare verify=true`: read a prepared folder again and check it against its manifest."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from data_prep.files import sha256_of
 from data_prep.manifest import MANIFEST, TOKEN_COUNTS, Manifest, ShardInfo, Split
 from data_prep.shards import PackedSequence, read_shard
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+
+COUNTED_TOGETHER = 256
+"""Sequences; a count of the ids takes time in proportion to the vocabulary."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ def verify_data(folder: Path) -> str:
         UserError: naming the first file that is missing, damaged, or not as the manifest says.
     """
     manifest = Manifest.load(folder)
+    _check_documents(folder, manifest)
     tokenizer_path = folder / manifest.tokenizer.file
     _check_hash(tokenizer_path, manifest.tokenizer.sha256)
     _check_hash(folder / TOKEN_COUNTS, manifest.token_counts_sha256)
@@ -47,6 +52,17 @@ def verify_data(folder: Path) -> str:
     shards = sum(len(split.shards) for split in manifest.splits.values())
     sequences = sum(split.sequences for split in manifest.splits.values())
     return f"{folder}: {shards} shards with {sequences:,} sequences are as the manifest says"
+
+
+def _check_documents(folder: Path, manifest: Manifest) -> None:
+    """No document may be lost between what was read and what was packed or refused."""
+    documents = manifest.documents
+    packed = sum(split.documents for split in manifest.splits.values())
+    if (packed, packed + sum(documents["refused"].values())) != (
+        documents["packed"],
+        documents["read"],
+    ):
+        raise UserError(f"{folder / MANIFEST}: its counts of documents do not add up")
 
 
 def _verify_split(
@@ -71,13 +87,15 @@ def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo, totals: _T
     path = folder / shard.name
     _check_hash(path, shard.sha256)
     sequences, padding = 0, 0
-    for sequence in read_shard(path):
-        real = _check_sequence(path, sequence, manifest)
-        totals.token_counts += np.bincount(
-            sequence.tokens[:real], minlength=len(totals.token_counts)
-        )
-        sequences += 1
-        padding += len(sequence.tokens) - real
+    counts = np.zeros_like(totals.token_counts)
+    rest = read_shard(path)
+    while group := list(islice(rest, COUNTED_TOGETHER)):
+        real = [_check_sequence(path, sequence, manifest) for sequence in group]
+        ids = [own.tokens[:length] for own, length in zip(group, real, strict=True)]
+        counts += np.bincount(np.concatenate(ids), minlength=len(counts))
+        sequences += len(group)
+        padding += sum(len(sequence.tokens) for sequence in group) - sum(real)
+    totals.token_counts += counts
     tokens = sequences * manifest.sequence_length - padding
     if (sequences, tokens, padding) != (shard.sequences, shard.tokens, shard.padding):
         raise UserError(
@@ -96,16 +114,23 @@ def _check_sequence(path: Path, sequence: PackedSequence, manifest: Manifest) ->
     if len(tokens) != manifest.sequence_length or int(tokens.max()) >= ids.vocab_size:
         raise UserError(f"{path}: a sequence has a wrong length or an id outside the vocabulary")
     real = sequence.real_tokens(ids.pad_id)
-    if np.isin(tokens[:real], (ids.pad_id, ids.mask_id)).any():
+    text = tokens[:real]
+    if ((text == ids.pad_id) | (text == ids.mask_id)).any():
         raise UserError(f"{path}: a document holds the padding or the mask token")
+    if (tokens[real:] != ids.pad_id).any():
+        raise UserError(f"{path}: the padding holds other tokens than padding")
     layout = sequence.layout
+    longest = max(manifest.coverage * real, manifest.block_size)
     ends = np.cumsum(lengths)
-    document = np.searchsorted(ends, layout.prefix_end, side="right")
+    document = np.searchsorted(ends[:-1], layout.prefix_end, side="right")
     starts = (ends - lengths)[document]
     fits = (
         np.array_equal(layout.prefix_start, starts)
         and bool((layout.draft_end <= np.minimum(ends[document], real)).all())
         and bool((layout.draft_lengths <= manifest.block_size).all())
+        and bool((layout.draft_end[:-1] <= layout.prefix_end[1:]).all())
+        and 0 < layout.num_slots <= longest
+        and (manifest.coverage < 1.0 or layout.num_slots == real)
     )
     if not fits:
         raise UserError(

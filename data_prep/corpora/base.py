@@ -8,10 +8,16 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 
+NOT_UTF8 = "not UTF-8"
+
 
 @dataclass(frozen=True)
 class Document:
-    """Text with an id that is unique in its corpus and the same at every reading."""
+    """Text and its id, the same at every reading.
+
+    The id decides the split. It should be the document's own; documents that share one share a
+    split, nothing else.
+    """
 
     id: str
     text: str
@@ -28,10 +34,12 @@ class Corpus(ABC):
         """All documents that are not refused; reading streams, memory stays flat."""
         self.refused.clear()
         for document in self.read():
-            if document.text:
-                yield document
-            else:
+            if not document.text:
                 self.refused["empty"] += 1
+            elif not _is_utf8(document.text):
+                self.refused[NOT_UTF8] += 1
+            else:
+                yield document
 
     @abstractmethod
     def read(self) -> Iterator[Document]:
@@ -46,7 +54,21 @@ def files_under(path: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(p for pattern in patterns for p in path.rglob(pattern) if p.is_file())
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; give a file or a folder")
+    try:
+        found = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
     if not found:
         raise UserError(f"{key}: no file matching {' or '.join(patterns)} under {path}")
-    return found
+    return sorted(found)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether `text` can be stored: JSON can spell out halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from data_prep.corpora.base import Corpus, Document, files_under
 from data_prep.errors import UserError
@@ -21,7 +23,7 @@ class ParquetConfig:
 
 
 class ParquetCorpus(Corpus):
-    """Reads a row group's columns at a time; needs the `parquet` extra (pyarrow)."""
+    """Reads a batch of rows at a time; needs pyarrow, the `parquet` extra. A null is empty text."""
 
     def __init__(self, config: ParquetConfig) -> None:
         super().__init__()
@@ -37,28 +39,38 @@ class ParquetCorpus(Corpus):
 
     def read(self) -> Iterator[Document]:
         import pyarrow
-        import pyarrow.parquet
 
         root = self.path if self.path.is_dir() else self.path.parent
-        columns = [c for c in (self.config.text_field, self.config.id_field) if c]
         for path in self.files:
             name = path.relative_to(root).as_posix()
             try:
-                file = pyarrow.parquet.ParquetFile(path)
-            except (OSError, pyarrow.ArrowInvalid) as error:
-                raise UserError(f"{path}: not a parquet file ({error})") from error
+                for row, (text, identity) in enumerate(self._rows(path), 1):
+                    default_id, place = f"{name}:{row}", f"{path}: row {row}"
+                    yield self._document(text, identity, default_id, place)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise UserError(f"{path}: cannot be read to its end ({error})") from error
+
+    def _rows(self, path: Path) -> Iterator[tuple[Any, Any]]:
+        """Text and id (None without an id column) of every row."""
+        import pyarrow.parquet
+
+        columns = [c for c in (self.config.text_field, self.config.id_field) if c]
+        with pyarrow.parquet.ParquetFile(path) as file:
             for column in columns:
                 if column not in file.schema_arrow.names:
                     raise UserError(
                         f"{path}: has no column {column!r}; set corpus.text_field or "
                         "corpus.id_field"
                     )
-            row = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                values = batch.to_pydict()
-                texts = values[self.config.text_field]
-                ids = values[self.config.id_field] if self.config.id_field else None
-                for index, text in enumerate(texts):
-                    row += 1
-                    identity = str(ids[index]) if ids else f"{name}:{row}"
-                    yield Document(identity, text or "")
+                texts, *ids = (batch.column(column).to_pylist() for column in columns)
+                yield from zip(texts, ids[0] if ids else repeat(None), strict=False)
+
+    def _document(self, text: Any, identity: Any, default_id: str, place: str) -> Document:
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{place}: column {self.config.text_field!r} is not text")
+        if self.config.id_field is None:
+            identity = default_id
+        elif identity is None:
+            raise UserError(f"{place}: column {self.config.id_field!r} is null; mend the row")
+        return Document(str(identity), text or "")

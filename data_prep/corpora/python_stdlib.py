@@ -1,11 +1,12 @@
 """Python's own standard library: about 10 MB of real text that every machine has."""
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpora.base import Corpus, Document
+from data_prep.corpora.base import NOT_UTF8, Corpus, Document
 from data_prep.errors import UserError
 
 LEFT_OUT = {
@@ -26,6 +27,10 @@ class StdlibConfig:
     max_bytes: int | None = None
     """Stop after this much text; None takes all of it."""
 
+    def __post_init__(self) -> None:
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise UserError(f"corpus.max_bytes: must be at least 1, got {self.max_bytes}")
+
 
 class StdlibCorpus(Corpus):
     """A document for every module of the running Python's library, in order of path."""
@@ -41,16 +46,25 @@ class StdlibCorpus(Corpus):
 
     def read(self) -> Iterator[Document]:
         room = self.config.max_bytes
-        for path in sorted(self.root.rglob("*.py")):
-            name = path.relative_to(self.root)
-            if LEFT_OUT & set(name.parts):
+        for path in sorted(self._modules()):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                self.refused[f"not readable ({error.strerror})"] += 1
                 continue
-            content = path.read_bytes()
             if room is not None:
                 room -= len(content)
                 if room < 0:
                     return
             try:
-                yield Document(name.as_posix(), content.decode())
+                yield Document(path.relative_to(self.root).as_posix(), content.decode())
             except UnicodeDecodeError:
-                self.refused["not UTF-8"] += 1
+                self.refused[NOT_UTF8] += 1
+
+    def _modules(self) -> Iterator[Path]:
+        """Every source file; what is installed beside the library is not even walked through."""
+        for folder, subfolders, files in os.walk(self.root):
+            subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
+            for name in files:
+                if name.endswith(".py"):
+                    yield Path(folder, name)

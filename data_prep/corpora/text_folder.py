@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpora.base import Corpus, Document, files_under
+from data_prep.corpora.base import NOT_UTF8, Corpus, Document, files_under
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class TextFolderConfig:
 
 
 class TextFolderCorpus(Corpus):
-    """Ids are paths relative to the folder. Files that are not UTF-8 are refused and counted."""
+    """Ids are paths relative to the folder. Files that cannot be read or are not
+    UTF-8 are refused and counted."""
 
     def __init__(self, config: TextFolderConfig) -> None:
         super().__init__()
@@ -30,6 +31,6 @@ class TextFolderCorpus(Corpus):
             try:
                 yield Document(path.relative_to(root).as_posix(), path.read_bytes().decode())
             except UnicodeDecodeError:
-                self.refused["not UTF-8"] += 1
-            except PermissionError:
-                self.refused["not readable"] += 1
+                self.refused[NOT_UTF8] += 1
+            except OSError as error:
+                self.refused[f"not readable ({error.strerror})"] += 1

@@ -1,0 +1,91 @@
+"""The real command, killed or interrupted in the middle: a rerun comes to the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.files import sha256_of
+from data_prep.manifest import Manifest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def start(overrides, folder, workers):
+    """`tidar-prepare` as a process group of its own, as a terminal starts it."""
+    arguments = [*overrides, f"output_dir={folder}", f"workers={workers}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "data_prep.prepare", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_shards(process, folder, count):
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("train/*.tar"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def large(overrides, texts, write_corpus, tmp_path_factory):
+    """Enough text for a run of some seconds, and small shards: it is caught in the middle."""
+    folder = tmp_path_factory.mktemp("large")
+    many = [f"{number} {text}" for number in range(20) for text in texts]
+    path = write_corpus(folder / "text.jsonl", many)
+    changes = [f"corpus.path={path}", "sequence_length=256", "shard_sequences=60"]
+    return [*overrides, *changes, "shuffle_sequences=50"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(large, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "data"
+    process = start(large, folder, 1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return Manifest.load(folder)
+
+
+@pytest.mark.parametrize(("ending", "workers"), [("SIGKILL", 1), ("SIGKILL", 2), ("Ctrl-C", 2)])
+def test_a_rerun_keeps_finished_shards_and_gives_the_same(
+    large, uninterrupted, tmp_path, ending, workers
+):
+    folder = tmp_path / "data"
+    process = start(large, folder, workers)
+    wait_for_shards(process, folder, 3)
+    if ending == "SIGKILL":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    interrupted_at = time.monotonic()
+    # The pipes end when the last process that holds them has ended: workers too.
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - interrupted_at < 10
+    if ending == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert errors == "interrupted; run the same command again to continue\n"
+    assert not (folder / "manifest.json").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("train/*.tar")}
+    assert 3 <= len(finished) < len(uninterrupted.train.shards)
+
+    again = start(large, folder, 1)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    manifest = Manifest.load(folder)
+    assert manifest == uninterrupted
+    kept = {name: (folder / "train" / name).stat().st_mtime_ns for name in finished}
+    assert kept == finished, "finished shards must not be written again"
+    for shard in manifest.train.shards:
+        assert sha256_of(folder / shard.name) == shard.sha256
+    assert not list(folder.rglob("*.writing"))

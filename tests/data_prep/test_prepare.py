@@ -1,0 +1,236 @@
+"""`tidar-prepare` end to end: the same bytes from any number of workers, nothing lost, nothing
+mixed, nothing overwritten by mistake."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.manifest import SPLITS, Manifest
+from data_prep.shards import read_shard
+from data_prep.tokenizers import load_tokenizer
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    """The text of every piece in a split's shards; a document that was cut gives several."""
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder)
+    found = []
+    for shard in manifest.splits[split].shards:
+        for sequence in read_shard(folder / shard.name):
+            real = sequence.real_tokens(tokenizer.pad_id)
+            ends = np.cumsum(sequence.document_lengths)
+            pieces = np.split(sequence.tokens[:real], ends[ends < real])
+            found += [tokenizer.decode(piece) for piece in pieces]
+    return found
+
+
+def test_two_runs_and_three_workers_give_the_same_bytes(command, overrides, prepared, tmp_path):
+    for name, workers in (("again", 1), ("three", 3)):
+        result = command(*overrides, f"output_dir={tmp_path / name}", f"workers={workers}")
+        assert result.code == 0, result.err
+        assert content(tmp_path / name) == content(prepared), "also the manifest, wherever it is"
+
+
+def test_the_folder_holds_what_the_contract_says(prepared):
+    manifest = Manifest.load(prepared)
+    listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    top = {"manifest.json", "token_counts.npy", "tokenizer.model"}
+    assert set(content(prepared)) == listed | top
+    assert len(manifest.train.shards) > 5
+    assert manifest.config["layout"] == {"block_size": 8, "coverage": 1.0, "shift": False}
+    assert not {"output_dir", "workers", "verify", "overwrite"} & set(manifest.config)
+    assert manifest.tokenizer.file == "tokenizer.model"
+
+
+def test_every_document_is_in_the_shards(prepared, texts, tokenizer):
+    pieces = [*texts_of(prepared, "train"), *texts_of(prepared, "heldout")]
+    short = {text for text in texts if len(tokenizer.encode(text)) < 128}
+    assert short
+    assert short <= set(pieces)
+    assert sum(map(len, pieces)) == pytest.approx(sum(map(len, texts)), rel=0.01)
+    manifest = Manifest.load(prepared)
+    assert manifest.documents == {"read": len(texts), "packed": len(texts), "refused": {}}
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert sum(split.text_bytes for split in manifest.splits.values()) == text_bytes
+
+
+def test_summary_and_refusals_are_printed(command, overrides, tmp_path, texts, write_corpus):
+    path = write_corpus(tmp_path / "text.jsonl", [*texts, "", ""])
+    result = command(*overrides, f"corpus.path={path}", f"output_dir={tmp_path / 'data'}")
+    assert result.code == 0
+    documents = Manifest.load(tmp_path / "data").documents
+    assert documents == {"read": len(texts) + 2, "packed": len(texts), "refused": {"empty": 2}}
+    lines = result.out.splitlines()
+    assert lines[0].startswith("train: ")
+    assert "refused: 2 documents, empty" in lines
+
+
+def test_the_split_is_by_document_and_stays_when_the_corpus_grows(
+    command, overrides, tmp_path, write_corpus
+):
+    """Every document repeats its own word: a word in both splits would be a document in both."""
+    texts = [f"{word} " * 40 for word in (f"w{number}x" for number in range(150))]
+    splits = []
+    for count in (90, 150):
+        folder = tmp_path / str(count)
+        path = write_corpus(tmp_path / f"{count}.jsonl", texts[:count])
+        assert command(*overrides, f"corpus.path={path}", f"output_dir={folder}").code == 0
+        words = {
+            split: {word for text in texts_of(folder, split) for word in text.split()}
+            & {text.split()[0] for text in texts}
+            for split in SPLITS
+        }
+        assert not words["train"] & words["heldout"]
+        assert len(words["train"] | words["heldout"]) == count
+        splits.append(words)
+    assert splits[0]["heldout"] < splits[1]["heldout"]
+    assert splits[0]["train"] < splits[1]["train"]
+
+
+def test_a_finished_folder_is_left_alone(command, overrides, prepared):
+    before = content(prepared)
+    result = command(*overrides, f"output_dir={prepared}", "workers=2")
+    assert result.code == 0
+    assert "is prepared with these settings already" in result.out
+    other = command(*overrides, f"output_dir={prepared}", "seed=1")
+    assert other.code == 2
+    assert "was prepared with other settings" in other.err
+    assert content(prepared) == before
+
+
+def test_overwrite_replaces_it_but_not_for_a_mistake(command, overrides, tmp_path):
+    folder = tmp_path / "data"
+    assert command(*overrides, f"output_dir={folder}").code == 0
+    before = content(folder)
+    for mistake in ("corpus.path=/none", "tokenizer.path=/none"):
+        assert command(*overrides, f"output_dir={folder}", "overwrite=true", mistake).code == 2
+        assert content(folder) == before, "a mistake must not cost the data"
+    changes = ["overwrite=true", "sequence_length=256"]
+    assert command(*overrides, f"output_dir={folder}", *changes).code == 0
+    assert Manifest.load(folder).sequence_length == 256
+    listed = {s.name for split in Manifest.load(folder).splits.values() for s in split.shards}
+    assert {name for name in content(folder) if name.endswith(".tar")} == listed
+
+
+def test_leftovers_of_other_settings_go(command, overrides, prepared, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    for name in (
+        "train/000099.tar", "train/.000000.tar.writing", "tokenizer.json",
+        "tokenizer_config.json", ".manifest.json.writing",
+    ):  # fmt: skip
+        (folder / name).write_text("{}")
+    assert command(*overrides, f"output_dir={folder}").code == 0
+    assert content(folder) == content(prepared)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_changed_corpus_is_not_mixed_in(
+    command, overrides, prepared, tmp_path, texts, write_corpus, workers
+):
+    """The folder of an unfinished run over another text: the shards are all written anew."""
+    folder, path = tmp_path / "data", tmp_path / "text.jsonl"
+    options = [*overrides, f"corpus.path={path}", f"output_dir={folder}", f"workers={workers}"]
+    write_corpus(path, texts)
+    assert command(*options).code == 0
+    first = Manifest.load(folder)
+    (folder / "manifest.json").unlink()
+    write_corpus(path, [text.replace("e", "E") for text in texts])
+    assert command(*options).code == 0
+    second = Manifest.load(folder)
+    assert command(*options, f"output_dir={tmp_path / 'fresh'}").code == 0
+    assert content(folder) == content(tmp_path / "fresh")
+    hashes = [{s.sha256 for s in manifest.train.shards} for manifest in (first, second)]
+    assert not hashes[0] & hashes[1]
+    assert command("verify=true", f"output_dir={folder}").code == 0
+
+
+def test_another_preparation_in_the_same_folder_is_refused(command, overrides, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        result = command(*overrides, f"output_dir={folder}")
+    finally:
+        os.close(descriptor)
+    assert result.code == 2
+    assert "another tidar-prepare writes" in result.err
+    assert command(*overrides, f"output_dir={folder}").code == 0
+
+
+@pytest.mark.parametrize(
+    ("corpus", "text"),
+    [
+        ([], "corpus: holds no text (no documents); give another"),
+        ([""], "corpus: holds no text (1 empty); give another"),
+        (["a", "b"], "heldout_fraction: none of 2 documents fell into the heldout split"),
+    ],
+)
+def test_too_little_text_is_named_and_leaves_no_manifest(
+    command, overrides, tmp_path, write_corpus, corpus, text
+):
+    path = write_corpus(tmp_path / "text.jsonl", corpus)
+    result = command(*overrides, f"corpus.path={path}", f"output_dir={tmp_path / 'data'}")
+    assert result.code == 2
+    assert text in result.err
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_a_full_disk_is_one_line(command, overrides, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = command(*overrides, f"output_dir={tmp_path / 'data'}")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert f"output_dir: {tmp_path / 'data'} cannot be written (No space left" in result.err
+    assert not list((tmp_path / "data").rglob("*.tar"))
+
+
+def test_a_huggingface_tokenizer_from_its_folder(command, overrides, tmp_path, texts):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts[:20], trainer)
+    source = tmp_path / "base"
+    source.mkdir()
+    model.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    kept = [one for one in overrides if not one.startswith("tokenizer.")]
+    for folder, workers in (("one", 1), ("two", 2)):
+        result = command(
+            *kept, "tokenizer=huggingface", f"tokenizer.path={source}", f"workers={workers}",
+            f"output_dir={tmp_path / folder}",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    info = Manifest.load(tmp_path / "one").tokenizer
+    assert (info.kind, info.eos_id, info.mask_id, info.vocab_size) == ("huggingface", 1, 400, 401)
+    pieces = {piece for split in SPLITS for piece in texts_of(tmp_path / "one", split)}
+    encode = load_tokenizer(tmp_path / "one").encode
+    short = {text for text in texts if len(encode(text)) < 128}
+    assert short
+    assert short <= pieces
+    assert command("verify=true", f"output_dir={tmp_path / 'one'}").code == 0

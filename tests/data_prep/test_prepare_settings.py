@@ -1,0 +1,145 @@
+"""Every mistake in the config of `tidar-prepare` is one line that names the key."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from data_prep.config import parse
+from data_prep.errors import UserError
+from data_prep.settings import LayoutConfig, TokenizerConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MISTAKES = [
+    ("sequence_length=1", "sequence_length: must be at least 2, got 1"),
+    ("sequence_length=abc", "sequence_length: Value 'abc' of type 'str' could not be"),
+    ("sequence_length=null", "sequence_length: "),
+    ("workers=0", "workers: must be at least 1, got 0"),
+    ("workers=1.5", "workers: Value '1.5'"),
+    ("seed=-1", "seed: must be at least 0, got -1"),
+    ("group_size=0", "group_size: must be at least 1"),
+    ("shard_sequences=0", "shard_sequences: must be at least 1"),
+    ("shuffle_sequences=0", "shuffle_sequences: must be at least 1"),
+    ("heldout_fraction=0", "heldout_fraction: must be in (0, 1), got 0"),
+    ("heldout_fraction=1", "heldout_fraction: must be in (0, 1), got 1"),
+    ("heldout_fraction=nan", "heldout_fraction: must be in (0, 1), got nan"),
+    ("verify=maybe", "verify: Value 'maybe' is not a valid bool"),
+    ("layout.block_size=0", "layout.block_size: must be at least 1, got 0"),
+    ("layout.coverage=0", "layout.coverage: must be in (0, 1], got 0"),
+    ("layout.shift=1.5", "layout.shift: Value '1.5'"),
+    ("+layout.step=2", "layout.step: unknown key; known are block_size, coverage, shift"),
+    ("+sequence_lenght=64", "sequence_lenght: unknown key; known are group_size,"),
+    ("sequence_lenght=64", "Could not override 'sequence_lenght'"),
+    ("tokenizer.vocab_size=100", "tokenizer.vocab_size: 100 is below 300"),
+    ("tokenizer.model_type=word", "tokenizer.model_type: 'word' is not unigram or bpe"),
+    ("tokenizer.kind=wordpiece", "tokenizer.kind: unknown value 'wordpiece'"),
+    ("tokenizer.sample_bytes=0", "tokenizer.sample_bytes: must be at least 1"),
+    ("tokenizer.path=/none", "tokenizer.path: /none does not exist"),
+    ("tokenizer=huggingface", "tokenizer.path: has no value; set tokenizer.path=..."),
+    ("tokenizer=wordpiece", "Could not find 'tokenizer/wordpiece'"),
+    ("corpus=jsonl", "corpus.path: has no value; set corpus.path=... on the command line"),
+    ("corpus=nothing", "Could not find 'corpus/nothing'"),
+    ("sequence_length", "sequence_length"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "text"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key(command, tmp_path, mistake, text):
+    folder = tmp_path / "data"
+    result = command(f"output_dir={folder}", mistake)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert text in result.err
+    assert not folder.exists(), "a mistake must not leave an empty folder"
+
+
+def test_a_missing_output_dir_is_named(command):
+    result = command()
+    assert result.code == 2
+    assert result.err == "error: output_dir: has no value; set output_dir=... on the command line\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "foreign", "read-only"])
+def test_an_output_dir_that_cannot_be_used_is_named(command, overrides, tmp_path, kind):
+    folder = tmp_path / "data"
+    if kind == "file":
+        folder.write_text("text")
+    elif kind == "foreign":
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("text")
+    else:
+        folder = Path("/proc/none")
+    result = command(*overrides, f"output_dir={folder}")
+    assert result.code == 2
+    assert result.err.startswith(f"error: output_dir: {folder} ")
+    assert result.err.count("\n") == 1
+    if kind == "foreign":
+        assert "thesis.tex" in result.err
+        assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_a_tokenizer_of_another_kind_is_named(command, overrides, tmp_path, tokenizer_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        result = command(*overrides, f"tokenizer.path={path}", f"output_dir={tmp_path / 'data'}")
+        assert result.code == 2
+        assert str(tmp_path) in result.err
+    kept = [one for one in overrides if not one.startswith("tokenizer.")]
+    wrong = ["tokenizer=huggingface", f"tokenizer.path={tokenizer_path}"]
+    result = command(*kept, *wrong, f"output_dir={tmp_path / 'data'}")
+    assert (
+        result.err == f"error: tokenizer.path: {tokenizer_path} is not for tokenizer=huggingface\n"
+    )
+
+
+def test_every_key_of_the_config_carries_a_comment():
+    for path in (
+        CONF / "prepare.yaml",
+        *CONF.glob("corpus/*.yaml"),
+        *CONF.glob("tokenizer/*.yaml"),
+    ):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# "), path
+        for above, line in pairwise(lines):
+            key = line.strip().partition(":")[0]
+            if line.startswith("hydra:"):
+                break
+            if line.strip().startswith("- ") or key in ("defaults", "layout", "kind"):
+                continue
+            if line and not line.strip().startswith("#"):
+                assert above.strip().startswith("#"), f"{path.name}: {key} has no comment above it"
+
+
+def test_help_names_the_choices_that_exist(command, capsys):
+    result = command("--help")
+    for group in ("corpus", "tokenizer"):
+        choices = {path.stem for path in (CONF / group).glob("*.yaml")}
+        (line,) = (one for one in result.out.splitlines() if one.startswith(f"{group}: "))
+        assert set(line.partition(": ")[2].split(", ")) == choices
+    assert "130 interrupted" in result.out
+    assert "deepspeed" not in result.out, "groups of other commands do not belong here"
+
+
+def test_the_config_can_be_shown(command):
+    result = command("--cfg", "job", "sequence_length=77")
+    shown = yaml.safe_load(result.out)
+    assert shown["sequence_length"] == 77
+    assert shown["corpus"] == {"kind": "python_stdlib", "max_bytes": None}
+
+
+def test_defaults_of_the_config_and_of_the_dataclasses_agree():
+    shown = OmegaConf.load(CONF / "prepare.yaml")
+    assert parse(LayoutConfig, shown.layout, "layout") == LayoutConfig()
+    section = OmegaConf.load(CONF / "tokenizer" / "sentencepiece.yaml")
+    assert parse(TokenizerConfig, section, "tokenizer") == TokenizerConfig()
+
+
+def test_a_section_that_is_no_group_is_named():
+    cfg = OmegaConf.create(json.loads('{"layout": 3}'))
+    with pytest.raises(UserError, match=r"layout: expected a group of keys \(block_size, coverage"):
+        parse(LayoutConfig, cfg.layout, "layout")

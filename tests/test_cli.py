@@ -1,0 +1,121 @@
+"""The shell around the entry points: one line for a mistake, a traceback for a fault, the codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from data_prep.cli import config_dir, one_line, run
+from data_prep.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run `task` behind `tidar-prepare output_dir=x …`; returns (code, stdout, stderr)."""
+
+    def with_task(task, *arguments):
+        monkeypatch.setattr(sys, "argv", ["tidar-prepare", "output_dir=x", *arguments])
+        code = run("prepare", task)
+        return code, *capsys.readouterr()
+
+    return with_task
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (130, 130), (75, 75)])
+def test_a_task_s_code_is_handed_on(call, returned, code):
+    assert call(lambda cfg: returned) == (code, "", "")
+
+
+def test_a_task_gets_the_config_with_its_overrides(call):
+    seen = []
+    call(lambda cfg: seen.append(OmegaConf.to_container(cfg)), "seed=7", "corpus=jsonl")
+    assert seen[0]["seed"] == 7
+    assert seen[0]["corpus"]["kind"] == "jsonl"
+    assert "hydra" not in seen[0]
+
+
+def test_a_mistake_is_one_line_and_code_2(call):
+    def task(cfg):
+        raise UserError("seed: wrong;\nchoose another")
+
+    assert call(task) == (2, "", "error: seed: wrong; choose another\n")
+
+
+def test_a_mistake_names_the_rank(call, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+
+    def task(cfg):
+        raise UserError("seed: wrong")
+
+    assert call(task)[2] == "error (rank 3): seed: wrong\n"
+
+
+def test_a_key_that_is_not_there_is_a_mistake(call):
+    code, _, error = call(lambda cfg: cfg.nothing)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "nothing" in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("corpus=nothing", "Could not find 'corpus/nothing'"),
+        ("nothing=1", "Could not override 'nothing'"),
+        ("seed", "seed"),
+        ("seed=[", "'['"),
+        ("--config-name=nothing", "nothing"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line(call, argument, text):
+    code, out, error = call(lambda cfg: pytest.fail("must not be called"), argument)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith("error: ")
+    assert text in error
+
+
+def test_a_fault_keeps_its_traceback(call):
+    def task(cfg):
+        raise ZeroDivisionError("a fault")
+
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        call(task)
+
+
+def test_hints_about_debugging_are_left_out():
+    error = ConfigAttributeError("Key 'x' is not in struct\n    full_key: x\n    object_type=dict")
+    assert one_line(error) == "Key 'x' is not in struct"
+    assert one_line(KeyError()) == "KeyError"
+
+
+def test_nothing_is_written_by_the_shell(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(lambda cfg: 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_config_folder_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert (config_dir() / "prepare.yaml").is_file()
+
+
+def test_the_real_command_line(tmp_path):
+    """Exit code 2, one line, no traceback, through the interpreter as a shell starts it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.prepare", f"output_dir={tmp_path / 'x'}", "workers=0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: workers: must be at least 1, got 0\n"
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ thread. Target: waiting below 1 % of a step.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 

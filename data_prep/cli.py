@@ -20,6 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.errors import UserError
 
 EXIT_BAD_INPUT = 2
+NOISE = (
+    "full_key:", "object_type=", "To append to your config use +", "Config search path:",
+    "provider=",
+)  # fmt: skip
+"""Lines of Hydra's messages that tell a user of this project nothing, or nothing that helps."""
 
 
 def config_dir() -> Path:
@@ -47,8 +52,11 @@ def run(
     sys.argv[1:] = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
     codes: list[int] = []
     mistakes: list[str] = []
+    composed = False
 
     def guarded(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             codes.append(task(cfg) or 0)
         except (UserError, OmegaConfBaseException) as error:
@@ -59,8 +67,10 @@ def run(
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
             guarded
         )()
-    except (HydraException, OmegaConfBaseException) as error:
-        mistakes.append(one_line(error))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed:
+            raise
+        mistakes.append(describe_override(error))
     if mistakes:
         report_mistake(mistakes[0])
         return EXIT_BAD_INPUT
@@ -86,8 +96,15 @@ def report_mistake(text: str) -> None:
     print(prefix + text, file=sys.stderr, flush=True)
 
 
+def describe_override(error: BaseException) -> str:
+    """What is wrong with a command line that Hydra could not make a config of."""
+    override = getattr(error, "override", None)  # where one cannot be parsed
+    return f"{override}: {one_line(error)}" if override else one_line(error)
+
+
 def one_line(error: BaseException) -> str:
-    """An exception's text on one line, without Hydra's trailing hints about debugging."""
+    """An exception's text on one line, without Hydra's hints."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type="))]
-    return " ".join(kept) or type(error).__name__
+    kept = [line for line in lines if line and not line.startswith(NOISE)]
+    text = " ".join(kept) or type(error).__name__
+    return text + "; --help lists the keys" if text.startswith("Could not override") else text

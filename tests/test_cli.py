@@ -66,9 +66,10 @@ def test_a_key_that_is_not_there_is_a_mistake(call):
     ("argument", "text"),
     [
         ("corpus=nothing", "Could not find 'corpus/nothing'"),
-        ("nothing=1", "Could not override 'nothing'"),
+        ("nothing=1", "Could not override 'nothing'. Key 'nothing' is not in struct; --help"),
+        ("tokenizer=null", "must be a string or a list"),
         ("seed", "seed"),
-        ("seed=[", "'['"),
+        ("seed=[", "seed=[: "),
         ("--config-name=nothing", "nothing"),
     ],
 )

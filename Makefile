@@ -1,7 +1,7 @@
 # One command each; `make help` lists them. Everything is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-eval demo test lint format bench clean
+.PHONY: help setup setup-eval demo test test-long lint format bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -31,8 +31,11 @@ $(VENV)/.installed-eval: $(STAMP)
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests (under 15 minutes)
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup ## run the tests that take long, such as many kills of one run
+	$(BIN)/python -m pytest -m long
 
 lint: setup ## style, imports and types
 	$(BIN)/ruff check .

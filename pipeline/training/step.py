@@ -96,11 +96,12 @@ def accumulate(
     ar_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     diffusion_sum = torch.zeros_like(ar_sum)
     for batch in batches:
+        mask = training_mask(batch.spans, world.device)  # from the host's copy of the rule
         batch = batch.to(world.device)
         logits = engine(
             batch.input_ids,
             position_ids=batch.position_ids,
-            mask=training_mask(batch.spans),
+            mask=mask,
             rows=batch.rows,
         )
         sums = loss_sums(logits, batch.labels, batch.ar_labels)

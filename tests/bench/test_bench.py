@@ -19,7 +19,12 @@ TOY = {
 }
 RATIOS = {
     "train_step": {f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")},
-    "attention": {f"S={s}: {form} / causal" for s in (16, 40) for form in ("dense", "tiles")},
+    "attention": {
+        f"S={s}, {documents}: {pair}"
+        for s in (16, 40)
+        for documents in ("one document", "documents")
+        for pair in ("dense / causal", "tiles / causal", "dense / tiles")
+    },
     "decode": {"5 cached: K=1 / ar", "5 cached: K=3 / ar"},
     "prepare": {"prepare's share of the tokenizer's speed"},
     "data_loading": {

@@ -6,12 +6,15 @@ Parameter names need no translation: the modules of `transformer.py` are named l
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
@@ -219,24 +222,34 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read(files: list[Path]) -> Iterator[NamedWeight]:
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    if not name.endswith(ROTARY_BUFFER):
-                        yield NamedWeight(name, path, file.get_tensor(name))
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut short ({error})") from error
+        with _opened(path) as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+        for name, shape in shapes.items():
+            if not name.endswith(ROTARY_BUFFER):
+                yield NamedWeight(name, path, shape, partial(_tensor, path, name))
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; raises UserError naming it when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype:
     """Type of the embedding, which stands for all."""
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
-                    return file.get_slice(EMBEDDING)[:0].dtype
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut short ({error})") from error
+        with _opened(path) as file:
+            if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_slice(EMBEDDING)[:0].dtype
     raise UserError(f"{files[0].parent}: tensor {EMBEDDING} missing; the model is incomplete")
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
+from pipeline.model.opening import Opening, whole
 
 Finish = Callable[[Tensor, Tensor], Any]
 """Takes final hidden states [B·L, E] and the LM head's matrix [V, E]."""
@@ -190,16 +191,20 @@ class Transformer(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache)
 
-    def initialize(self, seed: int) -> "Transformer":
+    def initialize(self, seed: int, opened: Opening = whole) -> "Transformer":
         """Draw all weights anew from `seed`, the same on every rank; returns self.
 
         Normal with deviation 0.02, the projections that write into the residual stream scaled down
-        by sqrt(2 · layers) (GPT-2), norms at one, biases at zero.
+        by sqrt(2 · layers) (GPT-2), norms at one, biases at zero. Drawn on the CPU in fp32, one
+        tensor at a time, whatever the type and place of the weights: the values do not depend on
+        either. `opened` makes a parameter whole where ZeRO 3 has cut it up.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
-            with torch.no_grad():
+            with torch.no_grad(), opened(parameter) as writes:
+                if not writes:
+                    continue
                 if name.endswith("bias"):
                     parameter.zero_()
                 elif parameter.ndim == 1:
@@ -207,7 +212,8 @@ class Transformer(nn.Module):
                 else:
                     writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                     deviation = residual if writes_residual else 0.02
-                    parameter.normal_(0.0, deviation, generator=generator)
+                    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                    parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
         return self
 
 

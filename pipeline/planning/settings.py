@@ -11,7 +11,7 @@ from pipeline.data.batch import section_length
 from pipeline.model.config import ModelConfig
 from pipeline.training.settings import TrainSettings
 
-ATTENTION = ("math", "fused")
+ATTENTION = ("flex", "fused", "math")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PlanConfig:
     sequence_length: int | None = None
     vocab_size: int | None = None
     mfu: float = 0.4
-    attention: str = "math"
+    attention: str = "flex"
     reserve_gib: float = 4.0
     json: str | None = None
 
@@ -53,7 +53,7 @@ class PlanConfig:
         if not 0.0 < self.mfu <= 1.0:
             raise ValueError(f"mfu must be in (0, 1], got {self.mfu}")
         if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be math or fused, got {self.attention!r}")
+            raise ValueError(f"attention must be flex, fused or math, got {self.attention!r}")
         for name in ("sequence_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 2:

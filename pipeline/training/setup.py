@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
@@ -14,7 +13,6 @@ from data_prep.tokenizers import load_tokenizer
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import Transformer
 from pipeline.training.callbacks import Callback, Callbacks
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
@@ -26,6 +24,7 @@ from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.loop import Trainer
 from pipeline.training.settings import TrainSettings
+from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
 
 
@@ -40,19 +39,6 @@ def model_config(settings: TrainSettings) -> ModelConfig:
             f"{settings.manifest.sequence_length} tokens; raise it or prepare shorter sequences"
         )
     return config if settings.objective.drafts else config.without_drafting()
-
-
-def build_model(settings: TrainSettings, config: ModelConfig) -> Transformer:
-    """The model before the first step: drawn from the seed, or read from `init_from`."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    if settings.init_from is not None:
-        from pipeline.model.loading import initialize_from
-
-        model = initialize_from(settings.init_from, config)
-    else:
-        model = Transformer(config).initialize(settings.seed)
-    model.model.activation_checkpointing = settings.activation_checkpointing
-    return model.to(dtype)
 
 
 def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
@@ -72,7 +58,7 @@ def build_trainer(settings: TrainSettings, world: World, say: Callable[[str], No
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     accumulation_steps = settings.accumulation_steps(world.size)
     config = model_config(settings)
-    model = build_model(settings, config)
+    model = build_model(settings, config, world, say)
     engine = build_engine(
         model,
         world,

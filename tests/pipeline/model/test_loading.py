@@ -26,6 +26,7 @@ from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.distributed import World
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
 from pipeline.training.state import TrainState
+from pipeline.training.step import apply
 from pipeline.training.weights import full_copy
 
 STAGES = (0, 1, 2, 3)
@@ -57,7 +58,7 @@ def save_all(world: World, folder) -> dict:
         )
         ids = torch.arange(40)[None] + world.rank
         engine.backward(engine(ids).float().square().mean())
-        engine.step()
+        apply(engine, learning_rate=1e-2)
 
         def extra(path, config=config):
             config.save(path / "model.json")
@@ -175,13 +176,13 @@ def test_weights_are_read_one_by_one(tmp_path, monkeypatch):
     write_huggingface(tmp_path, "qwen3", huggingface_tokenizer())
     alive: list[weakref.ref] = []
 
-    def watched(files, read=huggingface._read):
-        for weight in read(files):
-            assert sum(r() is not None for r in alive) <= 1
-            alive.append(weakref.ref(weight.tensor))
-            yield weight
+    def watched(path, name, read=huggingface._tensor):
+        assert sum(r() is not None for r in alive) <= 1
+        tensor = read(path, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
 
-    monkeypatch.setattr(huggingface, "_read", watched)
+    monkeypatch.setattr(huggingface, "_tensor", watched)
     load_model(tmp_path, device="cpu")
     assert len(alive) > 20
 

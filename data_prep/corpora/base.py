@@ -58,7 +58,7 @@ def files_under(path: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
         raise UserError(f"{key}: {path} does not exist; give a file or a folder")
     try:
         found = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
         raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
     if not found:
         raise UserError(f"{key}: no file matching {' or '.join(patterns)} under {path}")

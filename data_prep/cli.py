@@ -107,4 +107,5 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(NOISE)]
     text = " ".join(kept) or type(error).__name__
-    return text + "; --help lists the keys" if text.startswith("Could not override") else text
+    is_unknown_key = text.startswith("Could not override")
+    return text.rstrip(".") + "; --help lists the keys" if is_unknown_key else text

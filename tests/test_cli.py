@@ -66,7 +66,7 @@ def test_a_key_that_is_not_there_is_a_mistake(call):
     ("argument", "text"),
     [
         ("corpus=nothing", "Could not find 'corpus/nothing'"),
-        ("nothing=1", "Could not override 'nothing'. Key 'nothing' is not in struct; --help"),
+        ("nothing=1", "Could not override 'nothing'; --help lists the keys"),
         ("tokenizer=null", "must be a string or a list"),
         ("seed", "seed"),
         ("seed=[", "seed=[: "),

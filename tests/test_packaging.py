@@ -36,7 +36,7 @@ def test_console_scripts_are_there():
     for target in PROJECT["project"]["scripts"].values():
         module, function = target.split(":")
         path = ROOT / (module.replace(".", "/") + ".py")
-        assert f"def {function}()" in path.read_text()
+        assert f"\ndef {function}(" in path.read_text()
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

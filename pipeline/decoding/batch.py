@@ -46,6 +46,7 @@ def decode_requests(engine: StepEngine, requests: Sequence[Request]) -> Iterator
     """
     waiting = list(range(len(requests)))[::-1]
     owner: dict[int, int] = {}
+    texts = [request.prompt.tolist() if engine.proposer else [] for request in requests]
     started: dict[int, float] = {}
     while waiting or owner:
         for row in range(engine.batch_size):
@@ -61,13 +62,17 @@ def decode_requests(engine: StepEngine, requests: Sequence[Request]) -> Iterator
                     engine.release(row)
                 else:
                     owner[row] = number
+                    texts[number].append(token)
                 yield Progress(number, tokens, 1, forwards, seconds, True, done)
         if not owner:
             continue
+        if engine.proposer is not None:
+            engine.propose(texts[owner[0]])
         made = engine.step()
         now = clock(engine.device)
         for row, number in list(owner.items()):
             limit = requests[number].limit
+            texts[number] += made[row]
             tokens = limit.cut(made[row])
             done = limit.reason is not None
             if done:

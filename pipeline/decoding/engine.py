@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.decoding.cache import Cache, KVCache, RaggedCache
 from pipeline.decoding.graphs import GraphedSteps
+from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import Sampling, draw
 from pipeline.decoding.state import RowState, RowStreams
 from pipeline.decoding.step import StepRule, StepShape, prefill_mask
@@ -35,6 +36,7 @@ class StepEngine:
         capacity: cached tokens of the longest row, prompt and new ones, without a step's queries.
         graphs: capture steps as CUDA graphs; only on a GPU.
         prefill_chunk: most prompt tokens in one forward.
+        proposer: where drafts come from, for one row whose shape has no blocks.
     """
 
     def __init__(
@@ -47,12 +49,17 @@ class StepEngine:
         capacity: int,
         graphs: bool = False,
         prefill_chunk: int = 512,
+        proposer: Proposer | None = None,
     ) -> None:
         first = next(model.parameters())
         self.model, self.sampling, self.shape = model, sampling, shape
         self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
-        room = capacity + shape.num_queries + shape.block_size
-        use_graphs = graphs and self.device.type == "cuda"
+        self.proposer = proposer
+        assert proposer is None or (batch_size == 1 and not shape.blocks), "one plain row only"
+        spare = 0 if proposer is None else proposer.count
+        room = capacity + shape.num_queries + shape.block_size + spare
+        # Drafts from elsewhere differ in number from step to step.
+        use_graphs = graphs and proposer is None and self.device.type == "cuda"
         with torch.inference_mode():
             self.cache: Cache
             if batch_size > 1 or use_graphs:
@@ -87,6 +94,8 @@ class StepEngine:
         """
         state, model = self.state, self.model
         self.streams.start(row, replace(self.sampling, seed=seed))
+        if self.proposer is not None:
+            self.proposer.start(seed)
         cache = self.cache.row(row) if isinstance(self.cache, RaggedCache) else self.cache
         cache.length = 0
         slots = self._mask_slots(1, self.shape.block_size if self._drafts_itself else 0)
@@ -149,28 +158,23 @@ class StepEngine:
             self.cache.length = length
 
     @torch.inference_mode()
-    def propose(self, tokens: Sequence[int], probabilities: Tensor | None = None) -> None:
-        """Give the single row a draft from elsewhere, for an engine whose shape has no blocks.
-
-        Args:
-            tokens: at most n - 1 of them; none makes the next step a plain one.
-            probabilities: q, fp32 [N, V]; None where the draft was not drawn (q is 1 at it).
-        """
-        assert self.batch_size == 1, "drafts from elsewhere go to a single row"
-        count = len(tokens)
+    def propose(self, text: Sequence[int]) -> None:
+        """Let the proposer draft what follows `text`, prompt included; nothing without one."""
+        if self.proposer is None:
+            return
+        tokens, probabilities = self.proposer.propose(text)
+        count, state = len(tokens), self.state
         self._drafted[0] = count > 0
         if count == 0:
             return
         self.shape = StepShape(count + 1)
-        drafts = torch.tensor([list(tokens)], device=self.device)
-        self.state.drafts = drafts
+        state.drafts = torch.tensor([tokens], device=self.device)
         if not self.sampling.greedy:
-            if probabilities is None:
+            if probabilities is None:  # not drawn: q is 1 at each token
                 rows = torch.zeros(count, self.model.config.num_embeddings, device=self.device)
-                probabilities = rows.scatter_(1, drafts[0][:, None], 1.0)
-            self.state.probabilities = probabilities[None]
-            numbers = torch.zeros(1, count + 1, dtype=torch.float64, device=self.device)
-            self.state.uniforms = numbers
+                probabilities = rows.scatter_(1, state.drafts[0][:, None], 1.0)
+            state.probabilities = probabilities[None]
+            state.uniforms = torch.zeros(1, count + 1, dtype=torch.float64, device=self.device)
 
     # --- a step ---
 

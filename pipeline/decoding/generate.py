@@ -8,7 +8,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from pipeline.decoding.batch import Request, decode_requests
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.methods import prompt_tensor, step_shape
+from pipeline.decoding.methods import prompt_tensor, proposer_of, step_shape
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.stops import Limit, StopStrings, StopWatch
 from pipeline.model.transformer import Transformer
@@ -26,7 +26,8 @@ class Generation:
     forwards: int = 0
     """Forward passes, those of the prompt included (one for each `prefill_chunk` tokens)."""
     accepted: list[int] = field(default_factory=list)
-    """Drafts accepted in each step after the prompt, 1 … K (d_0 always is); none for ar."""
+    """Tokens made final by each step after the prompt: drafts accepted, d_0 among them, 1 … K;
+    none for ar."""
     forward_of_token: list[int] = field(default_factory=list)
     """The forward, counted from 0, that made each token of `tokens` final."""
     seconds: float = 0.0
@@ -63,13 +64,15 @@ def generate(
     blocks: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> Generation:
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
     Args:
         model: a `Transformer`; for `tidar` one that knows its mask token.
         prompt_ids: token ids, [N], N >= 1.
-        method: `tidar`, or `ar` for one token a forward.
+        method: `tidar`, `ar` for one token a forward, `prompt_lookup` (drafts are what followed
+            the last few tokens before) or `speculative` (drafts of a smaller model).
         block_size: K; None takes the one the model was trained with.
         max_new_tokens: at least 1.
         temperature: 0 is greedy.
@@ -85,6 +88,7 @@ def generate(
             forwards; greedy output never, sampled output only in the draw, not its distribution.
         prefill_chunk: most prompt tokens in one forward.
         cuda_graphs: on a GPU, capture the steps.
+        draft_model: for `speculative`, a smaller model with the same tokenizer.
 
     Raises:
         UserError: for arguments out of range, a model without a mask token, or a prompt that does
@@ -111,6 +115,7 @@ def generate(
         blocks=blocks,
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
     )[0]
 
 
@@ -129,6 +134,7 @@ def generate_batch(
     blocks: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> list[Generation]:
     """Continue many prompts, `batch_size` side by side; arguments as in `generate`.
 
@@ -151,6 +157,7 @@ def generate_batch(
         sampling=sampling,
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
     )
     return run_engine(
         engine,
@@ -159,7 +166,7 @@ def generate_batch(
         max_new_tokens=max_new_tokens,
         eos_id=eos_id,
         stop=stop,
-        count_accepted=method == "tidar",
+        count_accepted=method != "ar",
     )
 
 
@@ -175,6 +182,7 @@ def open_engine(
     sampling: Sampling | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> tuple[StepEngine, list[Tensor]]:
     """An engine with room for every prompt, and the prompts, checked, on its device.
 
@@ -188,14 +196,19 @@ def open_engine(
         raise UserError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
     shape = step_shape(model, method, sampling, block_size, blocks)
     tensors = [prompt_tensor(model, prompt, max_new_tokens) for prompt in prompts]
+    capacity = max(map(len, tensors)) + max_new_tokens
+    proposer = proposer_of(method, sampling, block_size, model, draft_model, capacity)
+    if proposer is not None and batch_size > 1:
+        raise UserError(f"batch_size: method={method} decodes one prompt at a time; use 1")
     engine = StepEngine(
         model,
         sampling,
         shape,
         batch_size=min(batch_size, len(tensors)),
-        capacity=max(map(len, tensors)) + max_new_tokens,
+        capacity=capacity,
         graphs=cuda_graphs,
         prefill_chunk=prefill_chunk,
+        proposer=proposer,
     )
     return engine, tensors
 
@@ -253,6 +266,7 @@ def stream(
     blocks: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> Iterator[tuple[list[int], int]]:
     """Yield, for each forward, its new tokens and how many it made before the limits cut them.
 
@@ -269,6 +283,7 @@ def stream(
         sampling=sampling,
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
     )
     watch = None if stop is None else stop.watch(prompt.tolist())
     limit = Limit(max_new_tokens, [] if eos_id is None else [eos_id], watch)

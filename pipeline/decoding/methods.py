@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
+from pipeline.decoding.proposals import DraftModel, PromptLookup, Proposer
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
 
-METHODS = ("tidar", "ar")
+METHODS = ("tidar", "ar", "prompt_lookup", "speculative")
+LOOKUP_TOKENS = 7
+"""Drafts of `prompt_lookup` and `speculative`, unless `block_size` says otherwise (minus one)."""
 
 
 def step_shape(
@@ -20,11 +23,13 @@ def step_shape(
     block_size: int | None,
     blocks: Sequence[int] | None = None,
 ) -> StepShape:
-    """The step of `method`: one token for `ar`, drafts and mask blocks for `tidar`.
+    """The step of `method`: drafts and mask blocks for `tidar`, one token for the others.
+
+    (Where drafts come from elsewhere, they are put behind that token step by step.)
 
     Args:
         model: what decodes.
-        method: `tidar` or `ar`.
+        method: one of `METHODS`.
         sampling: its trust below 1 needs every block.
         block_size: K; None takes the one the model was trained with.
         blocks: numbers of the mask blocks in a step, block 1 among them; None takes all.
@@ -34,7 +39,9 @@ def step_shape(
     """
     if method not in METHODS:
         raise UserError(f"method: unknown value {method!r}; known are {', '.join(METHODS)}")
-    if method == "ar":
+    if method != "tidar":
+        if sampling.trust < 1:
+            raise UserError(f"trust: below 1 needs method=tidar, got {method}")
         return StepShape(1)
     size = block_size if block_size is not None else model.config.block_size
     if size is None:
@@ -53,6 +60,33 @@ def step_shape(
     if sampling.trust < 1 and len(chosen) < size:
         raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
     return StepShape(size, size, chosen)
+
+
+def proposer_of(
+    method: str,
+    sampling: Sampling,
+    block_size: int | None,
+    model: Transformer,
+    draft_model: Transformer | None,
+    max_tokens: int,
+) -> Proposer | None:
+    """Where the drafts of `method` come from; None where the model drafts itself, or nobody.
+
+    Raises:
+        UserError: when a draft model is missing, or does not fit.
+    """
+    count = LOOKUP_TOKENS if block_size is None else block_size - 1
+    if method in ("prompt_lookup", "speculative") and count < 1:
+        raise UserError(f"block_size: {method} needs at least 2, got {block_size}")
+    if method == "prompt_lookup":
+        return PromptLookup(count)
+    if method != "speculative":
+        return None
+    if draft_model is None:
+        raise UserError("draft_model: method=speculative needs a smaller model; give one")
+    drafter = DraftModel(draft_model, sampling, count, max_tokens)
+    drafter.check(model)
+    return drafter
 
 
 def prompt_tensor(

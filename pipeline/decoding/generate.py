@@ -224,6 +224,31 @@ def run_engine(
     count_accepted: bool = True,
 ) -> list[Generation]:
     """Decode `prompts` with an engine that has room for them."""
+    finished = dict(
+        finish_each(
+            engine,
+            prompts,
+            seeds=seeds,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            stop=stop,
+            count_accepted=count_accepted,
+        )
+    )
+    return [finished[number] for number in range(len(prompts))]
+
+
+def finish_each(
+    engine: StepEngine,
+    prompts: Sequence[Tensor],
+    *,
+    seeds: Sequence[int] | None = None,
+    max_new_tokens: int = 128,
+    eos_id: int | None = None,
+    stop: StopStrings | None = None,
+    count_accepted: bool = True,
+) -> Iterator[tuple[int, Generation]]:
+    """Decode `prompts`; index and generation of each as soon as it is done."""
     first = engine.sampling.seed
     seeds = range(first, first + len(prompts)) if seeds is None else seeds
     watches: list[StopWatch | None] = [
@@ -234,9 +259,10 @@ def run_engine(
         Request(prompt, seed, Limit(max_new_tokens, stop_ids, watch))
         for prompt, seed, watch in zip(prompts, seeds, watches, strict=True)
     ]
-    results = [Generation() for _ in prompts]
+    open_results: dict[int, Generation] = {}
     for progress in decode_requests(engine, requests):
-        result = results[progress.request]
+        number = progress.request
+        result = open_results.setdefault(number, Generation())
         result.forwards += progress.forwards
         result.forward_of_token += [result.forwards - 1] * len(progress.tokens)
         result.tokens += progress.tokens
@@ -246,11 +272,12 @@ def run_engine(
             result.prefill_forwards = progress.forwards
         elif count_accepted:
             result.accepted.append(progress.made)
-    for result, request, watch in zip(results, requests, watches, strict=True):
-        result.stopped_by = request.limit.reason or "length"
-        if watch is not None:
-            result.text = watch.text if result.stopped_by == "stop" else watch.finish()
-    return results
+        if progress.done:
+            result.stopped_by = requests[number].limit.reason or "length"
+            watch = watches[number]
+            if watch is not None:
+                result.text = watch.text if result.stopped_by == "stop" else watch.finish()
+            yield number, open_results.pop(number)
 
 
 def stream(

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def text_table(columns: Sequence[Mapping[str, Any]]) -> str:
-    """Measures that are None in every column are left out; lists and objects are spread over lines."""
+    """Measures that are None in every column are left out; a list takes several lines."""
     spread = [dict(_spread(column)) for column in columns]
     every = dict.fromkeys(name for column in spread for name in column)
     names = [name for name in every if any(c.get(name) is not None for c in spread)]

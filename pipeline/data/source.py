@@ -14,6 +14,7 @@ from data_prep.shards import PackedSequence, ShardReader
 from pipeline.data.order import SequenceOrder
 
 CACHED_GROUPS = 8
+OPEN_SHARDS = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class SequenceSource:
         self._seed = seed
         self._data_dir = data_dir
         self._first = np.cumsum([0] + [shard.sequences for shard in split.shards])
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._index: list[NDArray[np.int64]] | None = None
         self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
 
     def __getitem__(self, n: int) -> Sequence:
@@ -112,11 +114,23 @@ class SequenceSource:
     def _group(self, shard: int, number: int) -> list[PackedSequence]:
         key = (shard, number)
         if key not in self._groups:
-            if shard not in self._readers:
-                path = self._data_dir / self.split.shards[shard].name
-                self._readers[shard] = ShardReader(path)
-            self._groups[key] = self._readers[shard].read_group(number)
+            self._groups[key] = self._reader(shard).read_group(number)
             if len(self._groups) > CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
+
+    def _reader(self, shard: int) -> ShardReader:
+        """The reader of a shard; a few stay open, since batches of one step may straddle two."""
+        if shard not in self._readers:
+            if self._index is None:
+                index = self.manifest.shard_index(self._data_dir)
+                train = self.manifest.train.shards
+                first = 0 if self.split.shards[0] == train[0] else len(train)
+                self._index = index[first : first + len(self.split.shards)]
+            path = self._data_dir / self.split.shards[shard].name
+            self._readers[shard] = ShardReader(path, self._index[shard])
+            if len(self._readers) > OPEN_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]

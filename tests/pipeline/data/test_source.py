@@ -1,5 +1,6 @@
 """Sequences out of real shards, and the loader that reads them ahead."""
 
+import shutil
 import threading
 
 import numpy as np
@@ -72,6 +73,7 @@ def test_new_layouts_differ_between_epochs_and_repeat_exactly(data_dir, manifest
 
 
 def test_a_missing_shard_is_named(data_dir, manifest, tmp_path):
+    shutil.copy(data_dir / "shard_index.npy", tmp_path)
     source = make_source(tmp_path, manifest)
     with pytest.raises(UserError, match=r"train/00000\d\.tar: missing or damaged shard"):
         source[0]

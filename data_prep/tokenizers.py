@@ -337,7 +337,13 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         most = re.search(r"value <= (\d+)", str(error))
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
         remedy = f"use at most {most[1]}" if most else "use a smaller number"
+        if least:
+            raise UserError(
+                f"tokenizer.vocab_size: {vocab_size} is smaller than the number of different "
+                f"characters of this text; use at least {least[1]}"
+            ) from error
         raise UserError(
             f"tokenizer.vocab_size: {vocab_size} pieces cannot be had from this text; {remedy}, "
             "or more text"

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from data_prep.corpora import open_corpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
+from data_prep.errors import UserError
 from data_prep.plan import Task
 from data_prep.preparing import choose_encoder
 from data_prep.tokenizers import SentencePieceTokenizer, train_sentencepiece
@@ -46,7 +47,7 @@ def mixed() -> list[str]:
 
 @pytest.fixture(scope="module")
 def bpe(mixed) -> SentencePieceTokenizer:
-    return train_sentencepiece(mixed[:40], 1000, "bpe", 200_000, seed=0)
+    return train_sentencepiece(mixed[:20], 1000, "bpe", 200_000, seed=0)
 
 
 def test_lines_give_the_ids_of_the_whole_text(bpe, mixed):
@@ -55,6 +56,11 @@ def test_lines_give_the_ids_of_the_whole_text(bpe, mixed):
     bpe.encoder = "lines"
     for ids, text in zip(bpe.encode_batch(mixed), mixed, strict=True):
         assert ids.tolist() == bpe.encode(text)
+
+
+def test_too_few_pieces_for_the_characters_is_named(mixed):
+    with pytest.raises(UserError, match=r"vocab_size: 1000 is smaller .* use at least \d{4}"):
+        train_sentencepiece(mixed[:60], 1000, "bpe", 400_000, seed=0)
 
 
 def corpus_of(tmp_path, texts):

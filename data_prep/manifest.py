@@ -95,8 +95,9 @@ class Manifest:
     documents: dict[str, Any]
     """Documents read, packed, and refused by reason."""
     shard_index_sha256: str = ""
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits, and
+    epochs, how often it was read."""
     encoder: str = ""
     """How text was encoded, and on how much of it that was compared with the plain way."""
 

@@ -24,7 +24,7 @@ from data_prep.manifest import (
     ShardInfo,
     Split,
 )
-from data_prep.plan import Task, plan_key
+from data_prep.plan import Task, epochs_read, plan_key
 from data_prep.settings import PrepareSettings
 from data_prep.split_writer import SplitWriter, Written
 from data_prep.tasks import FOLDER, Count, Record, load_record, load_rests
@@ -39,6 +39,7 @@ class _Totals:
     counts: dict[str, Count] = field(default_factory=lambda: {name: Count() for name in SPLITS})
     sources: dict[str, Count] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
+    epochs: dict[str, float] = field(default_factory=dict)
 
 
 def finished_records(settings: PrepareSettings, tasks: Sequence[Task]) -> list[Record | None]:
@@ -77,6 +78,7 @@ def merge(
     records = [record for record in finished_records(settings, tasks) if record is not None]
     assert len(records) == len(tasks), "every task is finished"
     totals = _sum(records)
+    totals.epochs = epochs_read(tasks)
     _check_not_empty(settings, totals)
     rests = {name: SplitWriter(settings, name, tokenizer, len(tasks)) for name in SPLITS}
     for task in tasks:
@@ -180,7 +182,10 @@ def make_manifest(
             "refused": dict(sorted(totals.refused.items())),
         },
         shard_index_sha256=sha256_of(settings.output_dir / SHARD_INDEX),
-        sources={name: asdict(own) for name, own in sorted(totals.sources.items())},
+        sources={
+            name: {**asdict(own), "epochs": round(totals.epochs[name], 4)}
+            for name, own in sorted(totals.sources.items())
+        },
         encoder=tokenizer.encoder,
     )
 

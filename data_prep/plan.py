@@ -13,6 +13,7 @@ from data_prep.corpora import Corpus, Part
 from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION
 from data_prep.settings import PrepareSettings
+from data_prep.tokenizers import Tokenizer
 
 TASKS = 64
 SMALLEST_TASK_BYTES, LARGEST_TASK_BYTES = 2_000_000, 128_000_000
@@ -35,7 +36,7 @@ def plan_key(settings: PrepareSettings, tasks: Sequence[Task]) -> str:
     return config_hash([settings.config_hash, [task.key for task in tasks]])
 
 
-def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer_sha256: str) -> list[Task]:
+def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer) -> list[Task]:
     """Divide the corpus.
 
     Parts are taken in an order drawn by the seed, so that those of one task, which is shuffled
@@ -44,10 +45,11 @@ def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer_sha256: str)
     Raises:
         UserError: when a file of the corpus cannot be read.
     """
+    corpus.weigh(lambda texts: sum(map(len, tokenizer.encode_batch(texts))))
     size = task_bytes(settings, corpus)
     parts = corpus.parts(max(size // PARTS_OF_A_TASK, 1))
     random.Random(f"{settings.seed} parts").shuffle(parts)
-    key = [FORMAT_VERSION, settings.config_hash, tokenizer_sha256]
+    key = [FORMAT_VERSION, settings.config_hash, tokenizer.sha256]
     tasks: list[Task] = []
     own: list[Part] = []
     for number, part in enumerate(parts, 1):
@@ -76,3 +78,15 @@ def own_tasks(settings: PrepareSettings, tasks: Sequence[Task]) -> list[Task]:
             "a smaller task_bytes"
         )
     return [task for task in tasks if task.number % count == index]
+
+
+def epochs_read(tasks: Sequence[Task]) -> dict[str, float]:
+    """Of each corpus in a mix: how often the tasks read it, by its text."""
+    read: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for task in tasks:
+        for part in task.parts:
+            read[part.source] = read.get(part.source, 0) + part.bytes
+            if part.epoch == 0:
+                whole[part.source] = whole.get(part.source, 0) + part.bytes
+    return {name: read[name] / max(whole.get(name, 0), 1) for name in read}

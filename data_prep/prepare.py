@@ -67,7 +67,7 @@ def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifes
     corpus = open_corpus(corpus_section)
     with taking_turns(folder):
         tokenizer = make_tokenizer(settings, corpus)
-        tasks = make_tasks(settings, corpus, tokenizer.sha256)
+        tasks = make_tasks(settings, corpus, tokenizer)
         own = own_tasks(settings, tasks)
         choose_encoder(tokenizer, corpus, tasks)
         # Only now: a mistake in the corpus or the tokenizer must not cost the data that is there.

@@ -117,7 +117,8 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
     for name, own in manifest.sources.items():
         lines.append(
             f"{name}: {own['documents']:,} documents, {own['tokens']:,} tokens, "
-            f"{own['tokens'] / total:.1%} of all"
+            f"{own['tokens'] / total:.1%} of all, "
+            f"read {own['epochs']:.2f} times"
         )
     for reason, count in manifest.documents["refused"].items():
         lines.append(f"refused: {count:,} documents, {reason}")

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 NOT_UTF8 = "not UTF-8"
 DEFAULT_PART_BYTES = 4_000_000
+Counts = Callable[[Sequence[str]], int]
+"""Tokens of some texts."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Corpus(ABC):
                     self.refused[NOT_UTF8] += 1
                 else:
                     yield replace(document, source=part.source) if part.source else document
+
+    def weigh(self, count_tokens: Counts) -> None:  # noqa: B027
+        """Prepare for `parts` where they depend on tokens: a mix measures its sources."""
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from data_prep.workers import Worker, run_tasks
 
 
 @pytest.fixture
-def job(overrides, tmp_path):
+def job(overrides, tokenizer, tmp_path):
     """Settings, corpus and tasks of a preparation that has not begun."""
     from hydra import compose, initialize_config_dir
 
@@ -26,7 +26,7 @@ def job(overrides, tmp_path):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("prepare", [*overrides, f"output_dir={tmp_path / 'data'}", "workers=2"])
     settings, corpus = PrepareSettings.from_config(cfg), open_corpus(OmegaConf.create(cfg.corpus))
-    return settings, corpus, make_tasks(settings, corpus, "")
+    return settings, corpus, make_tasks(settings, corpus, tokenizer)
 
 
 def gone(pid):

@@ -103,7 +103,7 @@ def _local(path: str, patterns: Sequence[str], key: str) -> list[File]:
         raise UserError(f"{key}: {path} does not exist; give a file or a folder")
     try:
         found = {p for pattern in patterns for p in root.rglob(pattern) if p.is_file()}
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
         raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
     return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(found)]
 

@@ -17,6 +17,10 @@ TOY = {
         *("--max-bytes", "200000", "--vocab-size", "400", "--length", "64"),
         *("--micro-batch-size", "1", "--block-size", "4"),
     ],
+    "data": [
+        *("--max-bytes", "300000", "--vocab-size", "400", "--sequence-length", "64"),
+        *("--packed-tokens", "20000"),
+    ],
 }
 RATIOS = {
     "train_step": {f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")},
@@ -35,6 +39,11 @@ RATIOS = {
     "data_loading": {
         f"{name} / training step"
         for name in ("wait for batches", "make a batch", "make a batch, laid out anew")
+    },
+    "data": {
+        f"{model}, prepare with {workers}: share of the tokenizer's speed"
+        for model in ("unigram", "bpe")
+        for workers in ("1 worker", "2 workers")
     },
 }
 

@@ -87,6 +87,7 @@ def config_from_huggingface(path: Path) -> ModelConfig:
             vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             rope_theta=float(rope.get("rope_theta", DEFAULT_ROPE_THETA)),
+            rope_scaling=_scaling(rope),
             rms_norm_eps=float(config.rms_norm_eps),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
@@ -110,16 +111,24 @@ def _parse(path: Path, values: dict[str, Any]) -> "PretrainedConfig":
         raise UserError(f"{path}: {_words(error)}") from error
 
 
+def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """The stretching of rotary frequencies in a config, None where there is none."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    apart = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+    numbers = {k: v for k, v in rope.items() if k not in apart and v is not None}
+    return {"rope_type": kind, **numbers}
+
+
 def _refuse_unsupported(path: Path, config: "PretrainedConfig") -> None:
     """What would load and then compute something else is refused, by the name of its field."""
     rope = config.rope_parameters or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     biased = getattr(config, "attention_bias", False)
     windowed = getattr(config, "sliding_window", None) is not None and "sliding_attention" in (
         getattr(config, "layer_types", None) or ()
     )
     refused = {
-        "rope_scaling (rope_parameters)": kind if kind != "default" else None,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)
         if rope.get("partial_rotary_factor", 1.0) != 1.0
         else None,
@@ -159,7 +168,10 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
             head_dim=config.head_dim,
             vocab_size=config.num_embeddings,
             max_position_embeddings=config.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters={
+                **(config.rope_scaling or {"rope_type": "default"}),
+                "rope_theta": config.rope_theta,
+            },
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_embeddings,
         )

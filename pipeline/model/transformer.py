@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
 from pipeline.model.opening import Opening, whole
+from pipeline.model.rotary import rotary_table, rotate
 
 Finish = Callable[[Tensor, Tensor], Any]
 """Takes final hidden states [B·L, E] and the LM head's matrix [V, E]."""
@@ -98,6 +99,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.activation_checkpointing = False
         self.rope_theta = config.rope_theta
+        self.rope_scaling = config.rope_scaling
         self.head_dim = config.head_dim
 
     def forward(
@@ -108,7 +110,9 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        rotary = rotary_table(position_ids, self.head_dim, self.rope_theta, x.dtype)
+        rotary = rotary_table(
+            position_ids, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling
+        )
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
@@ -215,22 +219,3 @@ class Transformer(nn.Module):
                     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
         return self
-
-
-def rotary_table(
-    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B or 1, 1, L, D] for `position_ids` [B, L] or [L], computed in fp32."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    frequency = theta ** (-exponent / head_dim)
-    angle = position_ids.float()[..., None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    if angle.ndim == 2:
-        angle = angle[None]
-    return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Apply rotary positions to `x` [B, H, L, D]; halves are paired as in Hugging Face's models."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -40,6 +40,7 @@ class Trainer:
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
+        self.periodic_eval.measure_base(self.engine, self.state.step)
         self.callbacks.on_start(self.state)
         with contextlib.closing(self.batches):
             finished = self._run_steps(stop)

@@ -14,6 +14,7 @@ from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
 from pipeline.objective.joint import ObjectiveConfig
+from pipeline.training.callbacks.ar_guard import ArGuardConfig
 from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.checkpoints import CheckpointConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
@@ -62,6 +63,7 @@ class TrainSettings(PlainKeys):
     checkpoint: CheckpointConfig
     decode_speed: DecodeSpeedConfig
     wandb: WandbConfig
+    ar_guard: ArGuardConfig
     resolved: dict[str, Any]
     """The whole resolved config, for `config.yaml` and W&B."""
 
@@ -95,6 +97,7 @@ class TrainSettings(PlainKeys):
             checkpoint=parse(CheckpointConfig, cfg.checkpoint, "checkpoint"),
             decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
+            ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
             resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
 

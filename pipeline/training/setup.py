@@ -14,6 +14,7 @@ from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 from pipeline.model.config import ModelConfig
 from pipeline.training.callbacks import Callback, Callbacks
+from pipeline.training.callbacks.ar_guard import ArGuard
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
 from pipeline.training.callbacks.report import Report
@@ -116,6 +117,7 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             MetricsFiles(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
+            ArGuard(run_dir, settings.ar_guard, say),
             Report(run_dir, say),
         ]
     )

@@ -31,7 +31,7 @@ class StaticMemory:
     update: int
     """Gradients in fp32 and in one piece, during the update alone."""
     host: int
-    """Optimizer states of this process in host memory."""
+    """Optimizer states and weights of this process in host memory."""
 
     @property
     def total(self) -> int:
@@ -51,9 +51,14 @@ def static_memory(
     precision: str,
     processes: int,
     offload: bool = False,
+    offload_weights: bool = False,
     bucket: int = DEFAULT_BUCKET,
 ) -> StaticMemory:
-    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction."""
+    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction.
+
+    `offload` has optimizer states on the host, `offload_weights` (stage 3) this process's share of
+    the weights.
+    """
     n, size, bf16 = config.num_parameters, element_bytes(precision), precision == "bf16"
     share = -(-n // processes)
     if stage == 0:
@@ -74,13 +79,14 @@ def static_memory(
     weights, gathered = size * n, 0
     if stage == 3:
         weights, gathered = size * share, size * gathered_elements(config)
+    kept = weights if stage == 3 and offload_weights else 0
     return StaticMemory(
-        weights=weights,
+        weights=weights - kept,
         gradients=gradients,
         optimizer=0 if offload else states,
         buffers=size * bucket + gathered,
         update=update,
-        host=states if offload else 0,
+        host=(states if offload else 0) + kept,
     )
 
 

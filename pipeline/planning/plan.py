@@ -171,6 +171,7 @@ def process_memory(planned: Planned) -> Memory:
         precision=train.precision,
         processes=planned.cluster.processes,
         offload=train.deepspeed.offload_optimizer,
+        offload_weights=train.deepspeed.offload_parameters,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
     )
     batch = batch_memory(

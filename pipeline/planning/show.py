@@ -66,7 +66,7 @@ def memory_rows(plan: Plan) -> Rows:
     node = plan.planned.cluster.gpus_per_node
     host = f"per node: {gib(plan.memory.host_start * node)} while {node} processes fill the model"
     if static.host:
-        host += f", {gib(static.host * node)} of optimizer states"
+        host += f", {gib(static.host * node)} offloaded"
     return [
         ("weights", gib(static.weights), f"{train.precision}, {stage}"),
         ("gradients", gib(static.gradients), stage),

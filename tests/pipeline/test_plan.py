@@ -183,6 +183,10 @@ def test_offloading_moves_optimizer_states_to_the_host(planned):
     there = planned(*BIG, "deepspeed.offload_optimizer=true")
     assert there.memory.static.host == here.memory.static.optimizer
     assert there.memory.static.optimizer == 0
+    both = planned(*BIG, "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true")
+    assert both.memory.static.weights == 0
+    assert both.memory.static.host == there.memory.static.host + there.memory.static.weights
+    assert both.memory.static.total < there.memory.static.total
 
 
 @pytest.mark.parametrize("terminal", [False, True])

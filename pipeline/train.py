@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from data_prep.cli import report_mistake, run
 from data_prep.errors import UserError
-from pipeline.training.distributed import joined_world
+from pipeline.distributed import joined_world
 from pipeline.training.loop import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer, write_config

@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import fsync_folder, write_text_atomic
 from pipeline.model.checkpoint_files import verify_file_list, write_file_list
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.state import TrainState
 
 DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")

@@ -9,7 +9,7 @@ from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
 from pipeline.model.config import ModelConfig
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.settings import TrainSettings
 from pipeline.training.weights import full_copy
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.data.batch import Batch
 from pipeline.training.callbacks import Callback, StepMetrics
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings

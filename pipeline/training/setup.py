@@ -21,7 +21,7 @@ from pipeline.training.callbacks.progress import ProgressDisplay
 from pipeline.training.callbacks.report import Report
 from pipeline.training.callbacks.wandb import Wandb
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.loop import Trainer

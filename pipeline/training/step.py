@@ -13,7 +13,7 @@ from pipeline.model.attention import training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import draft_weights, make_targets
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.engine import gradient_norm, set_learning_rate
 
 

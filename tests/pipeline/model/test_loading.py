@@ -23,7 +23,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import initialize_from, open_source
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 from pipeline.training.engine import (
     DeepSpeedConfig,
     OptimizerConfig,

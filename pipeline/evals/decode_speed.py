@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pipeline.decoding.methods import LOOKUP_TOKENS
 from pipeline.decoding.step import num_queries
+from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
-from pipeline.training.distributed import World
 
 
 def evaluate_decode_speed(

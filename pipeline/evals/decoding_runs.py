@@ -11,11 +11,11 @@ import torch
 
 from pipeline.decoding import Generation, Sampling
 from pipeline.decoding.generate import open_engine, run_engine
+from pipeline.distributed import World
 from pipeline.evals.divergence import divergence_gap
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.evals.totals import MethodTotals
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 WARM_UP_TOKENS = 8
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.training.distributed import World
+from pipeline.distributed import World
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.callbacks.base import Callback, StepMetrics
+from pipeline.training.callbacks.base import ROUTINE, Callback, Event, StepMetrics
 from pipeline.training.state import TrainState
 
 MODES = ("offline", "online", "disabled")
@@ -56,6 +56,18 @@ class Wandb(Callback):
         for row in rows:
             prefix = f"decode_speed/{row['method']}/temperature_{row['temperature']:g}"
             self._log(row["step"], dict(flatten(prefix, row)))
+
+    def on_event(self, event: Event) -> None:
+        """An alert for what somebody should know; numbers of every event beside the curves."""
+        run = self.run
+        if run is None:
+            return
+        kind = event["event"]
+        if kind not in ROUTINE:
+            self._guard("alert", lambda: run.alert(title=f"TiDAR {kind}", text=event["message"]))
+        details = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        if details:
+            self._log(event["step"], {f"events/{kind}/{k}": v for k, v in details.items()})
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         run = self.run

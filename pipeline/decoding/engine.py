@@ -149,9 +149,15 @@ class StepEngine:
             self.state.active[row] = 0
 
     @torch.inference_mode()
-    def rewind(self, row: int, length: int) -> None:
-        """Forget all but the first `length` cached tokens of `row`; the draft in hand stays."""
+    def rewind(self, row: int, length: int, *, drafted: bool | None = None) -> None:
+        """Forget all but the first `length` cached tokens of `row`; the draft in hand stays.
+
+        `drafted` says that the row has a draft, or none, whatever the last step left it.
+        """
         self.lengths[row] = length
+        if drafted is not None:
+            self._drafted[row] = drafted
+            self.state.limit[row] = self.shape.drafts - 1 if drafted else 0
         if isinstance(self.cache, RaggedCache):
             self.cache.lengths[row] = length
         else:

@@ -10,7 +10,19 @@ TOY_MODEL = ["--vocab-size", "40"]
 TOY = {
     "train_step": [*TOY_MODEL, "--length", "32", "--micro-batch-size", "1", "--block-size", "4"],
     "attention": ["--lengths", "16", "40", "--tokens", "40", "--block-size", "4"],
-    "decode": [*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"],
+    "decode": [
+        *TOY_MODEL,
+        "--block-sizes",
+        "1",
+        "3",
+        "--cached",
+        "5",
+        "--batch-sizes",
+        "1",
+        "2",
+        "--simulated-steps",
+        "3",
+    ],
     "prepare": ["--max-bytes", "200000", "--vocab-size", "400", "--sequence-length", "64"],
     "data_loading": [
         *("--max-bytes", "200000", "--vocab-size", "400", "--length", "64"),
@@ -20,7 +32,10 @@ TOY = {
 RATIOS = {
     "train_step": {f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")},
     "attention": {f"S={s}: {form} / causal" for s in (16, 40) for form in ("dense", "tiles")},
-    "decode": {"5 cached: K=1 / ar", "5 cached: K=3 / ar"},
+    "decode": {
+        *("5 cached: K=1 / ar", "5 cached: K=3 / ar", "5 cached, batch 2: K=1 / ar"),
+        *("host part of ar / ar", "host part of K=1 / ar"),
+    },
     "prepare": {"prepare's share of the tokenizer's speed"},
     "data_loading": {
         f"{name} / training step"
@@ -59,8 +74,15 @@ def test_options_reach_the_result(tmp_path):
     result = json.loads((tmp_path / "decode-cpu.json").read_text())
     assert result["options"]["temperature"] == 0.5
     assert result["options"]["block_sizes"] == [1, 3]
-    queries = {name: variant["queries"] for name, variant in result["variants"].items()}
-    assert queries == {"5 cached: ar": 1, "5 cached: K=1": 2, "5 cached: K=3": 12}
+    queries = {name: v["queries"] for name, v in result["variants"].items() if "queries" in v}
+    assert queries == {
+        "5 cached: ar": 1, "5 cached: K=1": 2, "5 cached: K=3": 12,
+        "5 cached, batch 2: ar": 2, "5 cached, batch 2: K=1": 4,
+        "ar": 1, "host part of ar": 1, "host part of K=1": 2,
+    }  # fmt: skip
+    simulated = [name for name, v in result["variants"].items() if v.get("simulated")]
+    assert len(simulated) == 4
+    assert all(name.startswith("simulated ") for name in simulated)
 
 
 def test_more_coverage_takes_more_memory(tmp_path):

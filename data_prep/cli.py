@@ -8,21 +8,21 @@ interrupted and saved.
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.errors import UserError
 
 EXIT_BAD_INPUT = 2
 NOISE = (
-    "full_key:", "object_type=", "To append to your config use +", "Config search path:",
-    "provider=",
+    "full_key:", "object_type=", "Config search path:", "provider=",
 )  # fmt: skip
 """Lines of Hydra's messages that tell a user of this project nothing, or nothing that helps."""
 
@@ -70,7 +70,7 @@ def run(
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if composed:
             raise
-        mistakes.append(describe_override(error))
+        mistakes.append(describe_override(error, config_name))
     if mistakes:
         report_mistake(mistakes[0])
         return EXIT_BAD_INPUT
@@ -96,15 +96,35 @@ def report_mistake(text: str) -> None:
     print(prefix + text, file=sys.stderr, flush=True)
 
 
-def describe_override(error: BaseException) -> str:
+def describe_override(error: BaseException, config_name: str) -> str:
     """What is wrong with a command line that Hydra could not make a config of."""
     override = getattr(error, "override", None)  # where one cannot be parsed
-    return f"{override}: {one_line(error)}" if override else one_line(error)
+    if override:
+        return f"{override}: {one_line(error)}"
+    unknown = re.match(r"Could not override '([^']*)'", str(error))
+    if unknown is None:
+        return one_line(error)
+    key = unknown[1]
+    close = get_close_matches(key, all_keys(config_name), n=1)
+    return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
+def all_keys(config_name: str) -> list[str]:
+    """Every dotted key of the config without overrides."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = OmegaConf.to_container(hydra.compose(config_name))
+
+    def walk(node: object, prefix: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                yield f"{prefix}{name}"
+                yield from walk(value, f"{prefix}{name}.")
+
+    return list(walk(cfg, ""))
 
 
 def one_line(error: BaseException) -> str:
     """An exception's text on one line, without Hydra's hints."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(NOISE)]
-    text = " ".join(kept) or type(error).__name__
-    return text + "; --help lists the keys" if text.startswith("Could not override") else text
+    return " ".join(kept) or type(error).__name__

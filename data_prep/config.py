@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
         raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
     for name in map(str, section):
         if name not in known:
-            raise UserError(f"{prefix}{name}: unknown key; known are {', '.join(sorted(known))}")
+            raise UserError(f"{prefix}{name}: unknown key; {nearest(name, known)}")
         if OmegaConf.is_missing(section, name):
             full = prefix + name
             raise UserError(f"{full}: has no value; set {full}=... on the command line")
@@ -42,6 +44,12 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
         raise
     except ValueError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from error
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say to a user who wrote `name` where only `known` names are understood."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

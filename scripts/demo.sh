@@ -34,11 +34,13 @@ if [ -e "$RUN/interrupted" ]; then
   exit 130
 fi
 
-say "3/4 decoding: the same prompt token by token, and with drafts"
+say "3/4 decoding: the same prompt, a token a forward (ar) and with drafts (tidar)"
+prompt='    def read(self, size=-1):
+        """Read and return'
 for method in ar tidar; do
-  echo "-- method=$method"
-  "$BIN/tidar-generate" checkpoint="$RUN" method=$method max_new_tokens=96 \
-    prompt='def read(self, size=-1):'
+  printf -- '-- method=%s\n%s' "$method" "$prompt"
+  "$BIN/tidar-generate" checkpoint="$RUN" method=$method max_new_tokens=80 temperature=0.7 \
+    prompt="$prompt"
 done
 
 say "4/4 exporting to $RUN/export, a Hugging Face folder"

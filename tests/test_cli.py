@@ -66,7 +66,10 @@ def test_a_key_that_is_not_there_is_a_mistake(call):
     ("argument", "text"),
     [
         ("corpus=nothing", "Could not find 'corpus/nothing'"),
-        ("nothing=1", "Could not override 'nothing'. Key 'nothing' is not in struct; --help"),
+        ("nothing=1", "nothing: unknown key; see --help"),
+        ("sequence_lenght=1", "sequence_lenght: unknown key; did you mean sequence_length?"),
+        ("layout.shfit=true", "layout.shfit: unknown key; did you mean layout.shift?"),
+        ("tokenizer.vocab=1", "tokenizer.vocab: unknown key; did you mean tokenizer.vocab_size?"),
         ("tokenizer=null", "must be a string or a list"),
         ("seed", "seed"),
         ("seed=[", "seed=[: "),

@@ -24,7 +24,12 @@ from pipeline.model.hf_export import write_export
 from pipeline.model.loading import initialize_from, open_source
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.distributed import World
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
+from pipeline.training.engine import (
+    DeepSpeedConfig,
+    OptimizerConfig,
+    build_engine,
+    set_learning_rate,
+)
 from pipeline.training.state import TrainState
 from pipeline.training.weights import full_copy
 
@@ -49,7 +54,7 @@ def save_all(world: World, folder) -> dict:
         engine = build_engine(
             random_model(config).to(dtype).train(),
             world,
-            optimizer=OptimizerConfig(learning_rate=1e-2),
+            optimizer=OptimizerConfig(),
             config=DeepSpeedConfig(stage=stage),
             precision=precision,
             micro_batch_size=1,
@@ -57,6 +62,7 @@ def save_all(world: World, folder) -> dict:
         )
         ids = torch.arange(40)[None] + world.rank
         engine.backward(engine(ids).float().square().mean())
+        set_learning_rate(engine, 1e-2)
         engine.step()
 
         def extra(path, config=config):

@@ -1,0 +1,62 @@
+"""`tidar-status` on the files of a real run, and on what is left of others."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline.status import main, read_status
+
+
+@pytest.fixture
+def run_dir(trained_run, tmp_path):
+    """A copy of the trained run, as if it had been asked for 40 steps."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained_run, copy, ignore=shutil.ignore_patterns("wandb"))
+    config = (copy / "config.yaml").read_text().replace("\nsteps: 12\n", "\nsteps: 40\n")
+    (copy / "config.yaml").write_text(config)
+    os.utime(copy / "metrics.jsonl", (1000.0, 1000.0))
+    return copy
+
+
+def test_a_finished_run(trained_run):
+    status = read_status(trained_run, 1e12)
+    assert (status.state, status.step, status.steps) == ("finished", 12, 12)
+    assert status.checkpoint == "step-00000012"
+    assert status.last_eval is not None
+    assert status.last_eval["step"] == 12
+    rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").open()]
+    assert status.tokens == rows[-1]["tokens"]
+    assert status.loss == rows[-1]["loss"]
+
+
+@pytest.mark.parametrize(("now", "state"), [(1001.0, "running"), (1000.0 + 7200, "quiet")])
+def test_time_tells_running_from_quiet(run_dir, now, state):
+    status = read_status(run_dir, now)
+    assert status.state == state
+    assert status.quiet_seconds == pytest.approx(now - 1000.0)
+    assert status.seconds_left == pytest.approx(28 * status.step_seconds)
+
+
+def test_a_stopped_run_says_what_a_restart_would_lose(run_dir):
+    (run_dir / "interrupted").touch()
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    status = read_status(run_dir, 1001.0)
+    assert status.state == "stopped"
+    assert dict(status.rows())["checkpoint"] == "step-00000008, 4 steps behind"
+    shutil.rmtree(run_dir / "checkpoints")
+    assert dict(read_status(run_dir, 1001.0).rows())["checkpoint"] == "none yet"
+
+
+def test_the_command(run_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(run_dir), str(tmp_path / "nothing")])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "12 of 40" in out
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    with pytest.raises(UserError, match="no such run directory"):
+        read_status(tmp_path / "nothing", 0.0)

@@ -44,14 +44,20 @@ class Submit:
             f"--output={self.folder}/job-%j.out",
             str(ROOT / "slurm" / script),
             *arguments,
-            SLURM_SUBMIT_DIR=str(ROOT),
-            TIDAR_PYTHON=sys.executable,
-            TIDAR_INTERFACE="lo",
-            TIDAR_LOGS=str(self.folder),
-            OMP_NUM_THREADS="1",
-            **environment,
+            **{**self.environment, **environment},
         )
         return output.strip()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a user would have set in cluster.env."""
+        return {
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "TIDAR_PYTHON": sys.executable,
+            "TIDAR_INTERFACE": "lo",
+            "TIDAR_LOGS": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def log_path(self, job: str) -> Path:
         return self.folder / f"job-{job}.out"

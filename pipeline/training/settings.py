@@ -13,6 +13,7 @@ from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
 from pipeline.objective.joint import ObjectiveConfig
+from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.checkpoints import CheckpointConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
@@ -34,6 +35,7 @@ class PlainKeys:
     precision: str
     activation_checkpointing: bool
     log_every_s: float
+    tensorboard: bool
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -43,6 +45,15 @@ class PlainKeys:
                            ("micro_batch_size", 1)):  # fmt: skip
             if (value := getattr(self, key)) < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
+        check_tensorboard(self.tensorboard)
+
+
+def check_tensorboard(wanted: bool) -> None:
+    if wanted and not tensorboard_is_installed():
+        raise UserError(
+            "tensorboard: its package is not installed; pip install -c constraints.txt "
+            "-e '.[tensorboard]', or set tensorboard=false"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.training.callbacks import Callback, Callbacks
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
 from pipeline.training.callbacks.report import Report
+from pipeline.training.callbacks.tensorboard import TensorBoard
 from pipeline.training.callbacks.wandb import Wandb
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.distributed import World
@@ -131,5 +132,6 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
             Report(run_dir, say),
+            *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]
     )

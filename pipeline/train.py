@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from data_prep.cli import report_mistake, run
 from data_prep.errors import UserError
+from pipeline.sweep import FLAGS, run_sweep
 from pipeline.training.distributed import joined_world
 from pipeline.training.loop import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
@@ -58,6 +59,8 @@ def prepare_run_dir(settings: TrainSettings) -> None:
 
 
 def main() -> None:
+    if any(flag in sys.argv for flag in FLAGS):
+        sys.exit(run_sweep([word for word in sys.argv[1:] if word not in FLAGS]))
     sys.exit(code_for_launcher(run("train", train)))
 
 

@@ -5,7 +5,8 @@
 #     experiment=tidar_1p5b data.dir=/data/mine run_dir=/runs/first
 #
 # What begins with - goes to sbatch (write --name=value; a value of its own is no option), all else
-# to tidar-train. --dry-run prints the checks, the plan, the command and the script.
+# to tidar-train. Several values for a key (objective.alpha=0.3,1) are submitted as an array of runs,
+# each checked. --dry-run prints the checks, the plan, the command and the script.
 # Exit codes: 2 for what the checks refuse, else sbatch's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,15 +37,21 @@ if [[ ! "$nodes" =~ ^[1-9][0-9]*$ || ! "${gpus:-1}" =~ ^[1-9][0-9]*$ ]]; then
   echo "error: --nodes=$nodes --gpus-per-node=${gpus:-1}: one number each, so that it can be planned" >&2
   exit 2
 fi
-planned=("${overrides[@]}" "cluster.nodes=$nodes" "cluster.gpus_per_node=${gpus:-1}"
+cluster=("cluster.nodes=$nodes" "cluster.gpus_per_node=${gpus:-1}"
   ${TIDAR_GPU:+"cluster.gpu=$TIDAR_GPU"})
 
-code=0
-"${python[@]}" -m pipeline.check "${planned[@]}" || code=$?
-if ((code != 0)); then exit "$code"; fi
+# Several values for a key are a sweep: an array with one task for each run.
+runs="$("${python[@]}" -m pipeline.sweep count "${overrides[@]}")" || exit 2
+for ((number = 0; number < runs; number++)); do
+  run="$("${python[@]}" -m pipeline.sweep nth "$number" "${overrides[@]}")"
+  mapfile -t planned <<<"$run"
+  if ((runs > 1)); then echo "run $number of the array: ${planned[-1]}"; fi
+  "${python[@]}" -m pipeline.check "${planned[@]}" "${cluster[@]}" || exit $?
+done
+if ((runs > 1)); then options+=("--array=0-$((runs - 1))"); fi
 command=(sbatch "${options[@]}" slurm/train.sbatch "${overrides[@]}")
 if $dry_run; then
-  "${python[@]}" -m pipeline.plan "${planned[@]}"
+  "${python[@]}" -m pipeline.plan "${planned[@]}" "${cluster[@]}"
   echo "would submit: ${command[*]@Q}"
   cat slurm/train.sbatch
   exit

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -196,6 +197,28 @@ def test_a_crash_loop_stops_at_the_limit_and_leaves_a_bad_node(prepared, submit,
     waits = [start["time"] - end["time"] for end, start in zip(ends, starts[1:], strict=False)]
     assert waits[1] > 8 - 1.5, "the second wait is twice the first; Slurm counts whole seconds"
     assert "error: crashed 3 times without a new checkpoint" in log
+
+
+def test_a_sweep_is_an_array_with_a_run_for_each_task(prepared, submit, slurm, tmp_path):
+    job = submit(
+        "train.sbatch",
+        *overrides(prepared[0], tmp_path / "sweep", 2),
+        "objective.alpha=0.3,1",
+        nodes=1,
+        SBATCH_ARRAY_INX="0-1",
+        TIDAR_PLAN_CHECK="off",
+    )
+
+    def logs() -> str:
+        return "\n".join(path.read_text() for path in submit.folder.glob("job-*.out"))
+
+    wait_until(lambda: not slurm.run("squeue", "-h", "-j", job, check=False), STARTED_S, logs)
+    states = re.findall(r"JobState=(\w+)", slurm.run("scontrol", "-o", "show", "job", job))
+    assert states == ["COMPLETED", "COMPLETED"], logs()
+    for alpha in (0.3, 1):
+        run_dir = tmp_path / "sweep" / f"objective.alpha-{alpha}"
+        assert steps_of(run_dir) == [1, 2]
+        assert f"alpha: {alpha}\n" in (run_dir / "config.yaml").read_text()
 
 
 def events(run_dir: Path) -> list[dict]:

@@ -48,6 +48,16 @@ class Submit:
         )
         return output.strip()
 
+    def checked(self, *arguments: str) -> str:
+        """The same by slurm/submit.sh, options of sbatch included; returns all that it printed."""
+        return self.cluster.run(
+            str(ROOT / "slurm" / "submit.sh"),
+            "--parsable",
+            f"--output={self.folder}/job-%j.out",
+            *arguments,
+            **self.environment,
+        )
+
     @property
     def environment(self) -> dict[str, str]:
         """What a user would have set in cluster.env."""

@@ -51,8 +51,11 @@ def test_prepare_uses_the_job_s_cpus(prepared):
 
 
 def test_a_job_on_two_nodes_trains_to_the_end(prepared, submit, tmp_path):
+    """Checked on this side first, by the command that the guide gives."""
     run_dir = tmp_path / "run"
-    job = submit("train.sbatch", *overrides(prepared[0], run_dir, 4), nodes=2)
+    printed = submit.checked("--nodes=2", *overrides(prepared[0], run_dir, 4))
+    assert "ready to submit" in printed
+    job = printed.split()[-1]
     fields = submit.wait(job, 2 * STARTED_S)
     log = submit.log(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ HASH_CHUNK_BYTES = 1 << 20
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends well, and not at all otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
+    # The writer's name is in it: two machines may write the same file, and the last one wins.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
     try:
         with temporary.open("wb") as file:
             yield file

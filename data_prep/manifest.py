@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,10 @@ from data_prep.config import config_hash
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
+SHARD_INDEX = "shard_index.npy"
 CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
 
@@ -65,9 +66,11 @@ class Split:
     """End-of-document tokens included, padding not."""
     padding: int
     cut_documents: int
-    """Documents longer than a sequence."""
+    """Documents in more than one piece: those longer than a sequence, unless concatenated."""
     cuts: int
     """Places where they were cut."""
+    cut_though_fitting: int = 0
+    """Of the cut documents, those no longer than a sequence; only concatenation has any."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ class Manifest:
     heldout: Split
     documents: dict[str, Any]
     """Documents read, packed, and refused by reason."""
+    shard_index_sha256: str = ""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits, and
+    epochs, how often it was read."""
+    encoder: str = ""
+    """How text was encoded, and on how much of it that was compared with the plain way."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -145,13 +154,32 @@ class Manifest:
                 digest.update(f"\n{shard.name} {shard.sha256}".encode())
         return digest.hexdigest()
 
+    def groups(self, shard: ShardInfo) -> int:
+        """Samples in a shard."""
+        return -(-shard.sequences // self.group_size)
+
+    def shard_index(self, data_dir: Path) -> list[NDArray[np.int64]]:
+        """Of every shard, those of train first: the bytes at which its groups start, and behind
+        them where the last one ends; int64 [groups + 1]. Read from disk as far as it is used."""
+        path = Path(data_dir) / SHARD_INDEX
+        numbers = _load_array(path, mmap_mode="r")
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        ends = np.cumsum([self.groups(shard) + 1 for shard in shards])
+        if numbers.shape != (int(ends[-1]),):
+            raise UserError(f"{path}: does not fit the shards; prepare the data again")
+        return np.split(numbers, ends[:-1])
+
     def token_counts(self, data_dir: Path) -> NDArray[np.int64]:
         """How often each id stands in the train split, padding left out; int64 [vocab_size]."""
         path = data_dir / TOKEN_COUNTS
-        try:
-            counts = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: missing or damaged; prepare the data again") from error
+        counts = _load_array(path)
         if counts.shape != (self.tokenizer.vocab_size,):
             raise UserError(f"{path}: does not fit the tokenizer; prepare the data again")
         return counts
+
+
+def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[np.int64]:
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: missing or damaged; prepare the data again") from error

@@ -9,20 +9,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST, SPLITS, TOKEN_COUNTS, Manifest
+from data_prep.manifest import MANIFEST, SHARD_INDEX, SPLITS, TOKEN_COUNTS, Manifest
 from data_prep.settings import PrepareSettings
+from data_prep.tasks import FOLDER
 from data_prep.tokenizers import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 
 TOKENIZER_FILES = {SENTENCEPIECE_FILE, HUGGINGFACE_FILE, HUGGINGFACE_CONFIG}
-OWN_NAMES = {*SPLITS, MANIFEST, TOKEN_COUNTS, *TOKENIZER_FILES}
+OWN_NAMES = {*SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, FOLDER, *TOKENIZER_FILES}
 """Everything that a prepared folder, finished or not, may hold beside temporary files."""
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, shared: bool) -> Iterator[None]:
     """Make the folder and hold it, so that two preparations never mix; an empty one goes again.
+    `shared` holds it together with others, as the jobs of an array do.
 
-    The lock ends with the process. File systems without locks are used without.
+    The lock ends with the process. File systems without locks are used without: what is written
+    depends on config and text alone and is renamed into place, so two writers of the same thing
+    do not harm each other.
 
     Raises:
         UserError: when it cannot be written, or another process prepares data in it.
@@ -37,7 +41,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(descriptor)
@@ -48,8 +52,22 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        with suppress(OSError):
-            folder.rmdir()  # only when nothing was written
+        for place in (folder / FOLDER, folder):
+            with suppress(OSError):
+                place.rmdir()  # only when nothing was written
+
+
+@contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """Wait until no other job of an array is inside."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / FOLDER, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_prepared(settings: PrepareSettings) -> bool:
@@ -70,6 +88,7 @@ def is_prepared(settings: PrepareSettings) -> bool:
     if MANIFEST not in found or settings.overwrite:
         return False
     manifest = Manifest.load(folder)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)  # where the last run ended just before
     if manifest.config_hash != settings.config_hash:
         raise UserError(
             f"output_dir: {folder} was prepared with other settings; choose another folder, or "
@@ -96,12 +115,13 @@ def clear_finished(folder: Path) -> None:
 
 
 def remove_leftovers(manifest: Manifest, folder: Path) -> None:
-    """Delete what an interrupted preparation, perhaps with other settings, left behind and this
-    one does not list."""
+    """Delete what the tasks left, and what an interrupted preparation, perhaps with other settings,
+    left behind and this one does not list."""
     kept = {shard.name for split in manifest.splits.values() for shard in split.shards}
-    kept |= {TOKEN_COUNTS, manifest.tokenizer.file}
+    kept |= {MANIFEST, TOKEN_COUNTS, SHARD_INDEX, manifest.tokenizer.file}
     if manifest.tokenizer.file == HUGGINGFACE_FILE:
         kept.add(HUGGINGFACE_CONFIG)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     for place in (folder, *(folder / split for split in SPLITS)):
         for path in place.iterdir():
             if path.is_file() and path.relative_to(folder).as_posix() not in kept:

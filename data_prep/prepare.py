@@ -3,21 +3,29 @@
 import errno
 import sys
 import time
-from contextlib import closing
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from data_prep.cli import run
 from data_prep.corpora import open_corpus
-from data_prep.encoding import encode_documents
 from data_prep.errors import UserError
-from data_prep.manifest import SPLITS, Manifest
-from data_prep.output_folder import clear_finished, is_prepared, locked_folder, remove_leftovers
-from data_prep.preparing import make_manifest, make_tokenizer, save_token_counts, summary
+from data_prep.manifest import MANIFEST, Manifest
+from data_prep.merging import finished_records, merge
+from data_prep.output_folder import (
+    clear_finished,
+    is_prepared,
+    locked_folder,
+    remove_leftovers,
+    taking_turns,
+)
+from data_prep.plan import Task, make_tasks, own_tasks
+from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
 from data_prep.progress import Progress
 from data_prep.settings import PrepareSettings
-from data_prep.split_writer import SplitWriter
+from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify_data
+from data_prep.workers import run_tasks
 
 EXIT_INTERRUPTED = 130
 """As a shell gives it for Ctrl-C."""
@@ -31,14 +39,15 @@ def prepare(cfg: DictConfig) -> int:
         print(verify_data(folder))
         return 0
     try:
-        with locked_folder(folder):
+        with locked_folder(folder, shared=settings.array is not None):
             if is_prepared(settings):
                 print(f"{folder} is prepared with these settings already; "
                       "overwrite=true prepares it anew")  # fmt: skip
                 return 0
             started = time.perf_counter()
             manifest = write_data(settings, cfg.corpus)
-            print(summary(manifest, folder, time.perf_counter() - started))
+            if manifest is not None:
+                print(summary(manifest, folder, time.perf_counter() - started))
             return 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
@@ -52,27 +61,45 @@ def prepare(cfg: DictConfig) -> int:
         ) from error
 
 
-def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifest:
-    """Fill the output folder; its manifest comes last."""
+def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifest | None:
+    """Do the tasks of this process; where all are done then, put the folder together."""
     folder = settings.output_dir
     corpus = open_corpus(corpus_section)
-    tokenizer = make_tokenizer(settings, corpus)
-    # Only now: a mistake in the corpus or the tokenizer must not cost the data that is there.
-    clear_finished(folder)
-    tokenizer_path = tokenizer.save(folder)
-    writers = {split: SplitWriter(settings, split, tokenizer) for split in SPLITS}
-    progress = Progress()
-    documents = corpus.documents()
-    encoded = encode_documents(documents, tokenizer, tokenizer_path, settings.workers)
-    with closing(encoded):
-        for document in encoded:
-            writers[settings.split_of(document.id)].add(document)
-            progress.add(document.text_bytes, len(document.ids))
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    save_token_counts(writers["train"].token_counts, folder)
-    manifest = make_manifest(settings, corpus, splits, tokenizer.info(tokenizer_path))
-    remove_leftovers(manifest, folder)
-    manifest.save(folder)
+    with taking_turns(folder):
+        tokenizer = make_tokenizer(settings, corpus)
+        tasks = make_tasks(settings, corpus, tokenizer)
+        own = own_tasks(settings, tasks)
+        choose_encoder(tokenizer, corpus, tasks)
+        # Only now: a mistake in the corpus or the tokenizer must not cost the data that is there.
+        clear_finished(folder)
+        tokenizer_path = tokenizer.save(folder)
+        note_trained(settings, corpus, tokenizer_path)
+    records = finished_records(settings, tasks)
+    if done := sum(record is not None for record in records):
+        print(f"{done} of {len(tasks)} tasks are done already", flush=True)
+    unfinished = [task for task in own if records[task.number] is None]
+    run_tasks(unfinished, settings, corpus, tokenizer, tokenizer_path, Progress().add)
+    return put_together(settings, tasks, tokenizer, tokenizer_path)
+
+
+def put_together(
+    settings: PrepareSettings, tasks: list[Task], tokenizer: Tokenizer, tokenizer_path: Path
+) -> Manifest | None:
+    """Make one folder of what the tasks left; None where other jobs of an array still work on
+    theirs, or one of them did it."""
+    folder = settings.output_dir
+    with taking_turns(folder):
+        if (folder / MANIFEST).exists():
+            return None
+        missing = finished_records(settings, tasks).count(None)
+        if missing:
+            print(
+                f"{len(tasks) - missing} of {len(tasks)} tasks are done; the job that does the "
+                f"last one puts {folder} together"
+            )
+            return None
+        manifest = merge(settings, tasks, tokenizer, tokenizer_path)
+        remove_leftovers(manifest, folder)
     return manifest
 
 

@@ -1,22 +1,17 @@
-"""The steps of `tidar-prepare` around its main loop: the tokenizer, the manifest, the summary."""
+"""The steps of `tidar-prepare` around its tasks: the tokenizer, its encoder, the summary."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from data_prep.config import config_hash
 from data_prep.corpora import Corpus, Document
 from data_prep.errors import UserError
-from data_prep.files import sha256_of, written_atomically
-from data_prep.manifest import (
-    FORMAT_VERSION,
-    TOKEN_COUNTS,
-    Manifest,
-    Split,
-    TokenizerInfo,
-)
+from data_prep.files import sha256_of, write_text_atomic
+from data_prep.manifest import Manifest
+from data_prep.plan import Task
 from data_prep.settings import PrepareSettings
+from data_prep.tasks import FOLDER
 from data_prep.tokenizers import (
     HUGGINGFACE_FILE,
     SENTENCEPIECE_FILE,
@@ -26,17 +21,20 @@ from data_prep.tokenizers import (
 )
 
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
+TRAINED = "tokenizer.json"
+"""In the tasks' folder: from what text the tokenizer beside it was trained."""
+COMPARED_BYTES = 1_000_000
+"""Text on which a fast encoder has to give what the plain one gives."""
 
 
 def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that the settings name, trained on the training split where they ask for it."""
+    """The tokenizer that the settings name, trained on the training split where they ask for it.
+
+    One that an interrupted preparation trained on the same text is taken as it is.
+    """
     config = settings.tokenizer
     if config.path is None:
-        print(f"training a SentencePiece model with {config.vocab_size} pieces ...", flush=True)
-        texts = (document.text for document in _training_documents(settings, corpus))
-        return train_sentencepiece(
-            texts, config.vocab_size, config.model_type, config.sample_bytes, settings.seed
-        )
+        return _trained(settings, corpus)
     path = Path(config.path).expanduser()
     if not path.exists():
         raise UserError(f"tokenizer.path: {path} does not exist; give a tokenizer file or folder")
@@ -48,55 +46,61 @@ def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
+def _trained(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
+    path = settings.output_dir / SENTENCEPIECE_FILE
+    note = settings.output_dir / FOLDER / TRAINED
+    stamps = [part.stamp for part in corpus.parts()]
+    key = config_hash([settings.config_hash, stamps])
+    try:
+        if json.loads(note.read_text()) == {"from": key, "sha256": sha256_of(path)}:
+            return load_tokenizer(path)
+    except (OSError, ValueError):
+        pass
+    config = settings.tokenizer
+    print(f"training a SentencePiece model with {config.vocab_size} pieces ...", flush=True)
+    texts = (document.text for document in _training_documents(settings, corpus))
+    return train_sentencepiece(
+        texts, config.vocab_size, config.model_type, config.sample_bytes, settings.seed
+    )
+
+
+def note_trained(settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path) -> None:
+    """Record what the saved tokenizer was trained on, so that a rerun need not train it again."""
+    if settings.tokenizer.path is None:
+        key = config_hash([settings.config_hash, [part.stamp for part in corpus.parts()]])
+        note = {"from": key, "sha256": sha256_of(tokenizer_path)}
+        write_text_atomic(settings.output_dir / FOLDER / TRAINED, json.dumps(note))
+
+
 def _training_documents(settings: PrepareSettings, corpus: Corpus) -> Iterator[Document]:
     return (d for d in corpus.documents() if settings.split_of(d.id) == "train")
 
 
-def save_token_counts(counts: NDArray[np.int64], folder: Path) -> None:
-    """Write how often each id stands in the train split; evals compare with this unigram."""
-    with written_atomically(folder / TOKEN_COUNTS) as file:
-        np.save(file, counts, allow_pickle=False)
-
-
-def make_manifest(
-    settings: PrepareSettings, corpus: Corpus, splits: dict[str, Split], tokenizer: TokenizerInfo
-) -> Manifest:
-    """The manifest of a finished preparation.
-
-    Raises:
-        UserError: when a split came out empty.
-    """
-    packed = sum(split.documents for split in splits.values())
-    refused = dict(sorted(corpus.refused.items()))
-    if packed == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in refused.items())
-        raise UserError(f"corpus: holds no text ({reasons or 'no documents'}); give another")
-    for name, split in splits.items():
-        if split.documents == 0:
-            change = "raise" if name == "heldout" else "lower"
-            raise UserError(
-                f"heldout_fraction: none of {packed} documents fell into the {name} split with "
-                f"{settings.heldout_fraction}; {change} it, or use more documents"
-            )
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        config=settings.decisive,
-        config_hash=settings.config_hash,
-        sequence_length=settings.sequence_length,
-        group_size=settings.group_size,
-        block_size=settings.layout.block_size,
-        coverage=settings.layout.coverage,
-        shift=settings.layout.shift,
-        tokenizer=tokenizer,
-        token_counts_sha256=sha256_of(settings.output_dir / TOKEN_COUNTS),
-        train=splits["train"],
-        heldout=splits["heldout"],
-        documents={
-            "read": packed + sum(refused.values()),
-            "packed": packed,
-            "refused": refused,
-        },
-    )
+def choose_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: Sequence[Task]) -> None:
+    """Set the tokenizer to its fastest encoder that gives the ids of the plain one on about a
+    megabyte of this corpus, from all over it; prints a line about one that does not."""
+    texts, size = [], 0
+    for task in tasks:
+        # Parts are in an order drawn by the seed: the first few stand for all.
+        for document in corpus.documents(task.parts):
+            texts.append(document.text)
+            size += len(document.text.encode())
+            if size >= COMPARED_BYTES:
+                break
+        if size >= COMPARED_BYTES:
+            break
+    expected = [tokenizer.encode(text) for text in texts]
+    for encoder in tokenizer.encoders:
+        tokenizer.encoder = encoder
+        got = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+        differing = sum(own != other for own, other in zip(got, expected, strict=True))
+        if differing == 0:
+            break
+        print(
+            f"encoder {encoder}: other ids on {differing} of {len(texts)} documents, so it is not "
+            "used",
+            flush=True,
+        )
 
 
 def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
@@ -108,6 +112,13 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
             f"{name}: {split.documents:,} documents, {split.text_bytes / 1e6:.2f} MB, "
             f"{split.tokens:,} tokens in {split.sequences:,} sequences and {len(split.shards)} "
             f"shards, {padding:.2%} padding, {split.cut_documents:,} documents cut"
+        )
+    total = sum(split.tokens for split in manifest.splits.values())
+    for name, own in manifest.sources.items():
+        lines.append(
+            f"{name}: {own['documents']:,} documents, {own['tokens']:,} tokens, "
+            f"{own['tokens'] / total:.1%} of all, "
+            f"read {own['epochs']:.2f} times"
         )
     for reason, count in manifest.documents["refused"].items():
         lines.append(f"refused: {count:,} documents, {reason}")

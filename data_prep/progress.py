@@ -14,9 +14,9 @@ class Progress:
         self.tokens = 0
         self._started = self._last = time.monotonic()
 
-    def add(self, text_bytes: int, tokens: int) -> None:
-        """Count one document; prints when it is time."""
-        self.documents += 1
+    def add(self, documents: int, text_bytes: int, tokens: int) -> None:
+        """Count some documents; prints when it is time."""
+        self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
         now = time.monotonic()

@@ -1,6 +1,7 @@
 """The config of `tidar-prepare`, checked."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
+from data_prep.packing import PACKINGS
 
 GROUPS = ("corpus", "tokenizer", "layout")
-IRRELEVANT_KEYS = ("output_dir", "workers", "verify", "overwrite")
+IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "overwrite")
 """Keys that do not change what is written."""
 
 
@@ -70,21 +72,42 @@ class PlainKeys:
     output_dir: Path
     sequence_length: int
     heldout_fraction: float
-    shard_sequences: int
+    packing: str
+    shard_bytes: int
+    shard_sequences: int | None
     group_size: int
-    shuffle_sequences: int
+    task_bytes: int | None
     workers: int
+    array: str | None
     seed: int
     verify: bool
     overwrite: bool
 
     def __post_init__(self) -> None:
-        for key, least in (("sequence_length", 2), ("shard_sequences", 1), ("group_size", 1),
-                           ("shuffle_sequences", 1), ("workers", 1), ("seed", 0)):  # fmt: skip
-            if (value := getattr(self, key)) < least:
+        for key, least in (("sequence_length", 2), ("shard_bytes", 1), ("shard_sequences", 1),
+                           ("group_size", 1), ("task_bytes", 1), ("workers", 1),
+                           ("seed", 0)):  # fmt: skip
+            if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
         if not 0.0 < self.heldout_fraction < 1.0:
             raise UserError(f"heldout_fraction: must be in (0, 1), got {self.heldout_fraction}")
+        if self.packing not in PACKINGS:
+            raise UserError(f"packing: {self.packing!r} is not {' or '.join(PACKINGS)}")
+        self.array_share()  # a mistake in it shows now
+        if self.array is not None and self.overwrite:
+            raise UserError("overwrite: not with array; remove the folder before the jobs start")
+
+    def array_share(self) -> tuple[int, int]:
+        """The i and n of `array=i/n`: this process does the tasks t with t mod n = i."""
+        if self.array is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d+)/(\d+)", self.array)
+        index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if index >= count:
+            raise UserError(
+                f"array: {self.array!r} is not i/n with i from 0 to n-1; the third of four is 2/4"
+            )
+        return index, count
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Shards: tar files of packed sequences that plain `webdataset.WebDataset(path)` reads.
 
 A sample is a group of n packed sequences: `tokens.npy` [n, S], `document_lengths.npy` [n, D] padded
-with 0, `layout.npy` [n, B, 4] padded with rows of zeros, each in the smallest unsigned type.
+with 0, `layout.npy` [n, B, 4] padded with rows of zeros, `continued.npy` [n, D], each in the
+smallest unsigned type.
 """
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +22,7 @@ from data_prep.files import written_atomically
 from data_prep.layout import COLUMNS, Layout
 from data_prep.manifest import ShardInfo
 
-MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy")
-MTIME = 0.0
-"""Fixed, or two runs would not be byte-identical."""
+MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PackedSequence:
     document_lengths: NDArray[np.integer]
     """[D], sum S; padding, if any, is a last pseudo-document that starts with the pad id."""
     layout: Layout
+    continued: NDArray[np.bool_] | None = None
+    """[D]: documents that go on from a cut, begun in another sequence; None is none of them."""
 
     def real_tokens(self, pad_id: int) -> int:
         """Tokens before the padding: a last document that starts with `pad_id` is padding."""
@@ -42,39 +45,50 @@ class PackedSequence:
 
 def write_shard(
     path: Path, name: str, sequences: Sequence[PackedSequence], padding: int, group_size: int
-) -> ShardInfo:
+) -> tuple[ShardInfo, list[int]]:
     """Write `sequences` (which hold `padding` tokens of padding) to `path`, all or nothing.
 
-    A file that holds just these bytes already is left alone.
+    Returns:
+        tuple: the manifest's entry, and the byte at which each group starts, with that at which
+            the last one ends behind them.
     """
-    content = shard_bytes(sequences, group_size)
-    if not _holds(path, content):
-        with written_atomically(path) as file:
-            file.write(content)
+    hashed = _Hashed()
+    offsets = []
+    with written_atomically(path) as file:
+        hashed.file = file
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for number, start in enumerate(range(0, len(sequences), group_size)):
+                offsets.append(int(tar.offset))
+                group = encode_group(sequences[start : start + group_size])
+                for member, content in group.items():
+                    # The defaults of TarInfo name no time, owner or host: the bytes depend on
+                    # the content alone.
+                    entry = tarfile.TarInfo(f"{number:08d}.{member}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+            offsets.append(int(tar.offset))
     total = sum(len(sequence.tokens) for sequence in sequences)
-    digest = hashlib.sha256(content).hexdigest()
-    return ShardInfo(name, len(sequences), total - padding, padding, len(content), digest)
+    digest = hashed.digest.hexdigest()
+    info = ShardInfo(name, len(sequences), total - padding, padding, hashed.size, digest)
+    return info, offsets
 
 
-def shard_bytes(sequences: Sequence[PackedSequence], group_size: int) -> bytes:
-    """The tar file; a function of its arguments only."""
-    # Imported where it is used: it imports torch, which costs seconds and every worker 200 MB.
-    import webdataset
+class _Hashed:
+    """A file that is only written forwards, and hashed on the way."""
 
-    buffer = io.BytesIO()
-    writer = webdataset.TarWriter(buffer, encoder=False, mtime=MTIME, user="", group="")
-    for number, start in enumerate(range(0, len(sequences), group_size)):
-        group = sequences[start : start + group_size]
-        writer.write({"__key__": f"{number:08d}", **encode_group(group)})
-    writer.close()
-    return buffer.getvalue()
+    file: BinaryIO
 
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.size = 0
 
-def _holds(path: Path, content: bytes) -> bool:
-    try:
-        return path.stat().st_size == len(content) and path.read_bytes() == content
-    except OSError:
-        return False
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.size += len(content)
+        return self.file.write(content)
 
 
 def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
@@ -83,17 +97,20 @@ def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
     blocks = max(sequence.layout.num_blocks for sequence in group)
     lengths = np.zeros((len(group), documents), dtype=np.int32)
     layouts = np.zeros((len(group), blocks, len(COLUMNS)), dtype=np.int32)
+    continued = np.zeros((len(group), documents), dtype=np.uint8)
     for row, sequence in enumerate(group):
         lengths[row, : len(sequence.document_lengths)] = sequence.document_lengths
         for column, name in enumerate(COLUMNS):
             layouts[row, : sequence.layout.num_blocks, column] = getattr(sequence.layout, name)
+        if sequence.continued is not None:
+            continued[row, : len(sequence.continued)] = sequence.continued
     tokens = np.stack([sequence.tokens for sequence in group])
-    arrays = zip(MEMBERS, (tokens, lengths, layouts), strict=True)
-    return {name: _npy_bytes(array) for name, array in arrays}
+    arrays: list[NDArray[np.integer]] = [tokens, lengths, layouts, continued]
+    return {name: _npy_bytes(array) for name, array in zip(MEMBERS, arrays, strict=True)}
 
 
 def decode_group(sample: dict[str, bytes]) -> list[PackedSequence]:
-    """The sequences of one sample, its three members as bytes.
+    """The sequences of one sample, its members as bytes.
 
     Raises:
         ValueError: when members are missing or do not fit together.
@@ -101,61 +118,99 @@ def decode_group(sample: dict[str, bytes]) -> list[PackedSequence]:
     missing = [name for name in MEMBERS if name not in sample]
     if missing:
         raise ValueError(f"members missing: {', '.join(missing)}")
-    tokens, lengths, layouts = (
+    tokens, lengths, layouts, continued = (
         np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in MEMBERS
     )
-    if not len(tokens) == len(lengths) == len(layouts):
+    if not len(tokens) == len(lengths) == len(layouts) or lengths.shape != continued.shape:
         raise ValueError("members with different numbers of sequences")
     if not (lengths.sum(1) == tokens.shape[1]).all():
         raise ValueError("document lengths that do not add up to the sequence length")
-    return [
-        PackedSequence(tokens[row], lengths[row][lengths[row] > 0], Layout.from_table(layouts[row]))
-        for row in range(len(tokens))
-    ]
+    sequences = []
+    for row in range(len(tokens)):
+        own = lengths[row] > 0
+        layout = Layout.from_table(layouts[row])
+        marks = continued[row][own].astype(bool)
+        sequences.append(PackedSequence(tokens[row], lengths[row][own], layout, marks))
+    return sequences
 
 
 class ShardReader:
-    """Reads the groups of a local shard in any order; the tar is indexed once."""
+    """Reads the groups of a local shard in any order, each in one piece.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the tar.
+        offsets: where its groups start, and behind them where the last one ends, as the data
+            folder's index has them; without, the tar is scanned once.
+    """
+
+    def __init__(
+        self, path: Path, offsets: Sequence[int] | NDArray[np.int64] | None = None
+    ) -> None:
         self.path = path
-        self._groups: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    key, _, name = member.name.partition(".")
-                    self._groups.setdefault(key, {})[name] = (member.offset_data, member.size)
-        except (OSError, tarfile.TarError) as error:
-            raise _damaged(path, error) from error
-        self._keys = sorted(self._groups)
+        self._file: int | None = None
+        self._offsets = group_offsets(path) if offsets is None else offsets
 
     @property
     def num_groups(self) -> int:
-        return len(self._keys)
+        return len(self._offsets) - 1
 
     def read_group(self, number: int) -> list[PackedSequence]:
         """The sequences of group `number`; raises UserError naming the shard when damaged."""
         try:
-            with self.path.open("rb") as file:
-                sample = {}
-                for name, (offset, size) in self._groups[self._keys[number]].items():
-                    file.seek(offset)
-                    sample[name] = file.read(size)
-            return decode_group(sample)
-        except (OSError, ValueError, IndexError, EOFError) as error:
-            raise _damaged(self.path, error) from error
+            start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY)
+            content = os.pread(self._file, end - start, start)
+            if len(content) < end - start:
+                raise EOFError("it ends early")
+            return decode_group(tar_members(content))
+        except (OSError, ValueError, IndexError, EOFError, tarfile.TarError) as error:
+            raise damaged(self.path, error) from error
+
+    def close(self) -> None:
+        """Close the file, which the first read opened; another read opens it again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def tar_members(content: bytes) -> dict[str, bytes]:
+    """The members of one group out of its bytes, by what follows the first dot of their names."""
+    members = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            name = member.name.partition(".")[2]
+            members[name] = content[member.offset_data : member.offset_data + member.size]
+    return members
+
+
+def group_offsets(path: Path) -> list[int]:
+    """Where the groups of a shard start, and the last one ends, by a scan of its headers."""
+    starts: dict[str, int] = {}
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                starts.setdefault(member.name.partition(".")[0], member.offset)
+                end = member.offset_data + -(-member.size // 512) * 512
+    except (OSError, tarfile.TarError) as error:
+        raise damaged(path, error) from error
+    return [*starts.values(), end]
 
 
 def read_shard(path: Path) -> Iterator[PackedSequence]:
     """All sequences of a shard in order, through webdataset; UserError when damaged."""
-    import webdataset  # see shard_bytes
+    import webdataset  # here, for it imports torch
 
     dataset = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
     try:
         for sample in dataset:
             yield from decode_group(sample)
     except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _npy_bytes(array: NDArray[np.integer]) -> bytes:
@@ -166,5 +221,6 @@ def _npy_bytes(array: NDArray[np.integer]) -> bytes:
     return buffer.getvalue()
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path | str, error: Exception) -> UserError:
+    """What is said of a shard that cannot be read."""
     return UserError(f"{path}: missing or damaged shard ({error}); run tidar-prepare again")

@@ -1,119 +1,149 @@
-"""One split on its way to shards: packed, shuffled, laid out, written, counted."""
+"""One split of a task on its way to shards: packed, shuffled, laid out, written, counted."""
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encoding import Encoded
 from data_prep.layout import Layout, build_layout
-from data_prep.manifest import SPLITS, ShardInfo, Split
-from data_prep.packing import Packed, Packer
+from data_prep.manifest import SPLITS, ShardInfo
+from data_prep.packing import Packed, Piece, make_packer
 from data_prep.settings import PrepareSettings
 from data_prep.shards import PackedSequence, write_shard
 from data_prep.tokenizers import Tokenizer
 
+TOGETHER = 256
+"""Sequences that are laid out in one go; more take memory and gain nothing."""
+ROOM_SHARE = 128
+"""A sequence with at most this fraction of its length left is taken for full."""
+
+
+@dataclass
+class Written:
+    """The shards of one writer, and what they hold."""
+
+    shards: list[ShardInfo] = field(default_factory=list)
+    offsets: list[list[int]] = field(default_factory=list)
+    """Of each shard: where its groups start and end; see `write_shard`."""
+    cut_documents: int = 0
+    cut_though_fitting: int = 0
+    cuts: int = 0
+
 
 class SplitWriter:
-    """Takes documents of one split; everything it does is a function of their order and the seed.
+    """Takes the documents of one task and split; everything it does is a function of their order,
+    the seed and the task's number."""
 
-    So a run after an interrupted one comes to the same shards; those that are there are kept.
-    """
-
-    def __init__(self, settings: PrepareSettings, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: PrepareSettings, split: str, tokenizer: Tokenizer, task: int
+    ) -> None:
         self.settings = settings
         self.split = split
+        self.task = task
         self.token_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         """How often each id stands in the finished shards, padding left out."""
-        self.packer = Packer(settings.sequence_length, tokenizer.pad_id)
-        self.documents = 0
-        self.text_bytes = 0
-        self._eos = np.array([tokenizer.eos_id], dtype=np.int32)
-        self._rng = random.Random(f"{settings.seed} {split}")
-        self._shuffled: list[Packed] = []
-        self._waiting: list[Packed] = []
-        self._shards: list[ShardInfo] = []
-        self._sequences = 0
-
-    def add(self, document: Encoded) -> None:
-        """Take one document and put the end token behind it."""
-        self.documents += 1
-        self.text_bytes += document.text_bytes
-        self._shuffle(self.packer.add(np.concatenate((document.ids, self._eos))))
-
-    def finish(self) -> Split:
-        """Write what is left and return the split's totals."""
-        self._shuffle(self.packer.finish())
-        self._rng.shuffle(self._shuffled)
-        for packed in self._shuffled:
-            self._write(packed)
-        self._shuffled.clear()
-        self._flush()
-        return Split(
-            shards=tuple(self._shards),
-            documents=self.documents,
-            text_bytes=self.text_bytes,
-            sequences=self._sequences,
-            tokens=sum(shard.tokens for shard in self._shards),
-            padding=sum(shard.padding for shard in self._shards),
-            cut_documents=self.packer.cut_documents,
-            cuts=self.packer.cuts,
+        self.dtype = tokenizer.dtype
+        self.packer = make_packer(
+            settings.packing, settings.sequence_length, tokenizer.pad_id, self.dtype
         )
+        self._packed: list[Packed] = []
+        self._written = Written()
 
-    def _shuffle(self, done: Iterable[Packed]) -> None:
-        """A shuffle buffer: neighbours in a shard, and so in a batch, come from far apart."""
-        for packed in done:
-            if len(self._shuffled) < self.settings.shuffle_sequences:
-                self._shuffled.append(packed)
-                continue
-            slot = self._rng.randrange(len(self._shuffled))
-            packed, self._shuffled[slot] = self._shuffled[slot], packed
-            self._write(packed)
+    def add(self, piece: Piece) -> None:
+        """Take one document, its end token included, or what a cut left of one."""
+        self._packed += self.packer.add(piece.ids, piece.continued)
 
-    def _write(self, packed: Packed) -> None:
-        self._waiting.append(packed)
-        if len(self._waiting) == self.settings.shard_sequences:
-            self._flush()
+    def finish(self, folder: Path, prefix: str, *, keep_rests: bool) -> tuple[Written, list[Piece]]:
+        """Write everything to `folder` as `prefix` and a number; returns the shards and the rests.
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        lengths = [packed.document_lengths for packed in self._waiting]
-        layouts = stored_layouts(self.settings, self.split, self._sequences, lengths)
-        sequences = []
-        for packed, layout in zip(self._waiting, layouts, strict=True):
-            padding = [packed.padding] if packed.padding else []
-            with_padding = np.array([*packed.document_lengths, *padding])
-            sequences.append(PackedSequence(packed.tokens, with_padding, layout))
-        padding_tokens = sum(packed.padding for packed in self._waiting)
-        name = f"{self.split}/{len(self._shards):06d}.tar"
-        path = self.settings.output_dir / name
-        info = write_shard(path, name, sequences, padding_tokens, self.settings.group_size)
-        self._shards.append(info)
-        self._count(padding_tokens)
-        self._sequences += len(self._waiting)
-        self._waiting.clear()
+        With `keep_rests` sequences with room to speak of are not written: their pieces are
+        returned, to be packed together with those of other tasks.
+        """
+        self._packed += self.packer.finish()
+        rests: list[Piece] = []
+        if keep_rests:
+            room = self.settings.sequence_length // ROOM_SHARE
+            rests = [piece for one in self._packed if one.padding > room for piece in one.pieces()]
+            self._packed = [one for one in self._packed if one.padding <= room]
+        random.Random(f"{self.settings.seed} {self.split} {self.task}").shuffle(self._packed)
+        first = 0
+        while first < len(self._packed):
+            count = self._shard_size(first)
+            self._write(folder, prefix, first, self._packed[first : first + count])
+            first += count
+        self._packed.clear()
+        done = self._written
+        done.cut_documents = self.packer.cut_documents
+        done.cut_though_fitting = self.packer.cut_though_fitting
+        done.cuts = self.packer.cuts
+        return done, rests
 
-    def _count(self, padding: int) -> None:
+    def _shard_size(self, first: int) -> int:
+        """Sequences of the next shard. Those left are divided evenly, in whole groups, so that no
+        last shard is a small one."""
+        left = len(self._packed) - first
+        if self.settings.shard_sequences is not None:
+            return min(self.settings.shard_sequences, left)
+        length, block = self.settings.sequence_length, self.settings.layout.block_size
+        number = np.min_scalar_type(length).itemsize
+        blocks = length * self.settings.layout.coverage / block + 2
+        bytes_each = length * self.dtype.itemsize + 4 * blocks * number
+        shards = -(-left * bytes_each // self.settings.shard_bytes)
+        groups = -(-left // self.settings.group_size)
+        return min(int(-(-groups // shards)) * self.settings.group_size, left)
+
+    def _write(self, folder: Path, prefix: str, first: int, packed: Sequence[Packed]) -> None:
+        layouts = stored_layouts(
+            self.settings, (SPLITS.index(self.split), self.task, first),
+            [one.document_lengths for one in packed],
+        )  # fmt: skip
+        sequences = [as_sequence(*pair) for pair in zip(packed, layouts, strict=True)]
+        padding = sum(one.padding for one in packed)
+        name = f"{prefix}{len(self._written.shards):03d}.tar"
+        info, offsets = write_shard(
+            folder / name, name, sequences, padding, self.settings.group_size
+        )
+        self._written.shards.append(info)
+        self._written.offsets.append(offsets)
+        self._count((one.tokens for one in packed), padding)
+
+    def _count(self, tokens: Iterable[NDArray[np.integer]], padding: int) -> None:
         # Once a shard, not for each document: a count takes time in proportion to the vocabulary.
-        tokens = np.concatenate([packed.tokens for packed in self._waiting])
-        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
+        counts = np.bincount(np.concatenate(list(tokens)), minlength=len(self.token_counts))
+        self.token_counts += counts
         self.token_counts[self.packer.pad_id] -= padding
 
 
-def stored_layouts(
-    settings: PrepareSettings, split: str, first: int, document_lengths: Sequence[list[int]]
-) -> list[Layout]:
-    """The layouts of the split's sequences `first`, `first + 1`, …, padding left out of each.
+def as_sequence(packed: Packed, layout: Layout) -> PackedSequence:
+    """What a shard stores: padding has become a last document."""
+    padding = [packed.padding] if packed.padding else []
+    lengths = np.array([*packed.document_lengths, *padding])
+    return PackedSequence(packed.tokens, lengths, layout, np.array(packed.continued))
 
-    Each sequence has a random stream of its own, keyed by (seed, split, number in the split).
+
+def stored_layouts(
+    settings: PrepareSettings, key: tuple[int, int, int], document_lengths: Sequence[list[int]]
+) -> list[Layout]:
+    """The layouts of sequences with these documents, padding left out of each.
+
+    Each has a random stream of its own, keyed by the seed, `key` (the split's number, the task's,
+    and the first sequence's in the task), and its place behind the first.
     """
     choice = settings.layout
     if choice.coverage == 1.0 and not choice.shift:
-        return _aligned_layouts(document_lengths, choice.block_size)
+        return [
+            layout
+            for start in range(0, len(document_lengths), TOGETHER)
+            for layout in _aligned_layouts(
+                document_lengths[start : start + TOGETHER], choice.block_size
+            )
+        ]
+    split, task, first = key
     streams = (
-        np.random.default_rng([settings.seed, SPLITS.index(split), first + number])
+        np.random.default_rng([settings.seed, split, task, first + number])
         for number in range(len(document_lengths))
     )
     return [

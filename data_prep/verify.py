@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
-from data_prep.manifest import MANIFEST, TOKEN_COUNTS, Manifest, ShardInfo, Split
-from data_prep.shards import PackedSequence, read_shard
+from data_prep.manifest import MANIFEST, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo, Split
+from data_prep.shards import PackedSequence, group_offsets, read_shard
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 COUNTED_TOGETHER = 256
@@ -38,6 +38,7 @@ def verify_data(folder: Path) -> str:
     tokenizer_path = folder / manifest.tokenizer.file
     _check_hash(tokenizer_path, manifest.tokenizer.sha256)
     _check_hash(folder / TOKEN_COUNTS, manifest.token_counts_sha256)
+    _check_hash(folder / SHARD_INDEX, manifest.shard_index_sha256)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.info(tokenizer_path) != manifest.tokenizer:
         raise UserError(
@@ -49,6 +50,7 @@ def verify_data(folder: Path) -> str:
             stored = manifest.token_counts(folder)
             if not np.array_equal(stored, totals.token_counts):
                 raise UserError(f"{folder / TOKEN_COUNTS}: not the counts of the train split")
+    _check_index(folder, manifest)
     shards = sum(len(split.shards) for split in manifest.splits.values())
     sequences = sum(split.sequences for split in manifest.splits.values())
     return f"{folder}: {shards} shards with {sequences:,} sequences are as the manifest says"
@@ -63,6 +65,15 @@ def _check_documents(folder: Path, manifest: Manifest) -> None:
         documents["read"],
     ):
         raise UserError(f"{folder / MANIFEST}: its counts of documents do not add up")
+
+
+def _check_index(folder: Path, manifest: Manifest) -> None:
+    """Every group has to stand where the index says."""
+    index = iter(manifest.shard_index(folder))
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if next(index).tolist() != group_offsets(folder / shard.name):
+                raise UserError(f"{folder / SHARD_INDEX}: does not fit {shard.name}")
 
 
 def _verify_split(
@@ -119,6 +130,8 @@ def _check_sequence(path: Path, sequence: PackedSequence, manifest: Manifest) ->
         raise UserError(f"{path}: a document holds the padding or the mask token")
     if (tokens[real:] != ids.pad_id).any():
         raise UserError(f"{path}: the padding holds other tokens than padding")
+    if sequence.continued is None or len(sequence.continued) != len(lengths):
+        raise UserError(f"{path}: not every document says whether it goes on from a cut")
     layout = sequence.layout
     longest = max(manifest.coverage * real, manifest.block_size)
     ends = np.cumsum(lengths)

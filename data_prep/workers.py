@@ -1,72 +1,124 @@
-"""A process that tokenises: texts in through a pipe of its own, ids out through the same.
+"""Processes that do tasks, each as fast as it can, and what they tell the main one.
 
 Not `concurrent.futures`: its workers share one pipe for results, and one that is killed in the
 middle of a result leaves the pool waiting for the rest of it for ever. Here such a pipe just ends.
 """
 
 import os
-import queue
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from data_prep.corpora import Corpus
 from data_prep.errors import UserError
-from data_prep.tokenizers import load_tokenizer
+from data_prep.plan import Task
+from data_prep.settings import PrepareSettings
+from data_prep.tasks import Report, run_task
+from data_prep.tokenizers import Tokenizer, load_encoder
+
+Message = tuple[Any, ...]
+"""`("progress", documents, bytes, tokens)`, `("done",)`, or what ended the worker: `("mistake",
+text)`, `("system", errno, text)`, `("fault", traceback)`."""
+
+
+def run_tasks(
+    tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer,
+    tokenizer_path: Path, report: Report,
+) -> None:  # fmt: skip
+    """Do all `tasks`, up to `settings.workers` at a time; one worker is this process itself.
+
+    Raises:
+        UserError: for what is wrong with the text, or when a worker process dies.
+    """
+    count = min(settings.workers, len(tasks))
+    if count <= 1:
+        for task in tasks:
+            run_task(task, settings, corpus, tokenizer, report)
+        return
+    waiting = deque(tasks)
+    workers: dict[Connection, Worker] = {}
+    try:
+        for _ in range(count):
+            worker = Worker(settings, corpus, tokenizer_path, tokenizer.encoder)
+            workers[worker.pipe] = worker
+            worker.send(waiting.popleft())
+        busy = set(workers)
+        while busy:
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection), "only pipes are waited for"
+                message = workers[pipe].receive()
+                if message[0] == "progress":
+                    report(*message[1:])
+                elif waiting:
+                    workers[pipe].send(waiting.popleft())
+                else:
+                    busy.discard(pipe)
+    finally:
+        for worker in workers.values():
+            worker.stop()
 
 
 class Worker:
-    """Answers come in the order of the texts sent. Ends at once when the other end is closed,
-    which the system does if this process is killed: none is ever left behind."""
+    """One process. It ends at once when the other end of its pipe is closed, which the system does
+    if this process is killed: none is ever left behind."""
 
-    def __init__(self, tokenizer_path: Path) -> None:
+    def __init__(
+        self, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path, encoder: str
+    ) -> None:
         context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, tokenizer_path), daemon=True)
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, settings, corpus, tokenizer_path, encoder)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         with _ctrl_c_not_inherited():
-            self._process.start()
+            self.process.start()
         theirs.close()
 
-    def send(self, texts: list[str]) -> None:
-        """Queue `texts` for encoding; does not wait. Raises UserError when the worker is dead."""
+    def send(self, task: Task) -> None:
+        """Give it the next task. Raises UserError when it is dead."""
         try:
-            self._pipe.send(texts)
+            self.pipe.send(task)
         except OSError as error:
             raise self._died() from error
 
-    def receive(self) -> Iterator[NDArray[np.int32]]:
-        """The ids of the oldest texts without an answer, an array for each text.
+    def receive(self) -> Message:
+        """Its next message.
 
         Raises:
-            UserError: when the worker process died.
+            UserError: when the text is wrong, or the process died.
+            OSError: when it could not write.
+            RuntimeError: for a fault in the code, with the traceback of the process.
         """
         try:
-            answer = self._pipe.recv()
+            message: Message = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        if isinstance(answer, str):
-            raise RuntimeError(f"in a tokenising process: {answer}")
-        ids, ends = answer
-        return iter(np.split(ids, ends[:-1]))
+        kind = message[0]
+        if kind == "mistake":
+            raise UserError(message[1])
+        if kind == "system":
+            raise OSError(*message[1:])
+        if kind == "fault":
+            raise RuntimeError(f"in a worker process: {message[1]}")
+        return message
 
     def stop(self) -> None:
         """End the process, in the middle of its work if need be."""
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join()
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
 
     def _died(self) -> UserError:
-        self._process.join()
+        self.process.join()
         return UserError(
-            f"workers: a tokenising process died (exit code {self._process.exitcode}; -9 is often "
-            "a lack of memory); run the same command again to continue, perhaps with fewer workers"
+            f"workers: a process died (exit code {self.process.exitcode}; -9 is often a lack of "
+            "memory); run the same command again to continue, perhaps with fewer workers"
         )
 
 
@@ -84,30 +136,37 @@ def _ctrl_c_not_inherited() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _serve(pipe: Connection, tokenizer_path: Path) -> None:
-    """The worker's main function. Texts are read by a thread: were they left in the pipe, both
-    sides could come to wait until the other one reads."""
-    texts: queue.Queue[list[str]] = queue.Queue()
-    threading.Thread(target=_read, args=(pipe, texts), daemon=True).start()
+def _serve(
+    pipe: Connection, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path, encoder: str
+) -> None:
+    """The worker's main function. A thread waits for tasks, so that the end of the pipe is noticed
+    in the middle of one."""
+    tasks: deque[Task] = deque()
+    there = threading.Semaphore(0)
+
+    def listen() -> None:
+        try:
+            while True:
+                tasks.append(pipe.recv())
+                there.release()
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def report(documents: int, text_bytes: int, tokens: int) -> None:
+        pipe.send(("progress", documents, text_bytes, tokens))
+
+    threading.Thread(target=listen, daemon=True).start()
     try:
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_encoder(tokenizer_path, encoder)
         while True:
-            pipe.send(_flat(tokenizer.encode_batch(texts.get())))
-    except OSError:
+            there.acquire()
+            run_task(tasks.popleft(), settings, corpus, tokenizer, report)
+            pipe.send(("done",))
+    except UserError as error:
+        pipe.send(("mistake", str(error)))
+    except BrokenPipeError:
         return  # nobody reads any more
+    except OSError as error:
+        pipe.send(("system", error.errno, error.strerror))
     except Exception:
-        pipe.send(traceback.format_exc())
-
-
-def _read(pipe: Connection, texts: "queue.Queue[list[str]]") -> None:
-    try:
-        while True:
-            texts.put(pipe.recv())
-    except (EOFError, OSError):
-        os._exit(0)
-
-
-def _flat(ids: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """All ids one behind the other, and where each text's end: two arrays travel faster than
-    hundreds."""
-    return np.concatenate(ids), np.cumsum([len(own) for own in ids])
+        pipe.send(("fault", traceback.format_exc()))

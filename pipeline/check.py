@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from data_prep.cli import run
 from data_prep.config import require
+from pipeline.data.remote import is_remote
 from pipeline.planning.checks import run_checks
 from pipeline.planning.plan import make_plan
 from pipeline.planning.settings import Planned
@@ -17,7 +18,7 @@ def check(cfg: DictConfig) -> int:
     started = time.monotonic()
     require(cfg, "data.dir", "run_dir")
     plan = make_plan(Planned.from_config(cfg))
-    data_dir = Path(cfg.data.dir).expanduser()
+    data_dir = None if is_remote(cfg.data.dir) else Path(cfg.data.dir).expanduser()
     run_checks(plan, data_dir, cfg.init_from, lambda line: print(line, flush=True))
     print(f"ready to submit; checked in {time.monotonic() - started:.1f} s")
     return 0

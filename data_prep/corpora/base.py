@@ -1,14 +1,14 @@
-"""What a reader of text is."""
+"""What a reader of text is: parts that can be read one by one, and the documents in each."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-from data_prep.errors import UserError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 NOT_UTF8 = "not UTF-8"
+DEFAULT_PART_BYTES = 4_000_000
+Counts = Callable[[Sequence[str]], int]
+"""Tokens of some texts."""
 
 
 @dataclass(frozen=True)
@@ -21,48 +21,68 @@ class Document:
 
     id: str
     text: str
+    source: str = ""
+    """The corpus it comes from, where several are mixed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a corpus, readable without the rest: a few files, or a span of one."""
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    """Of each path, relative to the corpus."""
+    bytes: int
+    """About how much text, before it is read."""
+    stamp: str
+    """Changes when one of the files does."""
+    start: int = 0
+    """First byte or row of the span; what is counted is the reader's own affair."""
+    end: int | None = None
+    """Where the span ends; None at the file's end."""
+    source: str = ""
+    epoch: int = 0
+    """Above 0 in a mix that reads a corpus more than once."""
 
 
 class Corpus(ABC):
-    """Text that can be read more than once, always in the same order."""
+    """Text that can be read more than once, always in the same order, all of it or by parts.
+
+    A corpus travels to other processes: it holds its config and a list of files, nothing open.
+    """
 
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
         """Documents left out, by reason; of the latest reading."""
 
-    def documents(self) -> Iterator[Document]:
-        """All documents that are not refused; reading streams, memory stays flat."""
+    def documents(self, parts: Iterable[Part] | None = None) -> Iterator[Document]:
+        """The documents of `parts`, by default all, but those that are refused; reading streams,
+        memory stays flat."""
         self.refused.clear()
-        for document in self.read():
-            if not document.text:
-                self.refused["empty"] += 1
-            elif not _is_utf8(document.text):
-                self.refused[NOT_UTF8] += 1
-            else:
-                yield document
+        for part in self.parts() if parts is None else parts:
+            for document in self.read_part(part):
+                if not document.text:
+                    self.refused["empty"] += 1
+                elif not _is_utf8(document.text):
+                    self.refused[NOT_UTF8] += 1
+                else:
+                    yield replace(document, source=part.source) if part.source else document
+
+    def weigh(self, count_tokens: Counts) -> None:  # noqa: B027
+        """Prepare for `parts` where they depend on tokens: a mix measures its sources."""
+
+    @property
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """About how much text there is, before it is read."""
 
     @abstractmethod
-    def read(self) -> Iterator[Document]:
-        """Every document; adds to `refused` what it cannot read."""
+    def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
+        """The corpus in pieces of about `part_bytes`, in order; together they are all of it."""
 
-
-def files_under(path: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
-    """`path` itself if it is a file, else the files below it that match, sorted by name.
-
-    Raises:
-        UserError: when there are none.
-    """
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist; give a file or a folder")
-    try:
-        found = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
-    except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
-        raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
-    if not found:
-        raise UserError(f"{key}: no file matching {' or '.join(patterns)} under {path}")
-    return sorted(found)
+    @abstractmethod
+    def read_part(self, part: Part) -> Iterator[Document]:
+        """Every document of one part; adds to `refused` what it cannot read."""
 
 
 def _is_utf8(text: str) -> bool:

@@ -1,80 +1,119 @@
 """JSON lines, plain or compressed (gzip, Zstandard): one document a line."""
 
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import IO
 
-from data_prep.corpora.base import Corpus, Document, files_under
+from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
+from data_prep.corpora.files import File, find_files, open_binary, open_text_stream
 from data_prep.errors import UserError
 
 PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+COMPRESSED = (".gz", ".zst")
+UNPACKED = 4
+"""How much larger compressed text is when unpacked, about; the size of a task depends on it."""
 
 
 @dataclass(frozen=True)
 class JsonlConfig:
     path: str
-    """A file, or a folder whose *.jsonl, *.jsonl.gz and *.jsonl.zst are read."""
+    """A file, or a folder whose *.jsonl, *.jsonl.gz and *.jsonl.zst are read; a path or a URL."""
     kind: str = "jsonl"
     text_field: str = "text"
     id_field: str | None = None
-    """Field with the document's id; None makes ids of file name and line number."""
+    """Field with the document's id; None makes ids of file name and the byte a line starts at."""
 
 
 class JsonlCorpus(Corpus):
-    """A broken line or a missing field stops the preparation: it is named with file and line."""
+    """A broken line or a missing field stops the preparation: it is named with file and line.
+
+    A part is a span of bytes of a file, with the lines that start in it. Compressed files cannot
+    be entered in the middle and are one part each.
+    """
 
     def __init__(self, config: JsonlConfig) -> None:
         super().__init__()
         self.config = config
-        self.path = Path(config.path).expanduser()
-        self.files = files_under(self.path, PATTERNS, "corpus.path")
+        self.files = find_files(config.path, PATTERNS, "corpus.path")
 
-    def read(self) -> Iterator[Document]:
-        root = self.path if self.path.is_dir() else self.path.parent
-        for path in self.files:
-            name = path.relative_to(root).as_posix()
-            try:
-                with _open(path) as file:
-                    for number, line in enumerate(file, 1):
-                        if line.strip():
-                            yield self._document(line, f"{name}:{number}", f"{path}:{number}")
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path}: cannot be read to its end ({error})") from error
+    @property
+    def total_bytes(self) -> int:
+        return sum(map(_text_bytes, self.files))
 
-    def _document(self, line: bytes, default_id: str, place: str) -> Document:
+    def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
+        made = []
+        for file in self.files:
+            place = ((file.path,), (file.name,))
+            if file.path.endswith(COMPRESSED) or file.size <= part_bytes:
+                made.append(Part(*place, _text_bytes(file), file.stamp))
+                continue
+            count = -(-file.size // part_bytes)
+            bounds = [file.size * number // count for number in range(count + 1)]
+            made += [
+                Part(*place, end - start, file.stamp, start, end) for start, end in pairwise(bounds)
+            ]
+        return made
+
+    def read_part(self, part: Part) -> Iterator[Document]:
+        (path,), (name,) = part.paths, part.names
+        try:
+            with open_text_stream(path) as file:
+                for start, line in _lines(file, part.start, part.end):
+                    if line.strip():
+                        yield self._document(line, name, path, start)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read to its end ({error})") from error
+
+    def _document(self, line: bytes, name: str, path: str, start: int) -> Document:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # malformed JSON and malformed UTF-8 alike
+            place = _place(path, start)
             raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
         fields = self.config
         for field in filter(None, (fields.text_field, fields.id_field)):
             if not isinstance(record, dict) or field not in record:
                 raise UserError(
-                    f"{place}: has no field {field!r}; set corpus.text_field or corpus.id_field"
+                    f"{_place(path, start)}: has no field {field!r}; set corpus.text_field or "
+                    "corpus.id_field"
                 )
         text = record[fields.text_field]
         if not isinstance(text, str):
-            raise UserError(f"{place}: field {fields.text_field!r} is not text")
-        identity = record[fields.id_field] if fields.id_field else default_id
+            raise UserError(f"{_place(path, start)}: field {fields.text_field!r} is not text")
+        identity = record[fields.id_field] if fields.id_field else f"{name}:{start}"
         if identity is None:
-            raise UserError(f"{place}: field {fields.id_field!r} is null; mend or remove the line")
+            raise UserError(
+                f"{_place(path, start)}: field {fields.id_field!r} is null; mend or remove the line"
+            )
         return Document(str(identity), text)
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix != ".zst":
-        return path.open("rb")
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise UserError(
-            f"{path}: needs pyarrow to be read; pip install 'tidar-pretrain[parquet]'"
-        ) from error
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+def _text_bytes(file: File) -> int:
+    return file.size * (UNPACKED if file.path.endswith(COMPRESSED) else 1)
+
+
+def _lines(file: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """The lines that start in the span, each with the byte it starts at."""
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += len(file.readline()) - 1  # to the first line that starts in the span
+    while end is None or position < end:
+        line = file.readline()
+        if not line:
+            return
+        yield position, line
+        position += len(line)
+
+
+def _place(path: str, start: int) -> str:
+    """File and line number, counted only now that somebody is to look there."""
+    with open_text_stream(path) if path.endswith(COMPRESSED) else open_binary(path) as file:
+        number, position = 1, 0
+        while position < start:
+            position += len(file.readline())
+            number += 1
+    return f"{path}:{number}"

@@ -1,27 +1,55 @@
 """From the `corpus` section of a config to a reader."""
 
-from omegaconf import DictConfig
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from data_prep.config import parse
+from data_prep.corpora.arrow import ArrowConfig, ArrowCorpus
 from data_prep.corpora.base import Corpus
 from data_prep.corpora.jsonl import JsonlConfig, JsonlCorpus
+from data_prep.corpora.mix import MixConfig, MixCorpus, Source
 from data_prep.corpora.parquet import ParquetConfig, ParquetCorpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
 from data_prep.corpora.text_folder import TextFolderConfig, TextFolderCorpus
+from data_prep.corpora.text_tar import TextTarConfig, TextTarCorpus
 from data_prep.errors import UserError
+
+READERS: dict[str, tuple[type, Callable[[Any], Corpus]]] = {
+    "python_stdlib": (StdlibConfig, StdlibCorpus),
+    "text_folder": (TextFolderConfig, TextFolderCorpus),
+    "jsonl": (JsonlConfig, JsonlCorpus),
+    "parquet": (ParquetConfig, ParquetCorpus),
+    "arrow": (ArrowConfig, ArrowCorpus),
+    "webdataset": (TextTarConfig, TextTarCorpus),
+}
 
 
 def open_corpus(section: DictConfig) -> Corpus:
     """The reader that `section.kind` names; UserError naming the key that is wrong."""
     kind = section.get("kind")
-    if kind == "python_stdlib":
-        return StdlibCorpus(parse(StdlibConfig, section, "corpus"))
-    if kind == "text_folder":
-        return TextFolderCorpus(parse(TextFolderConfig, section, "corpus"))
-    if kind == "jsonl":
-        return JsonlCorpus(parse(JsonlConfig, section, "corpus"))
-    if kind == "parquet":
-        return ParquetCorpus(parse(ParquetConfig, section, "corpus"))
-    raise UserError(
-        f"corpus.kind: unknown value {kind!r}; known are python_stdlib, text_folder, jsonl, parquet"
-    )
+    if kind == "mix":
+        config = parse(MixConfig, section, "corpus")
+        sources = {name: _open_source(name, own) for name, own in (config.sources or {}).items()}
+        return MixCorpus(sources, config.max_epochs)
+    if kind not in READERS:
+        raise UserError(f"corpus.kind: unknown value {kind!r}; known are {', '.join(READERS)}, mix")
+    schema, reader = READERS[kind]
+    return reader(parse(schema, section, "corpus"))
+
+
+def _open_source(name: str, values: Any) -> Source:
+    key = f"corpus.sources.{name}"
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: is not a group of keys with kind, weight and path")
+    weight = values.get("weight")
+    if not isinstance(weight, int | float) or weight <= 0:
+        raise UserError(f"{key}.weight: must be a number above 0, got {weight!r}")
+    own = {k: v for k, v in values.items() if k != "weight"}
+    if own.get("kind") == "mix":
+        raise UserError(f"{key}.kind: a mix cannot be part of a mix; list its sources here")
+    try:
+        return Source(open_corpus(OmegaConf.create(own)), float(weight))
+    except UserError as error:
+        raise UserError(str(error).replace("corpus.", f"{key}.", 1)) from error

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
-from data_prep.corpora.base import Corpus, Document, files_under
+from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
+from data_prep.corpora.files import find_files, needed, open_binary
 from data_prep.errors import UserError
 
 BATCH_ROWS = 1024
@@ -15,62 +15,102 @@ BATCH_ROWS = 1024
 @dataclass(frozen=True)
 class ParquetConfig:
     path: str
-    """A file, or a folder whose *.parquet are read."""
+    """A file, or a folder whose *.parquet are read; a path or a URL."""
     kind: str = "parquet"
     text_field: str = "text"
     id_field: str | None = None
     """Column with the document's id; None makes ids of file name and row number."""
 
 
+def row_document(
+    text: Any, identity: Any, default_id: str, place: str, config: Any, what: str = "column"
+) -> Document:
+    """A document of a table's row; `config` has `text_field` and `id_field`. A null is empty text.
+
+    Raises:
+        UserError: naming the row, when the text is not text or the id is null.
+    """
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{place}: {what} {config.text_field!r} is not text")
+    if config.id_field is None:
+        identity = default_id
+    elif identity is None:
+        raise UserError(f"{place}: {what} {config.id_field!r} is null; mend the row")
+    return Document(str(identity), text or "")
+
+
+def check_columns(path: str, names: list[str], config: Any) -> list[str]:
+    """The columns to read; raises UserError naming the first that `names` lacks."""
+    columns = [c for c in (config.text_field, config.id_field) if c]
+    for column in columns:
+        if column not in names:
+            raise UserError(
+                f"{path}: has no column {column!r}; set corpus.text_field or corpus.id_field"
+            )
+    return columns
+
+
 class ParquetCorpus(Corpus):
-    """Reads a batch of rows at a time; needs pyarrow, the `parquet` extra. A null is empty text."""
+    """A part is a run of row groups, read a batch of rows at a time; needs pyarrow, the `parquet`
+    extra. A null is empty text."""
 
     def __init__(self, config: ParquetConfig) -> None:
         super().__init__()
         self.config = config
-        self.path = Path(config.path).expanduser()
-        self.files = files_under(self.path, ("*.parquet",), "corpus.path")
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                "corpus=parquet: needs pyarrow; pip install 'tidar-pretrain[parquet]'"
-            ) from error
+        self.files = find_files(config.path, ("*.parquet",), "corpus.path")
+        needed("pyarrow.parquet", "corpus=parquet", "parquet")
 
-    def read(self) -> Iterator[Document]:
-        import pyarrow
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
 
-        root = self.path if self.path.is_dir() else self.path.parent
-        for path in self.files:
-            name = path.relative_to(root).as_posix()
-            try:
-                for row, (text, identity) in enumerate(self._rows(path), 1):
-                    default_id, place = f"{name}:{row}", f"{path}: row {row}"
-                    yield self._document(text, identity, default_id, place)
-            except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{path}: cannot be read to its end ({error})") from error
-
-    def _rows(self, path: Path) -> Iterator[tuple[Any, Any]]:
-        """Text and id (None without an id column) of every row."""
+    def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
         import pyarrow.parquet
 
-        columns = [c for c in (self.config.text_field, self.config.id_field) if c]
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise UserError(
-                        f"{path}: has no column {column!r}; set corpus.text_field or "
-                        "corpus.id_field"
-                    )
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                texts, *ids = (batch.column(column).to_pylist() for column in columns)
-                yield from zip(texts, ids[0] if ids else repeat(None), strict=False)
+        made = []
+        for file in self.files:
+            place = ((file.path,), (file.name,))
+            try:
+                with open_binary(file.path) as source, pyarrow.parquet.ParquetFile(source) as table:
+                    sizes = [
+                        table.metadata.row_group(n).total_byte_size
+                        for n in range(table.num_row_groups)
+                    ]
+            except (OSError, pyarrow.ArrowException) as error:
+                raise UserError(f"{file.path}: cannot be read to its end ({error})") from error
+            first, size = 0, 0
+            for number, own in enumerate(sizes):
+                if number > first and size + own > part_bytes:
+                    made.append(Part(*place, size, file.stamp, first, number))
+                    first, size = number, 0
+                size += own
+            if sizes:
+                made.append(Part(*place, size, file.stamp, first, len(sizes)))
+        return made
 
-    def _document(self, text: Any, identity: Any, default_id: str, place: str) -> Document:
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{place}: column {self.config.text_field!r} is not text")
-        if self.config.id_field is None:
-            identity = default_id
-        elif identity is None:
-            raise UserError(f"{place}: column {self.config.id_field!r} is null; mend the row")
-        return Document(str(identity), text or "")
+    def read_part(self, part: Part) -> Iterator[Document]:
+        import pyarrow
+
+        (path,), (name,) = part.paths, part.names
+        try:
+            for row, text, identity in self._rows(path, part.start, part.end):
+                place = f"{path}: row {row}"
+                yield row_document(text, identity, f"{name}:{row}", place, self.config)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read to its end ({error})") from error
+
+    def _rows(self, path: str, first: int, last: int | None) -> Iterator[tuple[int, Any, Any]]:
+        """Row number from 1, text and id (None without an id column) of the rows of a span of row
+        groups."""
+        import pyarrow.parquet
+
+        with open_binary(path) as source, pyarrow.parquet.ParquetFile(source) as file:
+            columns = check_columns(path, file.schema_arrow.names, self.config)
+            counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+            row = 1 + sum(counts[:first])
+            groups = list(range(first, len(counts) if last is None else last))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+                texts, *ids = (batch.column(column).to_pylist() for column in columns)
+                for text, identity in zip(texts, ids[0] if ids else repeat(None), strict=False):
+                    yield row, text, identity
+                    row += 1

@@ -2,11 +2,12 @@
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpora.base import NOT_UTF8, Corpus, Document
+from data_prep.corpora.files import File, local_file
+from data_prep.corpora.text_folder import FilesCorpus
 from data_prep.errors import UserError
 
 LEFT_OUT = {
@@ -32,39 +33,33 @@ class StdlibConfig:
             raise UserError(f"corpus.max_bytes: must be at least 1, got {self.max_bytes}")
 
 
-class StdlibCorpus(Corpus):
+class StdlibCorpus(FilesCorpus):
     """A document for every module of the running Python's library, in order of path."""
 
     def __init__(self, config: StdlibConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.root = Path(sysconfig.get_path("stdlib"))
-        if not any(self.root.glob("*.py")):
+        root = Path(sysconfig.get_path("stdlib"))
+        if not any(root.glob("*.py")):
             raise UserError(
-                f"corpus: {self.root} has no Python sources; use corpus=text_folder corpus.path=..."
+                f"corpus: {root} has no Python sources; use corpus=text_folder corpus.path=..."
             )
+        files = (local_file(p, p.relative_to(root).as_posix()) for p in sorted(_modules(root)))
+        super().__init__(list(_first_bytes(files, config.max_bytes)))
 
-    def read(self) -> Iterator[Document]:
-        room = self.config.max_bytes
-        for path in sorted(self._modules()):
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                self.refused[f"not readable ({error.strerror})"] += 1
-                continue
-            if room is not None:
-                room -= len(content)
-                if room < 0:
-                    return
-            try:
-                yield Document(path.relative_to(self.root).as_posix(), content.decode())
-            except UnicodeDecodeError:
-                self.refused[NOT_UTF8] += 1
 
-    def _modules(self) -> Iterator[Path]:
-        """Every source file; what is installed beside the library is not even walked through."""
-        for folder, subfolders, files in os.walk(self.root):
-            subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
-            for name in files:
-                if name.endswith(".py"):
-                    yield Path(folder, name)
+def _first_bytes(files: Iterable[File], max_bytes: int | None) -> Iterator[File]:
+    room = max_bytes
+    for file in files:
+        if room is not None:
+            room -= file.size
+            if room < 0:
+                return
+        yield file
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Every source file; what is installed beside the library is not even walked through."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
+        for name in files:
+            if name.endswith(".py"):
+                yield Path(folder, name)

@@ -10,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.layout import Layout
-from pipeline.data.source import Sequence
+from pipeline.data.source import NO_BLOCKS, Sequence
 from pipeline.model.mask import Spans, layout_spans
 
 SLOT_MULTIPLE = 64
 """Mask sections are padded to a multiple of this, so that batches come in few shapes."""
-NO_BLOCKS = Layout(*(np.zeros(0, dtype=np.int32) for _ in range(4)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Prepared shards as a list of sequences: `source[n]` is the n-th of the run, ready for a batch."""
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,12 @@ from data_prep.layout import Layout, build_layout
 from data_prep.manifest import Manifest, Split
 from data_prep.shards import PackedSequence, ShardReader
 from pipeline.data.order import SequenceOrder
+from pipeline.data.place import DataConfig
+from pipeline.data.remote import local_shard
 
 CACHED_GROUPS = 8
+OPEN_SHARDS = 4
+NO_BLOCKS = Layout(*(np.zeros(0, dtype=np.int32) for _ in range(4)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class SequenceSource:
         split: Split,
         seed: int,
         choice: LayoutChoice | None = None,
+        data: DataConfig | None = None,
     ) -> None:
         self.manifest = manifest
         self.split = split
@@ -77,17 +83,36 @@ class SequenceSource:
             [shard.sequences for shard in split.shards], manifest.group_size, seed
         )
         self.choice = choice or LayoutChoice()
+        self.damaged: dict[str, str] = {}
+        """Shards left out so far, with the reason."""
+        self._data = data or DataConfig()
         self._seed = seed
         self._data_dir = data_dir
         self._first = np.cumsum([0] + [shard.sequences for shard in split.shards])
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._index: list[NDArray[np.int64]] | None = None
         self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
 
     def __getitem__(self, n: int) -> Sequence:
-        """The n-th sequence of the run; raises UserError naming a shard that cannot be read."""
+        """The n-th sequence of the run.
+
+        Raises:
+            UserError: naming a shard that cannot be read, unless `data.skip_damaged` is on: then
+                its sequences are all padding, and those of other shards stay where they are.
+        """
         place = self.order[n]
         number, inside = divmod(place.index, self.manifest.group_size)
-        packed = self._group(place.shard, number)[inside]
+        name = self.split.shards[place.shard].name
+        try:
+            if name in self.damaged:
+                return self._nothing()
+            packed = self._group(place.shard, number)[inside]
+        except UserError as error:
+            if not self._data.skip_damaged:
+                raise
+            self.damaged[name] = str(error)
+            print(f"{error}; its sequences are left out", file=sys.stderr, flush=True)
+            return self._nothing()
         lengths = packed.document_lengths
         padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
         sequence = Sequence(packed.tokens, lengths, padding, packed.layout)
@@ -105,6 +130,12 @@ class SequenceSource:
     def coverage(self) -> float:
         return self.choice.coverage or self.manifest.coverage
 
+    def _nothing(self) -> Sequence:
+        """In place of a sequence that cannot be read: padding, which carries no loss."""
+        length = self.manifest.sequence_length
+        tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
+        return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
+
     def _lay_out(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> Layout:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
         return build_layout(lengths, self.block_size, coverage=self.coverage, shift=shift, rng=rng)
@@ -112,11 +143,24 @@ class SequenceSource:
     def _group(self, shard: int, number: int) -> list[PackedSequence]:
         key = (shard, number)
         if key not in self._groups:
-            if shard not in self._readers:
-                path = self._data_dir / self.split.shards[shard].name
-                self._readers[shard] = ShardReader(path)
-            self._groups[key] = self._readers[shard].read_group(number)
+            self._groups[key] = self._reader(shard).read_group(number)
             if len(self._groups) > CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
+
+    def _reader(self, shard: int) -> ShardReader:
+        """The reader of a shard; a few stay open, since batches of one step may straddle two."""
+        if shard not in self._readers:
+            if self._index is None:
+                index = self.manifest.shard_index(self._data_dir)
+                train = self.manifest.train.shards
+                first = 0 if self.split.shards[0] == train[0] else len(train)
+                self._index = index[first : first + len(self.split.shards)]
+            own = self.split.shards[shard]
+            path = local_shard(self._data_dir, own, self._data.cache_bytes)
+            self._readers[shard] = ShardReader(path, self._index[shard])
+            if len(self._readers) > OPEN_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]

@@ -13,16 +13,29 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from data_prep.errors import UserError
+from data_prep.manifest import ShardInfo
 from pipeline.planning.plan import GIB, Plan
 
 WANDB_TIMEOUT_S = 3.0
 HF_FILES = ("config.json", "model.json")
 
 
-def check_data(plan: Plan, data_dir: Path) -> str:
-    """Every training and held-out shard of the manifest is there with its size; contents unread."""
+def check_data(plan: Plan, data_dir: Path | None) -> str:
+    """Every training and held-out shard of the manifest is there with its size; contents unread.
+
+    With None the data is at a URL, of which planning has read the manifest.
+    """
     train = plan.planned.train
     shards = [*train.manifest.train.shards, *train.manifest.heldout.shards]
+    if data_dir is not None:
+        check_files(data_dir, shards)
+    epochs = train.steps * train.global_batch_size / max(train.manifest.train.sequences, 1)
+    place = f"in {data_dir}" if data_dir else "at the URL, not looked at"
+    return f"{len(shards)} shards {place}; the run reads them {epochs:.2f} times"
+
+
+def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
+    """Each shard is a file of the manifest's size; raises UserError with the first that is not."""
     for shard in shards:
         path = data_dir / shard.name
         if not path.is_file():
@@ -32,8 +45,6 @@ def check_data(plan: Plan, data_dir: Path) -> str:
                 f"data.dir: {path} has {path.stat().st_size} bytes, the manifest says "
                 f"{shard.bytes}; run tidar-prepare again, or with verify=true to see more"
             )
-    epochs = train.steps * train.global_batch_size / max(train.manifest.train.sequences, 1)
-    return f"{len(shards)} shards in {data_dir}; the run reads them {epochs:.2f} times"
 
 
 def check_init(init_from: str | None) -> str:
@@ -142,7 +153,7 @@ def netrc_has(host: str) -> bool:
 
 
 def run_checks(
-    plan: Plan, data_dir: Path, init_from: str | None, say: Callable[[str], None]
+    plan: Plan, data_dir: Path | None, init_from: str | None, say: Callable[[str], None]
 ) -> None:
     """All checks, each with its line; raises UserError with everything that is wrong."""
     checks: list[tuple[str, Callable[[], str]]] = [

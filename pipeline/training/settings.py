@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
+from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
@@ -61,6 +62,7 @@ class TrainSettings(PlainKeys):
     """Everything a run is told, from `conf/train.yaml` and its overrides."""
 
     data_dir: Path
+    data: DataConfig
     manifest: Manifest
     model: ModelConfig
     layout: LayoutChoice
@@ -82,7 +84,7 @@ class TrainSettings(PlainKeys):
         """
         data_dir = Path()
         if manifest is None:
-            data_dir = existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
+            data_dir = open_data_dir(cfg)
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
         values = dict(vars(parse(PlainKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
@@ -93,6 +95,7 @@ class TrainSettings(PlainKeys):
         return cls(
             **values,
             data_dir=data_dir,
+            data=parse(DataConfig, cfg.data, "data"),
             manifest=manifest or Manifest.load(data_dir),
             model=parse(ModelConfig, cfg.model, "model"),
             layout=parse(LayoutChoice, cfg.layout, "layout"),

@@ -91,7 +91,7 @@ def build_trainer(settings: TrainSettings, world: World, say: Callable[[str], No
     state = state or TrainState()
     manifest = settings.manifest
     source = SequenceSource(
-        settings.data_dir, manifest, manifest.train, settings.seed, settings.layout
+        settings.data_dir, manifest, manifest.train, settings.seed, settings.layout, settings.data
     )
     share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
     return Trainer(

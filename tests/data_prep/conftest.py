@@ -72,7 +72,7 @@ def overrides(corpus_path: Path, tokenizer_path: Path) -> list[str]:
         "heldout_fraction=0.1",
         "shard_sequences=40",
         "group_size=16",
-        "shuffle_sequences=100",
+        "task_bytes=30000",
     ]
 
 

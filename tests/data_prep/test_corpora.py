@@ -85,7 +85,8 @@ def test_jsonl_plain_and_compressed(tmp_path, suffix, write):
     path = tmp_path / f"x.jsonl{suffix}"
     write(path, as_lines(RECORDS[:1]) + b"\n" + as_lines(RECORDS[1:]))
     name = path.name
-    expected = [(f"{name}:1", RECORDS[0]["text"]), (f"{name}:3", RECORDS[1]["text"])]
+    third = len(as_lines(RECORDS[:1])) + 1
+    expected = [(f"{name}:0", RECORDS[0]["text"]), (f"{name}:{third}", RECORDS[1]["text"])]
     for place in (path, tmp_path):
         assert read(kind="jsonl", path=str(place)) == (expected, {"empty": 1})
     by_id = read(kind="jsonl", path=str(path), id_field="id")[0]
@@ -103,7 +104,7 @@ def test_a_text_field_of_another_name(tmp_path):
 def test_half_a_surrogate_pair_is_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
-    assert read(kind="jsonl", path=str(path)) == ([("x.jsonl:2", "🙂")], {"not UTF-8": 1})
+    assert read(kind="jsonl", path=str(path)) == ([("x.jsonl:19", "🙂")], {"not UTF-8": 1})
 
 
 @pytest.mark.parametrize(

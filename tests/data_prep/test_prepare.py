@@ -46,11 +46,11 @@ def test_two_runs_and_three_workers_give_the_same_bytes(command, overrides, prep
 def test_the_folder_holds_what_the_contract_says(prepared):
     manifest = Manifest.load(prepared)
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
-    top = {"manifest.json", "token_counts.npy", "tokenizer.model"}
+    top = {"manifest.json", "token_counts.npy", "shard_index.npy", "tokenizer.model"}
     assert set(content(prepared)) == listed | top
     assert len(manifest.train.shards) > 5
     assert manifest.config["layout"] == {"block_size": 8, "coverage": 1.0, "shift": False}
-    assert not {"output_dir", "workers", "verify", "overwrite"} & set(manifest.config)
+    assert not {"output_dir", "workers", "array", "verify", "overwrite"} & set(manifest.config)
     assert manifest.tokenizer.file == "tokenizer.model"
 
 

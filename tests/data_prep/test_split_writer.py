@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep.encoding import Encoded
 from data_prep.layout import build_layout
 from data_prep.manifest import SPLITS
+from data_prep.packing import Piece
 from data_prep.settings import PrepareSettings
 from data_prep.shards import read_shard
 from data_prep.split_writer import SplitWriter, stored_layouts
@@ -19,10 +19,13 @@ CONFIG = {
     "layout": {"block_size": 8, "coverage": 1.0, "shift": False},
     "sequence_length": 64,
     "heldout_fraction": 0.1,
+    "packing": "best_fit",
+    "shard_bytes": 1_000_000,
     "shard_sequences": 7,
     "group_size": 3,
-    "shuffle_sequences": 10,
+    "task_bytes": None,
     "workers": 1,
+    "array": None,
     "seed": 3,
     "verify": False,
     "overwrite": False,
@@ -37,19 +40,28 @@ def settings(folder, **changes):
 
 
 def documents(tokenizer, lengths, seed=0):
+    """Random ids, each document with its end token."""
     rng = np.random.default_rng(seed)
     low, high = tokenizer.vocab_size - 200, tokenizer.vocab_size
-    return [
-        Encoded(f"d{number}", rng.integers(low, high, n).astype(np.int32), 2 * n)
-        for number, n in enumerate(lengths)
-    ]
+    return [np.append(rng.integers(low, high, n), tokenizer.eos_id) for n in lengths]
 
 
-def fill(folder, tokenizer, lengths, **changes):
-    writer = SplitWriter(settings(folder, **changes), "train", tokenizer)
-    for document in documents(tokenizer, lengths):
-        writer.add(document)
-    return writer, writer.finish()
+def fill(folder, tokenizer, lengths, task=0, keep_rests=False, **changes):
+    writer = SplitWriter(settings(folder, **changes), "train", tokenizer, task)
+    for ids in documents(tokenizer, lengths):
+        writer.add(Piece(ids))
+    written, rests = writer.finish(folder, "x-", keep_rests=keep_rests)
+    return writer, written, rests
+
+
+def stored(folder, written):
+    return [sequence for shard in written.shards for sequence in read_shard(folder / shard.name)]
+
+
+def pieces_of(sequence, pad_id):
+    real = sequence.real_tokens(pad_id)
+    ends = np.cumsum(sequence.document_lengths)
+    return [piece.tolist() for piece in np.split(sequence.tokens[:real], ends[ends < real])]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +86,9 @@ def test_layouts_of_a_shard_are_those_of_each_sequence_alone(tmp_path, choice):
     rng = np.random.default_rng(5)
     packed = [rng.integers(1, 30, size=rng.integers(1, 6)).tolist() for _ in range(50)]
     for split in SPLITS:
-        layouts = stored_layouts(own, split, 100, packed)
+        layouts = stored_layouts(own, (SPLITS.index(split), 6, 100), packed)
         for number, (layout, one) in enumerate(zip(layouts, packed, strict=True)):
-            stream = np.random.default_rng([3, SPLITS.index(split), 100 + number])
+            stream = np.random.default_rng([3, SPLITS.index(split), 6, 100 + number])
             alone = build_layout(
                 one, own.layout.block_size, coverage=own.layout.coverage, shift=own.layout.shift,
                 rng=stream,
@@ -85,52 +97,61 @@ def test_layouts_of_a_shard_are_those_of_each_sequence_alone(tmp_path, choice):
             assert layout.table().dtype == np.int32
 
 
-def test_every_document_comes_out_with_its_end_token(tmp_path, tokenizer, lengths):
-    _, split = fill(tmp_path, tokenizer, lengths)
-    pieces = []
-    for shard in split.shards:
-        for sequence in read_shard(tmp_path / shard.name):
-            real = sequence.real_tokens(tokenizer.pad_id)
-            ends = np.cumsum(sequence.document_lengths)
-            cuts = ends[ends < real]
-            pieces += [piece.tolist() for piece in np.split(sequence.tokens[:real], cuts)]
-    expected = []
-    for document in documents(tokenizer, lengths):
-        whole = [*document.ids.tolist(), tokenizer.eos_id]
-        expected += [whole[start : start + 64] for start in range(0, len(whole), 64)]
-    assert sorted(pieces) == sorted(expected)
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_every_document_comes_out_with_its_end_token(tmp_path, tokenizer, lengths, packing):
+    """Shards and rests together hold every piece, and tell those that go on from a cut."""
+    _, written, rests = fill(tmp_path, tokenizer, lengths, keep_rests=True, packing=packing)
+    whole, begun = [], 0
+    for sequence in stored(tmp_path, written):
+        pieces = pieces_of(sequence, tokenizer.pad_id)
+        whole += pieces
+        begun += len(pieces) - int(sequence.continued.sum())
+    whole += [piece.ids.tolist() for piece in rests]
+    begun += sum(not piece.continued for piece in rests)
+    assert rests
+    assert begun == len(lengths)
+    made = documents(tokenizer, lengths)
+    assert sum(map(len, whole)) == sum(map(len, made))
+    if packing == "best_fit":
+        cut = [ids[start : start + 64].tolist() for ids in made for start in range(0, len(ids), 64)]
+        assert sorted(whole) == sorted(cut)
 
 
 def test_totals_add_up(tmp_path, tokenizer, lengths):
-    writer, split = fill(tmp_path, tokenizer, lengths)
-    assert split.documents == len(lengths)
-    assert split.text_bytes == 2 * sum(lengths)
-    assert split.tokens == sum(lengths) + len(lengths)
-    assert split.sequences * 64 == split.tokens + split.padding
-    assert split.cut_documents == sum(n + 1 > 64 for n in lengths)
-    assert split.cuts == sum(-(-(n + 1) // 64) - 1 for n in lengths)
-    assert [shard.name for shard in split.shards[:2]] == ["train/000000.tar", "train/000001.tar"]
-    assert all(shard.sequences == 7 for shard in split.shards[:-1])
-    assert sum(shard.sequences for shard in split.shards) == split.sequences
-    ids = np.concatenate([document.ids for document in documents(tokenizer, lengths)])
-    expected = np.bincount(ids, minlength=tokenizer.vocab_size)
-    expected[tokenizer.eos_id] += len(lengths)
-    assert np.array_equal(writer.token_counts, expected)
+    writer, written, rests = fill(tmp_path, tokenizer, lengths)
+    assert rests == []
+    sequences = sum(shard.sequences for shard in written.shards)
+    tokens = sum(shard.tokens for shard in written.shards)
+    assert tokens == sum(lengths) + len(lengths)
+    assert sequences * 64 == tokens + sum(shard.padding for shard in written.shards)
+    assert written.cut_documents == sum(n + 1 > 64 for n in lengths)
+    assert written.cuts == sum(-(-(n + 1) // 64) - 1 for n in lengths)
+    assert [shard.name for shard in written.shards[:2]] == ["x-000.tar", "x-001.tar"]
+    assert all(shard.sequences == 7 for shard in written.shards[:-1])
+    ids = np.concatenate(documents(tokenizer, lengths))
+    assert np.array_equal(writer.token_counts, np.bincount(ids, minlength=tokenizer.vocab_size))
 
 
-def test_sequences_are_shuffled_by_the_seed(tmp_path, tokenizer, lengths):
+def test_shards_have_about_the_size_that_is_asked(tmp_path, tokenizer, lengths):
+    """Evenly, in whole groups: no last shard with a sequence or two."""
+    many = lengths * 6
+    _, written, _ = fill(tmp_path, tokenizer, many, shard_sequences=None, shard_bytes=20_000)
+    sizes = [shard.sequences for shard in written.shards]
+    assert len(sizes) > 3
+    assert all(size % 3 == 0 for size in sizes[:-1])
+    assert max(sizes) - min(sizes) <= 6
+    one = fill(tmp_path / "one", tokenizer, many, shard_sequences=None)[1]
+    assert [shard.sequences for shard in one.shards] == [sum(sizes)]
+
+
+def test_sequences_are_shuffled_by_seed_and_task(tmp_path, tokenizer, lengths):
     def order(name, **changes):
-        _, split = fill(tmp_path / name, tokenizer, lengths, **changes)
-        return [
-            sequence.tokens.tobytes()
-            for shard in split.shards
-            for sequence in read_shard(tmp_path / name / shard.name)
-        ]
+        written = fill(tmp_path / name, tokenizer, lengths, **changes)[1]
+        return [sequence.tokens.tobytes() for sequence in stored(tmp_path / name, written)]
 
-    first, again, other = order("a"), order("b"), order("c", seed=4)
+    first, again = order("a"), order("b")
+    others = [order("c", seed=4), order("d", task=1)]
     assert first == again
-    assert first != other
-    assert sorted(first) == sorted(other)
-    unshuffled = order("d", shuffle_sequences=1)
-    assert unshuffled != first
-    assert sorted(unshuffled) == sorted(first)
+    for other in others:
+        assert first != other
+        assert sorted(first) == sorted(other)

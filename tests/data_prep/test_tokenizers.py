@@ -71,10 +71,14 @@ def test_control_symbols_decode_to_nothing(model):
 
 
 def test_a_batch_gives_what_single_texts_give(model):
-    batch = model.encode_batch(list(TEXTS.values()))
-    for ids, text in zip(batch, TEXTS.values(), strict=True):
-        assert ids.dtype == np.int32
-        assert ids.tolist() == model.encode(text)
+    kinds = ("batch", "plain") if model.encoders[0] == "batch" else ("lines", "batch", "plain")
+    assert model.encoders == kinds
+    for encoder in model.encoders:
+        model.encoder = encoder
+        batch = model.encode_batch(list(TEXTS.values()))
+        for ids, text in zip(batch, TEXTS.values(), strict=True):
+            assert ids.dtype == np.int32
+            assert ids.tolist() == model.encode(text)
 
 
 def test_saved_and_loaded_it_is_the_same(model, tmp_path):

@@ -59,6 +59,8 @@ FILE_DAMAGE = {
     "tokenizer changed": ("tokenizer.model", flip, "differs from what manifest.json says"),
     "counts missing": ("token_counts.npy", lambda path: path.unlink(), "is missing"),
     "counts changed": ("token_counts.npy", flip, "differs from what manifest.json says"),
+    "index missing": ("shard_index.npy", lambda path: path.unlink(), "is missing"),
+    "index changed": ("shard_index.npy", flip, "differs from what manifest.json says"),
     "manifest missing": (MANIFEST, lambda path: path.unlink(), "not found"),
     "manifest truncated": (MANIFEST, cut_off, "damaged"),
     "manifest not an object": (MANIFEST, lambda path: path.write_text("[]"), "damaged"),
@@ -108,7 +110,7 @@ def rewritten(folder, change):
     shards = list(manifest.train.shards)
     old = shards[1]
     sequences = change(list(read_shard(folder / SHARD)), manifest)
-    info = write_shard(folder / SHARD, SHARD, sequences, old.padding, manifest.group_size)
+    info, _ = write_shard(folder / SHARD, SHARD, sequences, old.padding, manifest.group_size)
     shards[1] = replace(info, tokens=old.tokens)
     replace(manifest, train=replace(manifest.train, shards=tuple(shards))).save(folder)
 
@@ -209,7 +211,7 @@ def test_tokens_inside_the_padding_are_named(folder):
     tokens[-1] = manifest.tokenizer.eos_id
     sequences[number] = replace(sequences[number], tokens=tokens)
     (old,) = (shard for shard in manifest.train.shards if shard.name == name)
-    info = write_shard(folder / name, name, sequences, old.padding, manifest.group_size)
+    info, _ = write_shard(folder / name, name, sequences, old.padding, manifest.group_size)
     shards = tuple(info if shard == old else shard for shard in manifest.train.shards)
     replace(manifest, train=replace(manifest.train, shards=shards)).save(folder)
     with pytest.raises(UserError, match="the padding holds other tokens") as caught:
@@ -260,3 +262,14 @@ def test_other_layouts_pass_too(command, overrides, tmp_path, choice):
     result = command("verify=true", f"output_dir={folder}")
     assert result.code == 0, result.err
     assert result.out.startswith(f"{folder}: ")
+
+
+def test_an_index_that_points_elsewhere_is_noticed(folder):
+    path = folder / "shard_index.npy"
+    index = np.load(path)
+    index[1] += 512
+    np.save(path, index)
+    manifest = Manifest.load(folder)
+    replace(manifest, shard_index_sha256=sha256_of(path)).save(folder)
+    with pytest.raises(UserError, match=r"shard_index\.npy: does not fit train/000000\.tar"):
+        verify_data(folder)

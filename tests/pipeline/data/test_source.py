@@ -1,6 +1,9 @@
 """Sequences out of real shards, and the loader that reads them ahead."""
 
+import dataclasses
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import read_shard
 from pipeline.data.batch import make_batch, sequence_digest
 from pipeline.data.loader import Share, ahead, step_batches
+from pipeline.data.place import DataConfig
 from pipeline.data.source import LayoutChoice, SequenceSource
 
 
@@ -72,9 +76,60 @@ def test_new_layouts_differ_between_epochs_and_repeat_exactly(data_dir, manifest
 
 
 def test_a_missing_shard_is_named(data_dir, manifest, tmp_path):
+    shutil.copy(data_dir / "shard_index.npy", tmp_path)
     source = make_source(tmp_path, manifest)
     with pytest.raises(UserError, match=r"train/00000\d\.tar: missing or damaged shard"):
         source[0]
+
+
+def test_a_damaged_shard_is_left_out_on_request(data_dir, manifest, tmp_path, capsys):
+    """What stands elsewhere comes in the same order; in its place comes padding."""
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    damaged = manifest.train.shards[0]
+    (folder / damaged.name).write_bytes(b"?" * 1000)
+    with pytest.raises(UserError, match=damaged.name):
+        [make_source(folder, manifest)[n] for n in range(manifest.train.sequences)]
+    whole = make_source(data_dir, manifest)
+    source = SequenceSource(
+        folder, manifest, manifest.train, 0, None, DataConfig(skip_damaged=True)
+    )
+    left_out = 0
+    for n in range(manifest.train.sequences):
+        sequence = source[n]
+        if whole.order[n].shard == 0:
+            left_out += 1
+            assert sequence.padding == len(sequence.tokens)
+            batch = make_batch([sequence], manifest.tokenizer.mask_id, 64)
+            assert len(batch.labels) == batch.clean_tokens == 0
+        else:
+            assert sequence_digest(sequence) == sequence_digest(whole[n])
+    assert left_out == damaged.sequences
+    assert list(source.damaged) == [damaged.name]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("its sequences are left out\n")
+
+
+def test_ten_thousand_shards_are_no_wait(data_dir, manifest, tmp_path):
+    """The first sequence after a start in the middle of a run, of a data set 10,000 shards long."""
+    shards = manifest.train.shards[:2] * 5000
+    many = dataclasses.replace(
+        manifest.train, shards=shards, sequences=sum(one.sequences for one in shards)
+    )
+    large = dataclasses.replace(manifest, train=many)
+    own = manifest.shard_index(data_dir)[:2]
+    heldout = manifest.shard_index(data_dir)[len(manifest.train.shards) :]
+    for shard in manifest.train.shards[:2]:
+        (tmp_path / shard.name).parent.mkdir(exist_ok=True)
+        shutil.copy(data_dir / shard.name, tmp_path / shard.name)
+    np.save(tmp_path / "shard_index.npy", np.concatenate([*own * 5000, *heldout]))
+    large.save(tmp_path)
+    started = time.perf_counter()
+    loaded = Manifest.load(tmp_path)
+    source = SequenceSource(tmp_path, loaded, loaded.train, seed=0)
+    sequence = source[3 * many.sequences + 12_345]
+    assert time.perf_counter() - started < 1
+    assert len(sequence.tokens) == manifest.sequence_length
 
 
 @pytest.mark.parametrize("values", [{"block_size": 0}, {"coverage": 0.0}, {"coverage": 1.1}])

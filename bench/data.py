@@ -1,0 +1,182 @@
+"""The data path beside its ceilings: preparation, packing, reading, and memory for a large file.
+
+Preparation is compared with the tokenizer alone on the same text, reading with a memory map and
+with a bare `webdataset.WebDataset` over the same shards, best-fit packing with concatenation on the
+same documents. CPU times hold all processes. Targets: at least 90 % of the tokenizer's speed,
+reading not slower than webdataset, padding at most 0.1 %.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import prepare
+from bench.data_memory import peak_of_preparation
+from bench.data_reading import reading_variants
+from bench.measure import Samples, ratio
+from bench.results import Outcome
+from data_prep.manifest import Manifest
+from data_prep.packing import make_packer
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+
+MODELS = ("unigram", "bpe")
+
+
+@dataclass(frozen=True)
+class Options:
+    max_bytes: int = 24_000_000
+    """text that is prepared, in bytes; Python's own library, repeated as often as needed"""
+    vocab_size: int = 4096
+    """pieces of the SentencePiece models"""
+    sequence_length: int = 4096
+    """tokens of a packed sequence"""
+    packed_tokens: int = 10_000_000
+    """tokens of the documents that both packings get"""
+    memory_bytes: int = 0
+    """size of a jsonl file whose preparation's memory is watched; 0 leaves it out"""
+
+
+def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="tidar-bench-") as name:
+        folder = Path(name)
+        texts = repeated_library(options.max_bytes)
+        source = prepare.write_jsonl(folder / "text.jsonl", texts)
+        for model in MODELS:
+            measure_preparation(outcome, options, folder / model, source, texts, model, rounds)
+        data = folder / MODELS[0] / "first"
+        variants, tokens = reading_variants(data, Manifest.load(data))
+        add(outcome, measured(variants, rounds, warmup), tokens, "read: ")
+        webdataset = outcome.figures["read: webdataset, bare: tokens/s"]
+        for name in ("read: by offset", "read: sequences in order"):
+            outcome.figures[f"{name} / webdataset"] = (
+                outcome.figures[f"{name}: tokens/s"] / webdataset
+            )
+        measure_packing(outcome, options, rounds)
+        if options.memory_bytes:
+            tokenizer = data / "tokenizer.model"
+            peak = peak_of_preparation(folder, source, tokenizer, options.memory_bytes)
+            outcome.figures |= {f"memory: {key}": value for key, value in peak.items()}
+    return outcome
+
+
+def repeated_library(max_bytes: int) -> list[str]:
+    """The modules of Python's library again and again, up to `max_bytes` bytes."""
+    once = prepare.standard_library(max_bytes)
+    texts: list[str] = []
+    size = 0
+    while True:
+        for text in once:
+            size += len(text.encode())
+            if size > max_bytes:
+                return texts
+            texts.append(text)
+
+
+def measure_preparation(
+    outcome: Outcome, options: Options, folder: Path, source: Path, texts: list[str], model: str,
+    rounds: int,
+) -> None:  # fmt: skip
+    """`tidar-prepare` with 1 and 2 workers, and the tokenizer alone with the same encoder."""
+    settings = prepare.Options(
+        vocab_size=options.vocab_size, sequence_length=options.sequence_length
+    )
+    given = [
+        *prepare.overrides(settings, source), f"tokenizer.model_type={model}",
+        "heldout_fraction=0.05",
+    ]  # fmt: skip
+    first = prepare.prepare_folder(folder / "first", prepare.composed(given))
+    path = folder / "first" / first.tokenizer.file
+    tokenizer = load_tokenizer(path)
+    tokenizer.encoder = first.encoder
+    numbers = iter(range(10**9))
+
+    def whole(workers: int) -> Callable[[], object]:
+        cfg = prepare.composed([*given, f"tokenizer.path={path}", f"workers={workers}"])
+        return lambda: prepare.prepare_folder(folder / f"round-{next(numbers)}", cfg)
+
+    alone = f"{model}, tokenizer alone"
+    variants = {
+        alone: lambda: encode_all(tokenizer, texts),
+        f"{model}, prepare with 1 worker": whole(1),
+        f"{model}, prepare with 2 workers": whole(2),
+    }
+    samples = measured(variants, rounds, 1)
+    splits = first.splits.values()
+    add(outcome, samples, sum(split.tokens for split in splits))
+    for name in list(variants)[1:]:
+        share = ratio(samples[alone], samples[name], at_least=0.9)
+        outcome.ratios[f"{name}: share of the tokenizer's speed"] = share
+    outcome.figures[f"{model}: encoder"] = first.encoder
+    outcome.figures[f"{model}: padding"] = first.train.padding / (
+        first.train.padding + first.train.tokens
+    )
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """In batches, as preparation does."""
+    for start in range(0, len(texts), 16):
+        tokenizer.encode_batch(texts[start : start + 16])
+
+
+def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
+    """Both packings of documents with lengths like those of web text: lognormal, median 500."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(500), 1.1, options.packed_tokens // 500), 10, 60_000)
+    lengths = lengths[np.cumsum(lengths) < options.packed_tokens].astype(int)
+    documents = [np.ones(n, dtype=np.uint16) for n in lengths]
+    tokens = int(lengths.sum())
+    fitting = int((lengths <= options.sequence_length).sum())
+    found: dict[str, dict[str, float]] = {}
+
+    def pack(packing: str) -> None:
+        packer = make_packer(packing, options.sequence_length, 0, np.dtype(np.uint16))
+        padding = sum(one.padding for d in documents for one in packer.add(d))
+        padding += sum(one.padding for one in packer.finish())
+        found[packing] = {
+            "padding": padding / (tokens + padding),
+            "cuts": packer.cuts,
+            "share of fitting documents cut": packer.cut_though_fitting / fitting,
+        }
+
+    variants = {
+        f"pack: {packing}": lambda packing=packing: pack(packing)
+        for packing in ("best_fit", "concatenate")
+    }
+    samples = measured(variants, rounds, 1)
+    add(outcome, samples, tokens)
+    for packing, figures in found.items():
+        seconds = outcome.variants[f"pack: {packing}"]["cpu_seconds"]["median"]
+        figures["ms per million tokens"] = seconds * 1e9 / tokens
+        outcome.figures |= {f"pack: {packing}: {key}": value for key, value in figures.items()}
+
+
+def measured(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
+) -> dict[str, Samples]:
+    """`bench.measure.interleaved`, with the CPU time of child processes that have ended."""
+    samples = {name: Samples() for name in variants}
+    for number in range(warmup + rounds):
+        for name, work in variants.items():
+            wall, cpu = time.perf_counter(), sum(os.times()[:4])
+            work()
+            if number >= warmup:
+                samples[name].wall_seconds.append(time.perf_counter() - wall)
+                samples[name].cpu_seconds.append(max(sum(os.times()[:4]) - cpu, 0.01))
+    return samples
+
+
+def add(outcome: Outcome, samples: dict[str, Samples], tokens: int, prefix: str = "") -> None:
+    """Add times, and tokens per second by the clock, at the median."""
+    outcome.add(samples, prefix)
+    for name in samples:
+        variant = outcome.variants[prefix + name]
+        variant["tokens_per_second"] = tokens / variant["wall_seconds"]["median"]
+        outcome.figures[f"{prefix}{name}: tokens/s"] = variant["tokens_per_second"]

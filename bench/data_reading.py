@@ -1,0 +1,86 @@
+"""Ways to read the training sequences of a prepared folder, all of them once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from data_prep.manifest import Manifest
+from data_prep.shards import ShardReader, decode_group
+from pipeline.data.loader import Share, step_batches
+from pipeline.data.source import SequenceSource
+
+MICRO_BATCH = 4
+
+
+def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callable[[], None]], int]:
+    """By name: a function that reads every sequence; and how many tokens that is."""
+    paths = [folder / shard.name for shard in manifest.train.shards]
+    flat = folder.parent / "tokens.bin"
+    write_flat(flat, paths)
+    sequences, length = manifest.train.sequences, manifest.sequence_length
+    kind = np.load(folder / "token_counts.npy").shape[0]
+    dtype = np.min_scalar_type(kind - 1)
+
+    def memory_map() -> None:
+        tokens = np.memmap(flat, dtype=dtype, mode="r").reshape(sequences, length)
+        for number in range(sequences):
+            tokens[number].copy()
+
+    def bare_webdataset(workers: int = 0) -> Callable[[], None]:
+        def read() -> None:
+            dataset = webdataset.WebDataset(
+                [str(path) for path in paths], shardshuffle=False, empty_check=False
+            ).decode()
+            loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+            for sample in loader if workers else dataset:
+                assert len(sample["tokens.npy"])
+
+        return read
+
+    def webdataset_sequences() -> None:
+        dataset = webdataset.WebDataset(
+            [str(path) for path in paths], shardshuffle=False, empty_check=False
+        )
+        for sample in dataset:
+            decode_group(sample)
+
+    def by_offset() -> None:
+        for path, offsets in zip(paths, manifest.shard_index(folder), strict=False):
+            reader = ShardReader(path, offsets)
+            for number in range(reader.num_groups):
+                reader.read_group(number)
+
+    def in_order() -> None:
+        source = SequenceSource(folder, manifest, manifest.train, seed=0)
+        for number in range(sequences):
+            source[number]
+
+    def batches() -> None:
+        source = SequenceSource(folder, manifest, manifest.train, seed=0)
+        steps = step_batches(source, Share(MICRO_BATCH, 1, 0, 1), 0, with_slots=True)
+        for _ in range(sequences // MICRO_BATCH):
+            next(steps)
+        steps.close()
+
+    variants = {
+        "memory map of tokens": memory_map,
+        "webdataset, bare": bare_webdataset(),
+        "webdataset, bare, 2 worker processes": bare_webdataset(2),
+        "webdataset, same objects": webdataset_sequences,
+        "by offset": by_offset,
+        "sequences in order": in_order,
+        "training batches": batches,
+    }
+    return variants, sequences * length
+
+
+def write_flat(path: Path, shards: list[Path]) -> None:
+    """All tokens one behind the other, as a memory map is usually laid over."""
+    with path.open("wb") as file:
+        for shard in shards:
+            reader = ShardReader(shard)
+            for number in range(reader.num_groups):
+                for sequence in reader.read_group(number):
+                    file.write(np.ascontiguousarray(sequence.tokens).tobytes())

@@ -1,0 +1,92 @@
+"""Folders that Hugging Face `datasets` saved to disk: Arrow streams, one document a row."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
+from data_prep.corpora.files import File, find_files, is_url, needed, open_binary
+from data_prep.corpora.parquet import check_columns, row_document
+from data_prep.errors import UserError
+
+
+@dataclass(frozen=True)
+class ArrowConfig:
+    path: str
+    """A folder written by `save_to_disk`, with one split or several, or one *.arrow file."""
+    kind: str = "arrow"
+    text_field: str = "text"
+    id_field: str | None = None
+    """Column with the document's id; None makes ids of file name and row number."""
+
+
+class ArrowCorpus(Corpus):
+    """A part is a run of record batches; needs pyarrow, the `parquet` extra. A null is empty text.
+
+    `cache-*.arrow`, which `datasets` leaves behind in such folders, are not part of the data.
+    """
+
+    def __init__(self, config: ArrowConfig) -> None:
+        super().__init__()
+        self.config = config
+        found = find_files(config.path, ("*.arrow",), "corpus.path")
+        self.files = [f for f in found if not f.name.rpartition("/")[2].startswith("cache-")]
+        if not self.files:
+            raise UserError(f"corpus.path: {config.path} holds nothing but caches of datasets")
+        needed("pyarrow", "corpus=arrow", "parquet")
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
+        made = []
+        for file in self.files:
+            place = ((file.path,), (file.name,))
+            if file.size <= part_bytes or is_url(file.path):
+                made.append(Part(*place, file.size, file.stamp))
+                continue
+            first = size = number = 0
+            for number, own in enumerate(self._batch_sizes(file)):
+                if number > first and size + own > part_bytes:
+                    made.append(Part(*place, size, file.stamp, first, number))
+                    first, size = number, 0
+                size += own
+            made.append(Part(*place, size, file.stamp, first, number + 1))
+        return made
+
+    def read_part(self, part: Part) -> Iterator[Document]:
+        import pyarrow
+
+        (path,), (name,) = part.paths, part.names
+        row = 0
+        try:
+            for number, batch in enumerate(_batches(path)):
+                if number >= part.start and (part.end is None or number < part.end):
+                    columns = check_columns(path, batch.schema.names, self.config)
+                    texts, *ids = (batch.column(column).to_pylist() for column in columns)
+                    rows = zip(texts, ids[0] if ids else repeat(None), strict=False)
+                    for own, (text, identity) in enumerate(rows, row + 1):
+                        place = f"{path}: row {own}"
+                        yield row_document(text, identity, f"{name}:{own}", place, self.config)
+                row += batch.num_rows
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read to its end ({error})") from error
+
+    def _batch_sizes(self, file: File) -> Iterator[int]:
+        import pyarrow
+
+        try:
+            for batch in _batches(file.path):
+                yield batch.nbytes
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file.path}: cannot be read to its end ({error})") from error
+
+
+def _batches(path: str) -> Iterator[Any]:
+    """The record batches of a stream. A local file is mapped, so those passed over cost nothing."""
+    import pyarrow
+
+    with open_binary(path) if is_url(path) else pyarrow.memory_map(path) as source:
+        yield from pyarrow.ipc.open_stream(source)

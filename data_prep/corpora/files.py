@@ -1,0 +1,155 @@
+"""The files of a corpus, on a disk or behind a URL (`s3://`, `gs://`, `hf://`) through fsspec."""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from data_prep.errors import UserError
+
+REMOTE_BLOCK_BYTES = 8 << 20
+"""What one request fetches from an object store."""
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a corpus."""
+
+    path: str
+    """A path, or a URL."""
+    name: str
+    """Relative to the corpus, with `/`: what ids are made of."""
+    size: int
+    stamp: str
+    """Changes when the file does: from its size and time, or what the store gives for it."""
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def find_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
+    """`path` itself if it is a file, else the files below it that match, sorted by name.
+
+    Raises:
+        UserError: naming `key`, when there are none or the place cannot be listed.
+    """
+    found = _remote_files(path, patterns, key) if is_url(path) else _local(path, patterns, key)
+    if not found:
+        raise UserError(f"{key}: no file matching {' or '.join(patterns)} under {path}")
+    return found
+
+
+def local_file(path: Path, name: str) -> File:
+    """A file on this machine; one that is gone has no size, and is met when it is read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return File(str(path), name, 0, "gone")
+    return File(str(path), name, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Open a path or a URL for reading; raises OSError, also for what a store answers."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, inside = _filesystem(path, "corpus.path")
+    try:
+        file = system.open(inside, "rb", block_size=REMOTE_BLOCK_BYTES)
+    except OSError:
+        raise
+    except Exception as error:  # stores have exceptions of their own
+        raise OSError(f"{path}: {error}") from error
+    return io.BufferedReader(file, READ_BYTES)  # lines out of fsspec's own files are slow
+
+
+def open_text_stream(path: str) -> IO[bytes]:
+    """Open for reading, unpacked on the way where the name ends in `.gz` or `.zst`."""
+    raw = open_binary(path)
+    if path.endswith(".gz"):
+        import gzip
+
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
+    if not path.endswith(".zst"):
+        return raw
+    pyarrow = needed("pyarrow", path, "parquet")
+    return io.BufferedReader(
+        pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    )
+
+
+def needed(module: str, what: str, extra: str) -> Any:
+    """Import an optional package; UserError naming the extra that brings it where it is absent."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{what}: needs {package} to be read; pip install 'tidar-pretrain[{extra}]'"
+        ) from error
+
+
+def _local(path: str, patterns: Sequence[str], key: str) -> list[File]:
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [local_file(root, root.name)]
+    if not root.exists():
+        raise UserError(f"{key}: {path} does not exist; give a file or a folder")
+    try:
+        found = {p for pattern in patterns for p in root.rglob(pattern) if p.is_file()}
+    except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
+        raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
+    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(found)]
+
+
+def _remote_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
+    system, inside = _filesystem(path, key)
+    try:
+        found = system.find(inside, detail=True)
+    except Exception as error:  # stores have exceptions of their own
+        raise UserError(f"{key}: {path} cannot be listed ({error})") from error
+    files = []
+    for name, details in sorted(found.items()):
+        relative = name.removeprefix(inside).lstrip("/") or PurePosixPath(name).name
+        whole = name == inside
+        if whole or any(fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns):
+            mark = next(
+                (details[one] for one in ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+                 if details.get(one)), "")  # fmt: skip
+            size = int(details.get("size") or 0)
+            files.append(File(system.unstrip_protocol(name), relative, size, f"{size}-{mark}"))
+    return files
+
+
+def _filesystem(path: str, key: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise UserError(f"{key}: {path} needs another package ({error})") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}: {path} cannot be opened ({error})") from error
+
+
+def runs_of(files: Sequence[File], run_bytes: int) -> Iterator[Sequence[File]]:
+    """Neighbouring files together, up to about `run_bytes`; a larger file stands alone."""
+    first, size = 0, 0
+    for number, file in enumerate(files):
+        if number > first and size + file.size > run_bytes:
+            yield files[first:number]
+            first, size = number, 0
+        size += file.size
+    if first < len(files):
+        yield files[first:]
+
+
+def os_reason(error: OSError) -> str:
+    """Why a file cannot be read, in few words, the same on every machine."""
+    return error.strerror or (os.strerror(error.errno) if error.errno else "store error")

@@ -1,0 +1,184 @@
+"""One task: its documents read, tokenised, packed, and left in the output folder with a record.
+
+What a task leaves stands in `tasks/` of the output folder until all are put together: shards of
+the train split, and an archive with what is packed later across tasks (held-out documents, and
+the rests that did not fill a sequence). Its record is written last; without one nothing of it
+counts.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.corpora import Corpus, Document
+from data_prep.encoding import encode_documents
+from data_prep.files import write_text_atomic, written_atomically
+from data_prep.manifest import SPLITS, ShardInfo
+from data_prep.packing import Piece
+from data_prep.plan import Task
+from data_prep.settings import PrepareSettings
+from data_prep.split_writer import SplitWriter, Written
+from data_prep.tokenizers import Tokenizer
+
+FOLDER = "tasks"
+HELD_OUT_ALREADY = "held out in an earlier epoch"
+Report = Callable[[int, int, int], None]
+"""Called with documents, text bytes and tokens done since the last call."""
+REPORT_EVERY_DOCUMENTS = 500
+
+
+@dataclass
+class Count:
+    """Documents that were packed."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    """With end tokens."""
+
+    def add(self, other: "Count") -> None:
+        self.documents += other.documents
+        self.text_bytes += other.text_bytes
+        self.tokens += other.tokens
+
+
+@dataclass
+class Record:
+    """What a finished task says of itself."""
+
+    key: str
+    train: Written
+    counts: dict[str, Count] = field(default_factory=lambda: {name: Count() for name in SPLITS})
+    """By split."""
+    sources: dict[str, Count] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+def run_task(
+    task: Task, settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer, report: Report
+) -> None:
+    """Do one task and record it; raises UserError for what is wrong with the text."""
+    folder = settings.output_dir / FOLDER
+    record = Record(task.key, Written())
+    writer = SplitWriter(settings, "train", tokenizer, task.number)
+    held_out: list[Piece] = []
+    repeated: Counter[str] = Counter()
+    for split, piece in _pieces(task, settings, corpus, tokenizer, record, repeated, report):
+        if split == "train":
+            writer.add(piece)
+        else:
+            held_out.append(piece)
+    prefix = f"{task.number:06d}-"
+    record.train, rests = writer.finish(folder, prefix, keep_rests=True)
+    record.refused = dict(sorted((corpus.refused + repeated).items()))
+    pieces = {"train": rests, "heldout": held_out}
+    _save_rests(rests_path(folder, task), pieces, writer.token_counts, tokenizer)
+    write_text_atomic(record_path(folder, task), json.dumps(asdict(record)))
+
+
+def _pieces(
+    task: Task, settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer,
+    record: Record, repeated: Counter[str], report: Report,
+) -> Iterator[tuple[str, Piece]]:  # fmt: skip
+    """The split and ids of every document of the task, with its end token; counted in `record`."""
+    eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
+    since = Count()
+    documents = _unrepeated(task, settings, corpus, repeated)
+    for document in encode_documents(documents, tokenizer):
+        split = settings.split_of(document.id)
+        ids = np.concatenate((document.ids.astype(tokenizer.dtype), eos))
+        own = Count(1, document.text_bytes, len(ids))
+        record.counts[split].add(own)
+        if document.source:
+            record.sources.setdefault(document.source, Count()).add(own)
+        since.add(own)
+        if since.documents == REPORT_EVERY_DOCUMENTS:
+            report(since.documents, since.text_bytes, since.tokens)
+            since = Count()
+        yield split, Piece(ids)
+    report(since.documents, since.text_bytes, since.tokens)
+
+
+def _unrepeated(
+    task: Task, settings: PrepareSettings, corpus: Corpus, repeated: Counter[str]
+) -> Iterator[Document]:
+    """The task's documents; of later epochs only those of the train split, the others counted."""
+    first = [part for part in task.parts if part.epoch == 0]
+    later = [part for part in task.parts if part.epoch > 0]
+    yield from corpus.documents(first)
+    if later:
+        refused = Counter(corpus.refused)
+        for document in corpus.documents(later):
+            if settings.split_of(document.id) == "train":
+                yield document
+            else:
+                repeated[HELD_OUT_ALREADY] += 1
+        corpus.refused.update(refused)
+
+
+def record_path(folder: Path, task: Task) -> Path:
+    return folder / f"{task.number:06d}.json"
+
+
+def rests_path(folder: Path, task: Task) -> Path:
+    return folder / f"{task.number:06d}.npz"
+
+
+def load_record(folder: Path, task: Task, moved: Callable[[ShardInfo], bool]) -> Record | None:
+    """The record of a task, if it was finished with just this input, config and tokenizer.
+
+    `moved` says whether a shard that is not in `folder` stands where it goes at the end.
+    """
+    try:
+        values: dict[str, Any] = json.loads(record_path(folder, task).read_text())
+        if values["key"] != task.key or not rests_path(folder, task).is_file():
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    written = values["train"]
+    shards = [ShardInfo(**shard) for shard in written["shards"]]
+    for shard in shards:
+        path = folder / shard.name
+        there = path.is_file() and path.stat().st_size == shard.bytes
+        if not there and not moved(shard):
+            return None
+    return Record(
+        key=values["key"],
+        train=Written(**{**written, "shards": shards}),
+        counts={name: Count(**own) for name, own in values["counts"].items()},
+        sources={name: Count(**own) for name, own in values["sources"].items()},
+        refused=values["refused"],
+    )
+
+
+def _save_rests(
+    path: Path, rests: dict[str, list[Piece]], token_counts: NDArray[np.int64], tokenizer: Tokenizer
+) -> None:
+    largest = np.min_scalar_type(int(token_counts.max(initial=0)))
+    arrays: dict[str, NDArray[Any]] = {"token_counts": token_counts.astype(largest)}
+    for split, pieces in rests.items():
+        empty = np.zeros(0, dtype=tokenizer.dtype)
+        arrays[f"{split}_ids"] = np.concatenate([empty, *(piece.ids for piece in pieces)])
+        arrays[f"{split}_lengths"] = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
+        arrays[f"{split}_continued"] = np.array([piece.continued for piece in pieces], dtype=bool)
+    with written_atomically(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_rests(folder: Path, task: Task) -> tuple[dict[str, Iterable[Piece]], NDArray[np.int64]]:
+    """What a finished task left to be packed, by split, and its count of each id."""
+    with np.load(rests_path(folder, task), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    rests: dict[str, Iterable[Piece]] = {}
+    for split in SPLITS:
+        lengths = arrays[f"{split}_lengths"]
+        ids = np.split(arrays[f"{split}_ids"], np.cumsum(lengths))[:-1]
+        marks = arrays[f"{split}_continued"].tolist()
+        rests[split] = [Piece(*pair) for pair in zip(ids, marks, strict=True)]
+    return rests, arrays["token_counts"].astype(np.int64)

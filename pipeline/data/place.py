@@ -1,0 +1,43 @@
+"""Where a run's data is: the `data` section of a config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data_prep.config import existing_path, parse
+from data_prep.errors import UserError
+from pipeline.data.remote import is_remote, mirror
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dir: str | None = None
+    """A folder written by `tidar-prepare`, or a URL of one."""
+    cache_dir: str | None = None
+    """Where files of a URL are copied to; on a disk of the node, shared by its ranks."""
+    cache_bytes: int | None = None
+    """Shards used longest ago are removed beyond this; None keeps all."""
+    skip_damaged: bool = False
+    """Go on without a shard that cannot be read; its sequences come as padding."""
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes is not None and self.cache_bytes < 0:
+            raise UserError(f"data.cache_bytes: must be at least 0, got {self.cache_bytes}")
+
+
+def open_data_dir(cfg: DictConfig) -> Path:
+    """The folder that `data.dir` names, or the local one that stands for its URL.
+
+    Raises:
+        UserError: when there is no such data, or a URL has no place to be copied to.
+    """
+    config = parse(DataConfig, cfg.data, "data")
+    if config.dir is None or not is_remote(config.dir):
+        return existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
+    if config.cache_dir is None:
+        raise UserError(
+            f"data.cache_dir: has no value, and {config.dir} has to be copied somewhere; set "
+            "data.cache_dir=... to a folder on a disk of the node"
+        )
+    return mirror(config.dir, Path(config.cache_dir).expanduser())

@@ -1,0 +1,122 @@
+"""Worker processes: their end is noticed, whatever ends them, and what they say arrives."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep import workers
+from data_prep.corpora import open_corpus
+from data_prep.errors import UserError
+from data_prep.plan import make_tasks
+from data_prep.workers import Worker, run_tasks
+
+
+@pytest.fixture
+def job(overrides, tokenizer, tmp_path):
+    """Settings, corpus and tasks of a preparation that has not begun."""
+    from hydra import compose, initialize_config_dir
+
+    from data_prep.cli import config_dir
+    from data_prep.settings import PrepareSettings
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("prepare", [*overrides, f"output_dir={tmp_path / 'data'}", "workers=2"])
+    settings, corpus = PrepareSettings.from_config(cfg), open_corpus(OmegaConf.create(cfg.corpus))
+    return settings, corpus, make_tasks(settings, corpus, tokenizer)
+
+
+def gone(pid):
+    """Whether a process has ended; a zombie has."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def quiet(*_):
+    """A report that nobody reads."""
+
+
+def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path, monkeypatch):
+    settings, corpus, tasks = job
+    made = []
+
+    class Watched(Worker):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self.process)
+
+    monkeypatch.setattr(workers, "Worker", Watched)
+
+    def kill(*_):
+        os.kill(made[1].pid, signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
+        run_tasks(tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+    assert all(not process.is_alive() for process in made), "the others must not stay behind"
+
+
+def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_path):
+    settings, corpus, tasks = job
+    started = []
+
+    def interrupt(*_):
+        started.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+    assert time.monotonic() - started[0] < 5
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
+    """As the system closes it when the main process is killed."""
+    settings, corpus, tasks = job
+    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker.send(tasks[0])
+    while worker.receive()[0] != "done":
+        pass
+    worker.pipe.close()
+    deadline = time.monotonic() + 10
+    while not gone(worker.process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker.process.join()
+
+
+def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
+    settings, corpus, _ = job
+    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker.send(3)
+    with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
+        worker.receive()
+    worker.stop()
+
+
+def ending(worker):
+    """Read its messages until one is an error."""
+    while True:
+        worker.receive()
+
+
+def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_path):
+    settings, corpus, tasks = job
+    settings.output_dir.mkdir()
+    (settings.output_dir / "tasks").write_text("a file where a folder goes")
+    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker.send(tasks[0])
+    with pytest.raises(FileExistsError):
+        ending(worker)
+    worker.stop()
+    corpus.config = type(corpus.config)(path=corpus.config.path, text_field="body")
+    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker.send(tasks[0])
+    with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
+        ending(worker)
+    worker.stop()

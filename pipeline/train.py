@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from data_prep.cli import report_mistake, run
 from pipeline.distributed import LostProcessError, World, joined_world
+from pipeline.sweep import FLAGS, run_sweep
 from pipeline.training.determinism import make_deterministic
 from pipeline.training.loop import TrainingStoppedError
 from pipeline.training.run_dir import INTERRUPTED, owned
@@ -64,6 +65,8 @@ def train_in_world(
 
 
 def main() -> None:
+    if any(flag in sys.argv for flag in FLAGS):
+        sys.exit(run_sweep([word for word in sys.argv[1:] if word not in FLAGS]))
     sys.exit(code_for_launcher(run("train", train)))
 
 

@@ -15,6 +15,7 @@ from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.training.anomalies import AnomalyConfig
+from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
 from pipeline.training.retention import CheckpointConfig
@@ -42,6 +43,7 @@ class PlainKeys:
     stop_before: str | None
     stop_margin_s: float
     log_every_s: float
+    tensorboard: bool
 
     def __post_init__(self) -> None:
         if self.preflight not in PREFLIGHT:
@@ -56,6 +58,15 @@ class PlainKeys:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
         if self.stop_margin_s < 0:
             raise UserError(f"stop_margin_s: must be 0 or more, got {self.stop_margin_s}")
+        check_tensorboard(self.tensorboard)
+
+
+def check_tensorboard(wanted: bool) -> None:
+    if wanted and not tensorboard_is_installed():
+        raise UserError(
+            "tensorboard: its package is not installed; pip install -c constraints.txt "
+            "-e '.[tensorboard]', or set tensorboard=false"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pipeline.training.callbacks.events import EventsFile
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
 from pipeline.training.callbacks.report import Report
+from pipeline.training.callbacks.tensorboard import TensorBoard
 from pipeline.training.callbacks.wandb import Wandb
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.engine import build_engine
@@ -152,5 +153,6 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
             Report(run_dir, say),
+            *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]
     )

@@ -48,6 +48,23 @@ def evaluate_decode_speed(
     methods = methods_of(model, config)
     measured = measure(model, prompts, categories, methods, config, block_size, world)
     unigram = heldout.unigram()
+    scores = score_heldout(model, heldout, config, world)
+    rows = []
+    for temperature in config.temperatures:
+        for method in methods:
+            row = _decoding_part(method, temperature, measured)
+            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
+            rows.append({"step": step, **row, **quality})
+    return rows
+
+
+def score_heldout(
+    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World
+) -> DraftScores:
+    """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
+    call it together with the same weights."""
+    drafts = model.config.mask_token_id is not None
+    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     sequences = heldout.sequences(
         config.score_sequences,
         config.seed,
@@ -56,16 +73,9 @@ def evaluate_decode_speed(
         rank=world.rank,
         world_size=world.size,
     )
-    probabilities = torch.from_numpy(unigram.probabilities).float()
+    probabilities = torch.from_numpy(heldout.unigram().probabilities).float()
     own = score_drafts(model, sequences, block_size, probabilities)
-    scores = reduce(add, world.gather(own))
-    rows = []
-    for temperature in config.temperatures:
-        for method in methods:
-            row = _decoding_part(method, temperature, measured)
-            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
-            rows.append({"step": step, **row, **quality})
-    return rows
+    return reduce(add, world.gather(own))
 
 
 def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]:
@@ -122,6 +132,7 @@ def _scoring_part(
     row = 0 if temperature == 0 else 1
     # Sampling is scored at temperature 1 only; at others the sum of minima differs.
     scored = drafts and temperature in (0, 1)
+    survival = _shares(scores.survived[row], scores.drafts)
     return {
         "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
         "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
@@ -130,6 +141,10 @@ def _scoring_part(
         "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
         "unigram_entropy": unigram_entropy,
         "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts)
+        if scored
+        else None,
+        "teacher_forced_survival": survival if scored else None,
+        "expected_tokens_per_forward": 1 + sum(share or 0.0 for share in survival)
         if scored
         else None,
         "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts)

@@ -12,7 +12,7 @@ from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig
 from pipeline.training.settings import TrainSettings
 
-ATTENTION = ("math", "fused")
+ATTENTION = ("flex", "fused", "math")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PlanConfig:
     sequence_length: int | None = None
     vocab_size: int | None = None
     mfu: float = 0.4
-    attention: str = "math"
+    attention: str = "flex"
     reserve_gib: float = 4.0
     json: str | None = None
 
@@ -54,7 +54,7 @@ class PlanConfig:
         if not 0.0 < self.mfu <= 1.0:
             raise ValueError(f"mfu must be in (0, 1], got {self.mfu}")
         if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be math or fused, got {self.attention!r}")
+            raise ValueError(f"attention must be flex, fused or math, got {self.attention!r}")
         for name in ("sequence_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 2:

@@ -48,6 +48,8 @@ class Trainer:
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
+        self.watchdog.enter("in an eval")
+        self.periodic_eval.measure_base(self.engine, self.state.step)
         self.callbacks.on_start(self.state)
         for event in self.notes:
             self.callbacks.on_event(event)

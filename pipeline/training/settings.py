@@ -15,6 +15,7 @@ from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.training.anomalies import AnomalyConfig
+from pipeline.training.callbacks.ar_guard import ArGuardConfig
 from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
@@ -87,6 +88,7 @@ class TrainSettings(PlainKeys):
     watch: WatchConfig
     decode_speed: DecodeSpeedConfig
     wandb: WandbConfig
+    ar_guard: ArGuardConfig
     resolved: dict[str, Any]
     """The whole resolved config, for `config.yaml` and W&B."""
 
@@ -123,6 +125,7 @@ class TrainSettings(PlainKeys):
             watch=parse(WatchConfig, cfg.watch, "watch"),
             decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
+            ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
             resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
 

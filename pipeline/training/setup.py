@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from data_prep.errors import UserError
@@ -13,10 +12,10 @@ from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import Transformer
 from pipeline.training import preflight
 from pipeline.training.anomalies import Anomalies
 from pipeline.training.callbacks import Callback, Callbacks, Event, make_event
+from pipeline.training.callbacks.ar_guard import ArGuard
 from pipeline.training.callbacks.events import EventsFile
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
@@ -31,6 +30,7 @@ from pipeline.training.loop import Trainer
 from pipeline.training.run_dir import write_config
 from pipeline.training.settings import TrainSettings
 from pipeline.training.slow_ranks import SlowRanks
+from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
 from pipeline.training.watchdog import Watchdog
 
@@ -48,19 +48,6 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     return config if settings.objective.drafts else config.without_drafting()
 
 
-def build_model(settings: TrainSettings, config: ModelConfig) -> Transformer:
-    """The model before the first step: drawn from the seed, or read from `init_from`."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    if settings.init_from is not None:
-        from pipeline.model.loading import initialize_from
-
-        model = initialize_from(settings.init_from, config)
-    else:
-        model = Transformer(config).initialize(settings.seed)
-    model.model.activation_checkpointing = settings.activation_checkpointing
-    return model.to(dtype)
-
-
 def build_trainer(
     settings: TrainSettings, world: World, watchdog: Watchdog, say: Callable[[str], None]
 ) -> Trainer:
@@ -74,7 +61,7 @@ def build_trainer(
     if checked:
         preflight.check_hosts(settings, source, world, say)
     config = model_config(settings)
-    model = build_model(settings, config)
+    model = build_model(settings, config, world, say)
     engine = build_engine(
         model,
         world,
@@ -152,6 +139,7 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             EventsFile(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
+            ArGuard(run_dir, settings.ar_guard, say),
             Report(run_dir, say),
             *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]

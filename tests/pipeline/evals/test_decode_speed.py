@@ -132,6 +132,8 @@ def test_a_model_that_drafts_perfectly_gives_k_tokens_a_forward(data):
     assert rows["tidar", 1.0]["distinct_4grams"] == 1.0
     assert rows["tidar", 0.0]["teacher_forced_acceptance"] == [1.0] * (BLOCK_SIZE - 1)
     assert rows["tidar", 1.0]["teacher_forced_acceptance"] == pytest.approx([1.0] * 3)
+    assert rows["tidar", 1.0]["teacher_forced_survival"] == pytest.approx([1.0] * 3)
+    assert rows["tidar", 0.0]["expected_tokens_per_forward"] == BLOCK_SIZE
 
 
 def test_a_twin_gives_only_ar_rows(data):
@@ -141,6 +143,7 @@ def test_a_twin_gives_only_ar_rows(data):
     for row in rows.values():
         assert row["diffusion_loss"] is None
         assert row["teacher_forced_acceptance"] is None
+        assert row["expected_tokens_per_forward"] is None
         assert row["block_size"] == 1
         assert row["ar_loss"] > 0
 

@@ -184,13 +184,13 @@ def test_weights_are_read_one_by_one(tmp_path, monkeypatch):
     write_huggingface(tmp_path, "qwen3", huggingface_tokenizer())
     alive: list[weakref.ref] = []
 
-    def watched(files, read=huggingface._read):
-        for weight in read(files):
-            assert sum(r() is not None for r in alive) <= 1
-            alive.append(weakref.ref(weight.tensor))
-            yield weight
+    def watched(path, name, read=huggingface._tensor):
+        assert sum(r() is not None for r in alive) <= 1
+        tensor = read(path, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
 
-    monkeypatch.setattr(huggingface, "_read", watched)
+    monkeypatch.setattr(huggingface, "_tensor", watched)
     load_model(tmp_path, device="cpu")
     assert len(alive) > 20
 

@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.packing import PACKINGS
 
 GROUPS = ("corpus", "tokenizer", "layout")
-IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "inspect", "overwrite")
+IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
 """Keys that do not change what is written."""
 
 
@@ -91,6 +91,7 @@ class PlainKeys:
     array: str | None
     seed: int
     verify: bool
+    stats: bool
     inspect: int | None
     overwrite: bool
 

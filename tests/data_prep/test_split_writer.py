@@ -28,6 +28,7 @@ CONFIG = {
     "array": None,
     "seed": 3,
     "verify": False,
+    "stats": False,
     "inspect": None,
     "overwrite": False,
 }

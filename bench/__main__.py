@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import attention, data, data_loading, decode, prepare, train_step
+from bench import attention, data, data_loading, decode, head_loss, prepare, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
 from data_prep.cli import EXIT_BAD_INPUT, report_mistake
@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "train_step": train_step,
     "attention": attention,
+    "head_loss": head_loss,
     "decode": decode,
     "prepare": prepare,
     "data_loading": data_loading,

@@ -6,7 +6,6 @@ weights, so it is measured by the evals of a trained model, not here. Steps are 
 decoder itself, verification and sampling included; after each the cache is rolled back.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,9 @@ import torch
 from bench.inputs import model_config, new_model
 from bench.measure import Work, interleaved, ratio
 from bench.results import Outcome
-from pipeline.decoding.autoregressive import decode_ar
-from pipeline.decoding.cache import KVCache
+from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.step import num_queries
-from pipeline.decoding.tidar import decode_tidar
+from pipeline.decoding.step import StepShape, num_queries
 from pipeline.model.transformer import Transformer
 
 STEPS_A_ROUND = 8
@@ -79,25 +76,13 @@ def decoding_steps(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.num_embeddings - 1, (cached,), generator=generator)
-    prompt = prompt.to(device)
-    queries = num_queries(block_size or 0) + cached + 1
-    dtype = next(model.parameters()).dtype
-    cache = KVCache(model.config, queries, dtype=dtype, device=device)
-    sampling = Sampling(temperature=temperature)
-    stream: Iterator[list[int]]
-    if block_size is None:
-        stream = decode_ar(model, prompt, cache, sampling)
-    else:
-        mask_token_id = model.config.mask_token_id
-        assert mask_token_id is not None, "set by model_config"
-        stream = decode_tidar(
-            model, prompt, cache, sampling, block_size=block_size, mask_token_id=mask_token_id
-        )
-    next(stream)  # the prompt
+    shape = StepShape(1) if block_size is None else StepShape.full(block_size)
+    engine = StepEngine(model, Sampling(temperature=temperature), shape, capacity=cached + 1)
+    engine.admit(0, prompt.to(device), seed=0)
 
     def work() -> None:
         for _ in range(STEPS_A_ROUND):
-            cache.length = cached  # what the step before has kept is dropped again
-            next(stream)
+            engine.rewind(0, cached)  # what the step before has kept is dropped again
+            engine.step()
 
     return work

@@ -50,7 +50,7 @@ class PlainEngine:
     def __init__(self, model: Transformer) -> None:
         self.module = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -63,7 +63,9 @@ class PlainEngine:
 def training_step(model: Transformer, batch: Batch, device: torch.device) -> Callable[[], None]:
     """Forward and backward of `batch`, which has a mask section or not; gradients are dropped."""
     objective = ObjectiveConfig("tidar" if batch.diffusion_labels else "ar")
-    counts = GlobalCounts(batch.ar_labels, batch.diffusion_labels, batch.clean_tokens, 0)
+    counts = GlobalCounts(
+        batch.ar_labels, batch.diffusion_labels, batch.clean_tokens, 0, batch.diffusion_labels
+    )
     engine = PlainEngine(model.train())
     # A world of one needs no group: accumulating asks nothing of other ranks.
     world = World(0, 1, device, cast(Any, None))

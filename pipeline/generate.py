@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,36 +10,30 @@ from data_prep.cli import run
 from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from pipeline.decoding import stream
-from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.many import ManyOptions, generate_file
+from pipeline.decoding.prompts import output_file, prompt_rows, read_prompt
+from pipeline.decoding.settings import GenerateConfig
+from pipeline.decoding.stops import StopStrings
 from pipeline.decoding.text import TextStream
 from pipeline.model.loading import load_model
-from pipeline.terminal import EXIT_INTERRUPTED, reader_may_leave, use_colors, write_text
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Keys of `conf/generate.yaml`; values are checked where they are used."""
-
-    checkpoint: str
-    prompt: str = ""
-    prompt_file: str | None = None
-    method: str = "tidar"
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    trust: float = 1.0
-    block_size: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    colors: str = "auto"
+from pipeline.terminal import (
+    EXIT_INTERRUPTED,
+    histogram,
+    progress_bar,
+    reader_may_leave,
+    report,
+    show_steps,
+    use_colors,
+)
 
 
 def generate_text(cfg: DictConfig) -> int:
     checkpoint = existing_path(cfg, "checkpoint", "a checkpoint, an export or a model folder")
     config = parse(GenerateConfig, cfg, "")
-    colors = use_colors(config.colors)
-    sampling = Sampling(config.temperature, config.trust, config.seed)
-    text = read_prompt(config)
+    if config.prompts_file is not None:
+        return generate_many(config, checkpoint)
+    colors = use_colors("true" if config.show else config.colors)
+    sampling, text = config.sampling(), read_prompt(config.prompt, config.prompt_file)
     model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
     # Documents were trained without a token in front, so a prompt gets none; where there is no
     # prompt at all, the end token of the document before has to do.
@@ -53,40 +46,41 @@ def generate_text(cfg: DictConfig) -> int:
         max_new_tokens=config.max_new_tokens,
         sampling=sampling,
         eos_id=tokenizer.eos_id,
+        stop=StopStrings(tokenizer, tuple(config.stop)) if config.stop else None,
     )
-    decoded = TextStream(tokenizer, prompt)
-    tokens = forwards = code = 0
-    started = time.perf_counter()
+    counts: list[int] = []
+    code, started = 0, time.perf_counter()
     with reader_may_leave():
-        try:
-            for new, _ in steps:
-                tokens, forwards = tokens + len(new), forwards + 1
-                write_text(decoded.add(new), forwards, colors)
-        except KeyboardInterrupt:
-            code = EXIT_INTERRUPTED
-        write_text(decoded.end(), forwards, colors)
-        write_text("\n", forwards, colors=False)
-    report(config.method, tokens, forwards, time.perf_counter() - started)
+        code = show_steps(steps, TextStream(tokenizer, prompt), counts, colors)
+    report(config.method, sum(counts), len(counts), time.perf_counter() - started)
+    if config.show:
+        print(histogram(counts), file=sys.stderr)
     return code
 
 
-def read_prompt(config: GenerateConfig) -> str:
-    """The text to continue: `prompt`, standard input for `-`, or the content of `prompt_file`."""
-    if config.prompt_file is None:
-        return sys.stdin.read() if config.prompt == "-" else config.prompt
-    if config.prompt:
-        raise UserError("prompt: given together with prompt_file; use one of them")
-    path = Path(config.prompt_file).expanduser()
+def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
+    """Continue every prompt of `prompts_file`, to `output`."""
+    rows, output = prompt_rows(config.prompts_file), output_file(config.output)
+    if config.prompt or config.prompt_file is not None:
+        raise UserError("prompts_file: given together with another prompt; use one of them")
+    options = ManyOptions(
+        config.sampling(),
+        config.method,
+        config.block_size,
+        config.max_new_tokens,
+        tuple(config.stop),
+        config.batch_size,
+    )
+    model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
+    started = time.perf_counter()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file: {path} is not a file of UTF-8 text ({error})") from error
-
-
-def report(method: str, tokens: int, forwards: int, seconds: float) -> None:
-    """The summary; the prompt's forward counts, and its time too."""
-    ratio = f"{tokens / max(forwards, 1):.2f} tokens per forward, {tokens / seconds:.1f} tokens/s"
-    print(f"{method}: {tokens} tokens, {forwards} forwards, {ratio}", file=sys.stderr)
+        with progress_bar("prompts") as advance:
+            tokens, forwards = generate_file(model, tokenizer, rows, output, options, advance)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    report(config.method, tokens, forwards, time.perf_counter() - started)
+    return 0
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data_prep.layout import Layout, build_layout
-from pipeline.decoding.step import step_mask
+from pipeline.decoding.step import StepShape, step_mask
 from pipeline.model.mask import dense_mask
 
 HERE = Path(__file__).resolve().parent
@@ -227,7 +227,7 @@ def decoding_mask(block_size: int, prefix: int) -> str:
     """Which query of a decoding step sees which key."""
     cell, left, top = 26, 126, 96
     rows = block_size + block_size**2
-    allowed = step_mask(block_size, prefix, torch.device("cpu"))
+    allowed = step_mask(StepShape.full(block_size), prefix, torch.device("cpu"))
     canvas = Canvas(left + (prefix + rows) * cell + 24, top + rows * cell + 62, "Decoding mask")
     owners = [0] * block_size + [b for b in range(1, block_size + 1) for _ in range(block_size)]
     names = [f"d{i}" for i in range(block_size)] + ["M"] * block_size**2

@@ -1,5 +1,6 @@
-"""Decoding one sequence at a time, by plain autoregression (`ar`) or TiDAR (`tidar`)."""
+"""Decoding by TiDAR (`tidar`), plain autoregression (`ar`), and what one would otherwise use."""
 
-from pipeline.decoding.generate import Generation, generate, stream
+from pipeline.decoding.generate import Generation, generate, generate_batch, stream
+from pipeline.decoding.sampling import Sampling
 
-__all__ = ["Generation", "generate", "stream"]
+__all__ = ["Generation", "Sampling", "generate", "generate_batch", "stream"]

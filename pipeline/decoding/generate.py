@@ -1,40 +1,48 @@
-"""`generate`: one prompt in, new tokens out, by either method; `stream` gives them as they come."""
+"""`generate`: prompts in, new tokens out, by either method; `stream` gives them as they come."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
-import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from pipeline.decoding.autoregressive import decode_ar
-from pipeline.decoding.cache import KVCache
+from pipeline.decoding.batch import Request, decode_requests
+from pipeline.decoding.engine import StepEngine
+from pipeline.decoding.methods import prompt_tensor, proposer_of, step_shape
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.tidar import decode_tidar, room_needed
+from pipeline.decoding.stops import Limit, StopStrings, StopWatch
 from pipeline.model.transformer import Transformer
 
-METHODS = ("tidar", "ar")
+PREFILL_CHUNK = 512
+"""Prompt tokens in one forward, unless said otherwise."""
 
 
 @dataclass
 class Generation:
-    """What one call of `generate` produced."""
+    """What came of one prompt."""
 
     tokens: list[int] = field(default_factory=list)
     """New token ids, the end token included when it was reached."""
     forwards: int = 0
-    """Forward passes, that of the prompt included."""
+    """Forward passes, those of the prompt included (one for each `prefill_chunk` tokens)."""
     accepted: list[int] = field(default_factory=list)
-    """Drafts accepted in each step after the first forward, 1 … K (d_0 always is); none for ar."""
+    """Tokens made final by each step after the prompt: drafts accepted, d_0 among them, 1 … K;
+    none for ar."""
     forward_of_token: list[int] = field(default_factory=list)
     """The forward, counted from 0, that made each token of `tokens` final."""
     seconds: float = 0.0
+    """From reading the prompt to the last token; rows of a batch share the clock."""
+    prefill_seconds: float = 0.0
+    """The part of it in which the prompt was read and the first token made."""
+    prefill_forwards: int = 0
+    stopped_by: str = "length"
+    """`length`, `eos` or `stop` (a stop string)."""
+    text: str | None = None
+    """With stop strings: the new text, cut before the string that ended it."""
 
     @property
     def tokens_per_forward(self) -> float:
-        """T/NFE, the prompt's forward included."""
+        """T/NFE, the prompt's forwards included."""
         return len(self.tokens) / max(self.forwards, 1)
 
 
@@ -49,13 +57,22 @@ def generate(
     seed: int = 0,
     trust: float = 1.0,
     eos_id: int | None = None,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: StopStrings | None = None,
+    blocks: Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> Generation:
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
     Args:
         model: a `Transformer`; for `tidar` one that knows its mask token.
         prompt_ids: token ids, [N], N >= 1.
-        method: `tidar`, or `ar` for one token a forward.
+        method: `tidar`, `ar` for one token a forward, `prompt_lookup` (drafts are what followed
+            the last few tokens before) or `speculative` (drafts of a smaller model).
         block_size: K; None takes the one the model was trained with.
         max_new_tokens: at least 1.
         temperature: 0 is greedy.
@@ -63,33 +80,206 @@ def generate(
         trust: weight of the AR logits in the target, in [0, 1]; 1 is lossless: greedy output equals
             that of `ar`, sampled output has the same distribution.
         eos_id: stop after this token; None never stops early.
+        top_k: as in `Sampling`, and so are `top_p` and `repetition_penalty`.
+        top_p: see there.
+        repetition_penalty: see there.
+        stop: strings that end the generation; `Generation.text` is cut before them.
+        blocks: mask blocks in a step, block 1 among them; None takes all K. It changes speed and
+            forwards; greedy output never, sampled output only in the draw, not its distribution.
+        prefill_chunk: most prompt tokens in one forward.
+        cuda_graphs: on a GPU, capture the steps.
+        draft_model: for `speculative`, a smaller model with the same tokenizer.
 
     Raises:
         UserError: for arguments out of range, a model without a mask token, or a prompt that does
             not fit the model's `max_positions`.
     """
-    result = Generation()
-    started = _clock(model)
-    steps = stream(
+    sampling = Sampling(
+        temperature=temperature,
+        trust=trust,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+    )
+    return generate_batch(
         model,
-        prompt_ids,
+        [prompt_ids],
         method=method,
         block_size=block_size,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=temperature, trust=trust, seed=seed),
+        sampling=sampling,
+        seeds=[seed],
         eos_id=eos_id,
+        stop=stop,
+        blocks=blocks,
+        prefill_chunk=prefill_chunk,
+        cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
+    )[0]
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int] | Tensor],
+    *,
+    batch_size: int = 1,
+    method: str = "tidar",
+    block_size: int | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    eos_id: int | None = None,
+    stop: StopStrings | None = None,
+    blocks: Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
+) -> list[Generation]:
+    """Continue many prompts, `batch_size` side by side; arguments as in `generate`.
+
+    Rows accept, stop and begin independently of each other; a request's tokens are those that it
+    gets alone, but for rounding. `seeds` gives each prompt its own; None counts up from the
+    sampling's seed.
+    """
+    sampling = sampling or Sampling()
+    results = [Generation() for _ in prompts]
+    if not prompts:
+        return results
+    engine, tensors = open_engine(
+        model,
+        prompts,
+        batch_size=batch_size,
+        method=method,
+        block_size=block_size,
+        blocks=blocks,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        prefill_chunk=prefill_chunk,
+        cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
     )
-    for number, (tokens, proposed) in enumerate(steps):
-        result.tokens += tokens
-        result.forward_of_token += [number] * len(tokens)
-        if method == "tidar" and number > 0:
-            result.accepted.append(proposed)
-    result.forwards = number + 1
-    result.seconds = _clock(model) - started
-    return result
+    return run_engine(
+        engine,
+        tensors,
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        stop=stop,
+        count_accepted=method != "ar",
+    )
 
 
-@torch.inference_mode()
+def open_engine(
+    model: Transformer,
+    prompts: Sequence[Sequence[int] | Tensor],
+    *,
+    batch_size: int = 1,
+    method: str = "tidar",
+    block_size: int | None = None,
+    blocks: Sequence[int] | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
+) -> tuple[StepEngine, list[Tensor]]:
+    """An engine with room for every prompt, and the prompts, checked, on its device.
+
+    It may run any number of requests, one `run_engine` after the other: cache and captured graphs
+    are made once.
+    """
+    sampling = sampling or Sampling()
+    if batch_size < 1:
+        raise UserError(f"batch_size: must be at least 1, got {batch_size}")
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
+    shape = step_shape(model, method, sampling, block_size, blocks)
+    tensors = [prompt_tensor(model, prompt, max_new_tokens) for prompt in prompts]
+    capacity = max(map(len, tensors)) + max_new_tokens
+    proposer = proposer_of(method, sampling, block_size, model, draft_model, capacity)
+    if proposer is not None and batch_size > 1:
+        raise UserError(f"batch_size: method={method} decodes one prompt at a time; use 1")
+    engine = StepEngine(
+        model,
+        sampling,
+        shape,
+        batch_size=min(batch_size, len(tensors)),
+        capacity=capacity,
+        graphs=cuda_graphs,
+        prefill_chunk=prefill_chunk,
+        proposer=proposer,
+    )
+    return engine, tensors
+
+
+def run_engine(
+    engine: StepEngine,
+    prompts: Sequence[Tensor],
+    *,
+    seeds: Sequence[int] | None = None,
+    max_new_tokens: int = 128,
+    eos_id: int | None = None,
+    stop: StopStrings | None = None,
+    count_accepted: bool = True,
+) -> list[Generation]:
+    """Decode `prompts` with an engine that has room for them."""
+    finished = dict(
+        finish_each(
+            engine,
+            prompts,
+            seeds=seeds,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            stop=stop,
+            count_accepted=count_accepted,
+        )
+    )
+    return [finished[number] for number in range(len(prompts))]
+
+
+def finish_each(
+    engine: StepEngine,
+    prompts: Sequence[Tensor],
+    *,
+    seeds: Sequence[int] | None = None,
+    max_new_tokens: int = 128,
+    eos_id: int | None = None,
+    stop: StopStrings | None = None,
+    count_accepted: bool = True,
+) -> Iterator[tuple[int, Generation]]:
+    """Decode `prompts`; index and generation of each as soon as it is done."""
+    first = engine.sampling.seed
+    seeds = range(first, first + len(prompts)) if seeds is None else seeds
+    watches: list[StopWatch | None] = [
+        None if stop is None else stop.watch(prompt.tolist()) for prompt in prompts
+    ]
+    stop_ids = [] if eos_id is None else [eos_id]
+    requests = [
+        Request(prompt, seed, Limit(max_new_tokens, stop_ids, watch))
+        for prompt, seed, watch in zip(prompts, seeds, watches, strict=True)
+    ]
+    open_results: dict[int, Generation] = {}
+    for progress in decode_requests(engine, requests):
+        number = progress.request
+        result = open_results.setdefault(number, Generation())
+        result.forwards += progress.forwards
+        result.forward_of_token += [result.forwards - 1] * len(progress.tokens)
+        result.tokens += progress.tokens
+        result.seconds = progress.seconds
+        if progress.prefill:
+            result.prefill_seconds = progress.seconds
+            result.prefill_forwards = progress.forwards
+        elif count_accepted:
+            result.accepted.append(progress.made)
+        if progress.done:
+            result.stopped_by = requests[number].limit.reason or "length"
+            watch = watches[number]
+            if watch is not None:
+                result.text = watch.text if result.stopped_by == "stop" else watch.finish()
+            yield number, open_results.pop(number)
+
+
 def stream(
     model: Transformer,
     prompt_ids: Sequence[int] | Tensor,
@@ -99,75 +289,32 @@ def stream(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     eos_id: int | None = None,
+    stop: StopStrings | None = None,
+    blocks: Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graphs: bool = True,
+    draft_model: Transformer | None = None,
 ) -> Iterator[tuple[list[int], int]]:
-    """Yield, for each forward, its new tokens and how many it made before the limits cut them."""
+    """Yield, for each forward, its new tokens and how many it made before the limits cut them.
+
+    Where the prompt is read in pieces, those before the last give no token: ([], 0).
+    """
     sampling = sampling or Sampling()
-    device = next(model.parameters()).device
-    prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=device)
-    size = _block_size(model, block_size) if method == "tidar" else 1
-    _check(model, prompt, method, max_new_tokens)
-    cache = KVCache(
-        model.config,
-        room_needed(len(prompt), max_new_tokens, size),
-        dtype=next(model.parameters()).dtype,
-        device=device,
+    engine, (prompt,) = open_engine(
+        model,
+        [prompt_ids],
+        method=method,
+        block_size=block_size,
+        blocks=blocks,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        prefill_chunk=prefill_chunk,
+        cuda_graphs=cuda_graphs,
+        draft_model=draft_model,
     )
-    if method == "tidar":
-        mask_token_id = model.config.mask_token_id
-        assert mask_token_id is not None, "checked by _check"
-        steps = decode_tidar(
-            model, prompt, cache, sampling, block_size=size, mask_token_id=mask_token_id
-        )
-    else:
-        steps = decode_ar(model, prompt, cache, sampling)
-    remaining = max_new_tokens
-    # Each forward makes at least one token final, so there are at most `max_new_tokens` of them.
-    for tokens in islice(steps, max_new_tokens):
-        made = len(tokens)
-        tokens = tokens[:remaining]
-        if eos_id is not None and eos_id in tokens:
-            tokens = tokens[: tokens.index(eos_id) + 1]
-            remaining = 0
-        else:
-            remaining -= len(tokens)
-        yield tokens, made
-        if remaining == 0:
-            return
-
-
-def _block_size(model: Transformer, block_size: int | None) -> int:
-    size = block_size if block_size is not None else model.config.block_size
-    if size is None:
-        raise UserError("block_size: this model has none of its own; give one")
-    if size < 1:
-        raise UserError(f"block_size: must be at least 1, got {size}")
-    return size
-
-
-def _check(model: Transformer, prompt: Tensor, method: str, max_new_tokens: int) -> None:
-    if method not in METHODS:
-        raise UserError(f"method: unknown value {method!r}; known are {', '.join(METHODS)}")
-    if method == "tidar" and model.config.mask_token_id is None:
-        raise UserError("method: this model has no mask token, so it cannot draft; use method=ar")
-    if prompt.ndim != 1 or len(prompt) == 0:
-        raise UserError("prompt: is empty; give at least one token, for instance the bos token")
-    if int(prompt.min()) < 0 or int(prompt.max()) >= model.config.num_embeddings:
-        raise UserError(
-            f"prompt: holds token {int(prompt.max())}, the model has "
-            f"{model.config.num_embeddings} embeddings; use the model's own tokenizer"
-        )
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-    limit = model.config.max_positions
-    if len(prompt) + max_new_tokens > limit:
-        raise UserError(
-            f"max_new_tokens: {len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the "
-            f"model's {limit} positions; shorten one of them"
-        )
-
-
-def _clock(model: Transformer) -> float:
-    """Seconds, after all work queued on the model's device is done."""
-    if next(model.parameters()).device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    watch = None if stop is None else stop.watch(prompt.tolist())
+    limit = Limit(max_new_tokens, [] if eos_id is None else [eos_id], watch)
+    for progress in decode_requests(engine, [Request(prompt, sampling.seed, limit)]):
+        for _ in range(progress.forwards - 1):
+            yield [], 0
+        yield progress.tokens, progress.made

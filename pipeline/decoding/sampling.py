@@ -7,11 +7,18 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 
+CHUNK = 1024
+"""Random numbers drawn at once for a stream."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn; verifier and drafter use the same settings.
 
+    The logits of tokens that already occurred are divided (positive) or multiplied (negative) by
+    `repetition_penalty`, then divided by `temperature`; of what is left, `top_k` keeps the k
+    largest (all that tie with the k-th), and `top_p` the smallest set of largest probabilities that
+    reaches it. Order and definitions are those of Hugging Face's `generate`.
     `temperature` 0 is greedy. `trust` is the weight β of the autoregressive logits in the
     verifier's target, β · AR + (1 - β) · diffusion: 1 ("trust AR") is lossless, below 1 is not.
     """
@@ -19,27 +26,102 @@ class Sampling:
     temperature: float = 0.0
     trust: float = 1.0
     seed: int = 0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise UserError(f"temperature: must be 0 (greedy) or above, got {self.temperature}")
         if not 0.0 <= self.trust <= 1.0:
             raise UserError(f"trust: must be in [0, 1], got {self.trust}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k: must be at least 1, or null for all tokens, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p: must be above 0 and at most 1, got {self.top_p}")
+        if self.repetition_penalty <= 0:
+            raise UserError(
+                f"repetition_penalty: must be above 0 (1 is none), got {self.repetition_penalty}"
+            )
 
-    def generator(self, stream: int, device: torch.device) -> torch.Generator:
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def generator(self, stream: int) -> torch.Generator:
         """A generator for one purpose (0 verifies, 1 drafts), unrelated to the others."""
         state = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(2**62, (stream + 1,), generator=state)
-        return torch.Generator(device).manual_seed(int(seeds[stream]))
+        return torch.Generator().manual_seed(int(seeds[stream]))
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits whose argmax greedy decoding takes: after the penalty for `seen` tokens.
+
+        Args:
+            logits: [..., V].
+            seen: bool, broadcasting to it; None where there is no penalty.
+        """
+        if seen is None:
+            return logits
+        logits = logits.float()
+        penalised = torch.where(
+            logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
+        )
+        return torch.where(seen, penalised, logits)
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The distribution that tokens are drawn from, fp32 [..., V]; one-hot when greedy."""
-        if self.temperature == 0:
-            best = logits.argmax(-1, keepdim=True)
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
-        return torch.softmax(logits.float() / self.temperature, dim=-1)
+        scores = self.scores(logits, seen)
+        if self.greedy:
+            best = scores.argmax(-1, keepdim=True)
+            return torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, best, 1.0)
+        scores = scores.float() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        probabilities = torch.softmax(scores, dim=-1)
+        return self._nucleus(probabilities) if self.top_p < 1 else probabilities
+
+    def _nucleus(self, probabilities: Tensor) -> Tensor:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A token stays when those before it fall short of top_p; so the first always stays.
+        before = ordered.cumsum(-1) - ordered
+        kept = ordered.masked_fill(before >= self.top_p, 0.0)
+        kept = torch.zeros_like(probabilities).scatter_(-1, order, kept)
+        return kept / kept.sum(-1, keepdim=True)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each row of `probabilities` [N, V]; int64 [N]."""
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+class Uniforms:
+    """A stream of random numbers in [0, 1), fp64, that depends on nothing but its seed.
+
+    Drawn on the host in large pieces: so a request's numbers are the same on every device and
+    beside any other requests, and the device draws none (a CUDA graph may not).
+    """
+
+    def __init__(self, sampling: Sampling, stream: int) -> None:
+        self._generator = sampling.generator(stream)
+        self._ready = torch.empty(0, dtype=torch.float64)
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` numbers, [count] on the CPU."""
+        if len(self._ready) < count:
+            fresh = torch.rand(max(CHUNK, count), generator=self._generator, dtype=torch.float64)
+            self._ready = torch.cat([self._ready, fresh])
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """One token for each row of `weights` [..., V], in proportion; int64 [...].
+
+    The inverse of the cumulative distribution, in fp64: a number in [0, 1) for each row decides,
+    and a token of weight 0 is never drawn. Weights need not add up to 1.
+
+    Args:
+        weights: not negative, with a positive sum in every row.
+        uniform: fp64 [...].
+    """
+    cumulative = weights.double().cumsum(-1)
+    place = (uniform * cumulative[..., -1])[..., None]
+    token = torch.searchsorted(cumulative, place, right=True).squeeze(-1)
+    return token.clamp_max_(weights.shape[-1] - 1)

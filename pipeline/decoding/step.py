@@ -1,51 +1,144 @@
-"""The queries of one TiDAR decoding step: who they are and whom they see.
+"""The queries of one decoding step: who they are and whom they see.
 
-With P tokens kept and block size K the queries are `[d_0 … d_{K-1} | block 1 | … | block K]`,
-K + K² tokens. Block j stands at positions P + j … P + j + K - 1 and is the draft that will be
-needed if exactly j drafts are accepted. Source: TiDAR (arXiv 2511.08923), section 3.2.
+With P tokens kept, n tokens in hand and block size K the queries are `[d_0 … d_{n-1} | blocks]`.
+Block j is K mask tokens at positions P + j … P + j + K - 1: the draft that will be needed if
+exactly j of the n are accepted. The published step has n = K and all blocks 1 … K, K + K² tokens.
+A block may be left out; when it would have been needed, a short step with one token and block 1
+follows. Plain autoregression is the step of one token and no block, verification of another's
+drafts (prompt lookup, a smaller model) the step of n tokens and no block.
+Source: TiDAR (arXiv 2511.08923), section 3.2.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """What stands in a step."""
+
+    drafts: int
+    """n: the token that is final already, and the drafts behind it."""
+    block_size: int = 0
+    """K; 0 where nothing is drafted."""
+    blocks: tuple[int, ...] = ()
+    """The numbers j of the blocks, in increasing order, each in 1 … n."""
+
+    def __post_init__(self) -> None:
+        if self.drafts < 1:
+            raise ValueError(f"a step has at least one token, got {self.drafts}")
+        inside = all(1 <= block <= self.drafts for block in self.blocks)
+        if not inside or list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(
+                f"blocks must be increasing numbers in 1 … {self.drafts}, got {self.blocks}"
+            )
+
+    @classmethod
+    def full(cls, block_size: int) -> "StepShape":
+        """The published step: every block is there."""
+        return cls(block_size, block_size, tuple(range(1, block_size + 1)))
+
+    @property
+    def short(self) -> "StepShape":
+        """The step of a row that has no draft: one token, and the block behind it."""
+        return StepShape(1, self.block_size, (1,) if self.blocks else ())
+
+    @property
+    def num_queries(self) -> int:
+        return self.drafts + self.block_size * len(self.blocks)
+
+    def block_rows(self, accepted: int) -> slice:
+        """The query rows of block `accepted`, which must be there."""
+        start = self.drafts + self.block_size * self.blocks.index(accepted)
+        return slice(start, start + self.block_size)
+
+    def block_starts(self) -> list[int]:
+        """First row of the block for 0 … n accepted tokens; -1 where there is none."""
+        return [
+            self.block_rows(accepted).start if accepted in self.blocks else -1
+            for accepted in range(self.drafts + 1)
+        ]
+
+
 def num_queries(block_size: int) -> int:
-    return block_size + block_size * block_size
+    """Queries of the published step, K + K²."""
+    return StepShape.full(block_size).num_queries
 
 
-def step_positions(block_size: int, device: torch.device) -> Tensor:
-    """Position of each query relative to P, int64 [K + K²]."""
-    offset = torch.arange(block_size, device=device)
-    blocks = torch.arange(1, block_size + 1, device=device)[:, None] + offset
-    return torch.cat([offset, blocks.flatten()])
+def step_positions(shape: StepShape, device: torch.device) -> Tensor:
+    """Position of each query relative to P, int64 [Q]."""
+    offsets = list(range(shape.drafts))
+    for block in shape.blocks:
+        offsets += range(block, block + shape.block_size)
+    return torch.tensor(offsets, dtype=torch.int64, device=device)
 
 
-def step_mask(block_size: int, capacity: int, device: torch.device) -> Tensor:
-    """BoolTensor [K + K², capacity + K + K²]: `capacity` columns of prefix, then the queries.
+def step_rule(shape: StepShape, device: torch.device) -> Tensor:
+    """BoolTensor [Q, Q]: which of a step's queries each of them sees; all see the whole prefix.
+
+    A draft sees the drafts up to itself; a slot of block j sees the drafts d_0 … d_{j-1} and its
+    own block.
+    """
+    drafts = torch.arange(shape.drafts, device=device)
+    numbers = torch.tensor(shape.blocks, dtype=torch.int64, device=device)
+    block = numbers.repeat_interleave(shape.block_size)
+    none = torch.zeros(shape.drafts, len(block), dtype=torch.bool, device=device)
+    draft_rows = torch.cat([drafts[None, :] <= drafts[:, None], none], dim=1)
+    slots = torch.cat([drafts[None, :] < block[:, None], block[None, :] == block[:, None]], dim=1)
+    return torch.cat([draft_rows, slots])
+
+
+def step_mask(shape: StepShape, capacity: int, device: torch.device) -> Tensor:
+    """BoolTensor [Q, capacity + Q]: `capacity` columns of prefix, then the queries.
 
     Built once: `mask[:, capacity - P:]` is the mask over P kept tokens and the step's own queries.
-    A draft sees the prefix and the drafts up to itself; a slot of block j sees the prefix, the
-    drafts d_0 … d_{j-1} and its own block.
     """
-    draft = torch.arange(block_size, device=device)
-    block = torch.arange(1, block_size + 1, device=device).repeat_interleave(block_size)
-    none = torch.zeros(block_size, block_size**2, dtype=torch.bool, device=device)
-    drafts = torch.cat([draft[None, :] <= draft[:, None], none], dim=1)
-    slots = torch.cat([draft[None, :] < block[:, None], block[None, :] == block[:, None]], dim=1)
-    queries = torch.cat([drafts, slots])
-    prefix = torch.ones(len(queries), capacity, dtype=torch.bool, device=device)
-    return torch.cat([prefix, queries], dim=1)
+    rule = step_rule(shape, device)
+    prefix = torch.ones(len(rule), capacity, dtype=torch.bool, device=device)
+    return torch.cat([prefix, rule], dim=1)
 
 
-def block_rows(block_size: int, accepted: int) -> slice:
-    """The query rows of block `accepted` (1 … K)."""
-    start = block_size * accepted
-    return slice(start, start + block_size)
+class StepRule:
+    """A step's mask for any number of kept tokens, from tables that are built once."""
+
+    def __init__(self, shape: StepShape, capacity: int, device: torch.device) -> None:
+        self.shape = shape
+        self.capacity = capacity
+        self.device = device
+        self.offsets = step_positions(shape, device)
+
+    @cached_property
+    def _sliced(self) -> Tensor:
+        return step_mask(self.shape, self.capacity, self.device)
+
+    @cached_property
+    def _bordered(self) -> Tensor:
+        """[Q, Q + 2]: a column that all see (the prefix), the rule, one that none sees."""
+        rule = step_rule(self.shape, self.device)
+        seen = torch.ones(len(rule), 1, dtype=torch.bool, device=self.device)
+        return torch.cat([seen, rule, ~seen], dim=1)
+
+    def over_prefix(self, length: int) -> Tensor:
+        """BoolTensor [Q, length + Q], a view."""
+        return self._sliced[:, self.capacity - length :]
+
+    def over_lengths(self, lengths: Tensor, columns: Tensor) -> Tensor:
+        """BoolTensor [B, 1, Q, W] for rows with `lengths` [B] kept tokens; `columns` is 0 … W-1."""
+        relative = columns[None, :] - lengths[:, None] + 1
+        index = relative.clamp_(0, self.shape.num_queries + 1)
+        return self._bordered[:, index].permute(1, 0, 2).unsqueeze(1)
 
 
-def prefill_mask(prompt_length: int, block_size: int, device: torch.device) -> Tensor:
-    """BoolTensor [N + K, N + K] for the first forward: a causal prompt and one block behind it."""
-    total = prompt_length + block_size
-    mask = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-    mask[prompt_length:, prompt_length:] = True
-    return mask
+def prefill_mask(kept: int, count: int, block_size: int, device: torch.device) -> Tensor:
+    """BoolTensor [count + K, kept + count + K]: the last tokens of a prompt and a block behind.
+
+    The tokens are causal and see `kept` earlier ones; the block sees everything and itself.
+    """
+    total = count + block_size
+    own = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    own[count:, count:] = True
+    before = torch.ones(total, kept, dtype=torch.bool, device=device)
+    return torch.cat([before, own], dim=1)

@@ -6,6 +6,7 @@ and verifier agree because both are flat: so what a context-free draft would get
 every acceptance, and the AR loss with them.
 """
 
+import statistics
 from functools import reduce
 from operator import add
 from typing import Any
@@ -13,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.decoding import Generation, generate
+from pipeline.decoding.methods import LOOKUP_TOKENS
+from pipeline.decoding.step import num_queries
+from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.evals.totals import MethodTotals
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
 from pipeline.training.distributed import World
-
-WARM_UP_TOKENS = 8
 
 
 def evaluate_decode_speed(
@@ -45,8 +45,9 @@ def evaluate_decode_speed(
     """
     drafts = model.config.mask_token_id is not None
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
-    prompts = heldout.prompts(config.prompts, config.prompt_tokens, config.seed)
-    totals = _decode(model, prompts, config, block_size, world)
+    prompts, categories = heldout.prompts_for(config)
+    methods = methods_of(model, config)
+    measured = measure(model, prompts, categories, methods, config, block_size, world)
     unigram = heldout.unigram()
     sequences = heldout.sequences(
         config.score_sequences,
@@ -61,76 +62,58 @@ def evaluate_decode_speed(
     scores = reduce(add, world.gather(own))
     rows = []
     for temperature in config.temperatures:
-        for method in methods_of(model):
-            own_totals, ar_totals = totals[method, temperature], totals["ar", temperature]
-            row = _decoding_part(method, temperature, own_totals, ar_totals, block_size)
+        for method in methods:
+            row = _decoding_part(method, temperature, measured, block_size)
             quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
             rows.append({"step": step, **row, **quality})
     return rows
 
 
-def methods_of(model: Transformer) -> tuple[str, ...]:
-    """AR first; TiDAR as well where the model can draft."""
-    return ("ar",) if model.config.mask_token_id is None else ("ar", "tidar")
-
-
-def _decode(
-    model: Transformer,
-    prompts: list[list[int]],
-    config: DecodeSpeedConfig,
-    block_size: int,
-    world: World,
-) -> dict[tuple[str, float], MethodTotals]:
-    """Decode this rank's prompts by every method at every temperature; sums over all ranks."""
-    methods = methods_of(model)
-
-    def run(method: str, temperature: float, number: int, tokens: int) -> Generation:
-        return generate(
-            model,
-            prompts[number],
-            method=method,
-            block_size=block_size,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=config.seed + number,
-        )
-
-    own = range(world.rank, len(prompts), world.size)
-    settings = [(method, t) for t in config.temperatures for method in methods]
-    for method, temperature in settings if own else ():
-        # First calls allocate and pick kernels; they are not timed.
-        run(method, temperature, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
-    totals = {key: MethodTotals() for key in settings}
-    for turn, number in enumerate(own):
-        # Taking turns at being first, so that neither always finds the caches warm.
-        order = methods if turn % 2 == 0 else methods[::-1]
-        for temperature in config.temperatures:
-            runs = {m: run(m, temperature, number, config.max_new_tokens) for m in order}
-            for method in methods:
-                matches = runs[method].tokens == runs["ar"].tokens
-                totals[method, temperature] += MethodTotals.of(runs[method], matches=matches)
-    parts = world.gather(totals)
-    return {key: reduce(add, (part[key] for part in parts)) for key in settings}
+def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]:
+    """AR first, then the others asked for; TiDAR only where the model can draft."""
+    able = [
+        name for name in config.methods if name != "tidar" or model.config.mask_token_id is not None
+    ]
+    return ("ar", *(name for name in able if name != "ar"))
 
 
 def _decoding_part(
-    method: str, temperature: float, totals: MethodTotals, ar: MethodTotals, block_size: int
+    method: str, temperature: float, measured: dict[Key, Measured], block_size: int
 ) -> dict[str, Any]:
     """What was measured while decoding."""
-    greedy, drafts = temperature == 0, method == "tidar"
+    greedy = temperature == 0
+    own, ar = measured[method, temperature], measured["ar", temperature]
+    totals = own.totals
+    if method == "tidar":
+        size = block_size
+    else:
+        size = 1 if method == "ar" else LOOKUP_TOKENS + 1
+    ratios = [a / b for a, b in zip(own.speeds(), ar.speeds(), strict=True)]
+    speedup = statistics.median(own.speeds()) / statistics.median(ar.speeds())
     return {
         "method": method,
         "temperature": temperature,
-        "block_size": block_size if drafts else 1,
+        "block_size": size,
         "prompts": totals.prompts,
         "tokens": totals.tokens,
         "forwards": totals.forwards,
         "tokens_per_forward": totals.tokens_per_forward,
-        "tokens_per_second": totals.tokens_per_second,
-        "speedup_over_ar": totals.tokens_per_second / ar.tokens_per_second,
+        "tokens_per_decoding_forward": totals.tokens_per_decoding_forward,
+        "queries_per_forward": num_queries(block_size) if method == "tidar" else size,
+        "seconds_per_decoding_forward": own.step_seconds(),
+        "repeats": len(own.repeats),
+        "tokens_per_second": statistics.median(own.speeds()),
+        "tokens_per_second_range": {"min": min(own.speeds()), "max": max(own.speeds())},
+        "speedup_over_ar": speedup,
+        "speedup_over_ar_range": {"min": min(ratios), "max": max(ratios)},
+        "conversion": speedup / totals.tokens_per_forward,
         "exact_match_ar": totals.matches / totals.prompts if greedy else None,
-        "acceptance_by_position": totals.acceptance(block_size) if drafts else None,
+        "divergences": len(own.gaps) if greedy else None,
+        "largest_divergence_gap": max(own.gaps, default=0.0) if greedy else None,
+        "acceptance_by_position": totals.acceptance(size) if method != "ar" else None,
         "distinct_4grams": totals.distinct_4grams,
+        "peak_memory_bytes": own.peak_bytes,
+        "categories": by_category(measured, (method, temperature)),
     }
 
 

@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
+from data_prep.tokenizers import load_tokenizer
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
+from pipeline.decoding.prompts import read_prompts
+from pipeline.evals.settings import DecodeSpeedConfig
 
 
 class HeldOut:
@@ -74,6 +77,24 @@ class HeldOut:
                 f"{prompt_tokens} tokens; choose a smaller number"
             )
         return prompts
+
+    def prompts_for(self, config: DecodeSpeedConfig) -> tuple[list[list[int]], list[str | None]]:
+        """The prompts of a decode-speed eval and their categories (None for held-out documents).
+
+        Raises:
+            UserError: when no document is long enough, or `prompts_file` holds something else.
+        """
+        if config.prompts_file is None:
+            found = self.prompts(config.prompts, config.prompt_tokens, config.seed)
+            return found, [None] * len(found)
+        tokenizer = load_tokenizer(self._data_dir)
+        rows = read_prompts(Path(config.prompts_file).expanduser(), "evals.decode_speed")
+        prompts, categories = [], []
+        for row in rows[: config.prompts]:
+            tokens = tokenizer.encode(row.prompt)[: config.prompt_tokens]
+            prompts.append(tokens or [tokenizer.eos_id])
+            categories.append(row.category)
+        return prompts, categories
 
     def unigram(self) -> "Unigram":
         return Unigram.from_counts(self.manifest.token_counts(self._data_dir))

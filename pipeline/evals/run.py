@@ -18,6 +18,7 @@ from pipeline.evals.checkpoint import Origin
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
+from pipeline.evals.markdown import comparison_table
 from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
 from pipeline.evals.table import text_table
 from pipeline.evals.tasks import evaluate_tasks, task_rows
@@ -154,6 +155,8 @@ def describe(results: dict[str, Any]) -> str:
             columns = task_rows(found) if name == "tasks" else found
             columns = columns if isinstance(columns, list) else [columns]
             parts.append(f"{name}\n{text_table(columns)}")
+        if name == "decode_speed" and name in results:
+            parts.append(comparison_table(results[name]))
     return "\n\n".join(parts)
 
 

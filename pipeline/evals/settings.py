@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+EVAL_METHODS = ("ar", "tidar", "prompt_lookup")
+
 
 @dataclass(frozen=True)
 class DecodeSpeedConfig:
-    """Decoding of held-out prompts with both methods, and drafts scored on held-out text."""
+    """Decoding of the same prompts by several methods, and drafts scored on held-out text."""
 
     every: int = 0
     """Optimizer steps between evals during training; 0 runs one at the end only."""
@@ -22,9 +24,15 @@ class DecodeSpeedConfig:
     score_sequences: int = 32
     """Held-out packed sequences on which losses and acceptance are measured."""
     seed: int = 0
+    repeats: int = 3
+    """Times each prompt is decoded by each method; speeds are medians over them."""
+    methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
+    """What is compared: `ar` always, `tidar`, and `prompt_lookup` (n-grams of the text so far)."""
+    prompts_file: str | None = None
+    """JSON lines with `prompt` (text) and perhaps `category`; None takes held-out documents."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "max_new_tokens", "score_sequences"):
+        for name in ("prompts", "prompt_tokens", "max_new_tokens", "score_sequences", "repeats"):
             _at_least(1, name, getattr(self, name))
         _at_least(1, "block_size", self.block_size)
         _at_least(0, "every", self.every)
@@ -32,6 +40,14 @@ class DecodeSpeedConfig:
             raise ValueError("temperatures must be a list of numbers, each 0 or above")
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"temperatures must differ from each other, got {self.temperatures}")
+        unknown = [name for name in self.methods if name not in EVAL_METHODS]
+        if unknown or "ar" not in self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(
+                f"methods must be different ones of {', '.join(EVAL_METHODS)} with ar among them, "
+                f"got {self.methods}"
+            )
+        if self.prompts_file is not None and not Path(self.prompts_file).expanduser().is_file():
+            raise ValueError(f"prompts_file: {self.prompts_file} is not a file")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def text_table(columns: Sequence[Mapping[str, Any]]) -> str:
-    """Measures that are None in every column are left out; a list takes a line for each entry."""
+    """Measures that are None in every column are left out; a list takes several lines."""
     spread = [dict(_spread(column)) for column in columns]
     every = dict.fromkeys(name for column in spread for name in column)
     names = [name for name in every if any(c.get(name) is not None for c in spread)]
@@ -27,6 +27,8 @@ def _spread(column: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, list):
             first = 0 if name.endswith("_by_place") else 1
             yield from ((f"{name} {number}", entry) for number, entry in enumerate(value, first))
+        elif isinstance(value, dict):
+            yield from ((f"{name} {key}", entry) for key, entry in _spread(value))
         else:
             yield name, value
 

@@ -13,7 +13,9 @@ class MethodTotals:
     prompts: int = 0
     tokens: int = 0
     forwards: int = 0
+    prefill_forwards: int = 0
     seconds: float = 0.0
+    prefill_seconds: float = 0.0
     matches: int = 0
     """Prompts whose tokens equal those of AR decoding."""
     fourgrams: int = 0
@@ -38,7 +40,9 @@ class MethodTotals:
             prompts=1,
             tokens=len(run.tokens),
             forwards=run.forwards,
+            prefill_forwards=run.prefill_forwards,
             seconds=run.seconds,
+            prefill_seconds=run.prefill_seconds,
             matches=int(matches),
             fourgrams=len(grams),
             distinct_fourgrams=len(set(grams)),
@@ -54,6 +58,18 @@ class MethodTotals:
     @property
     def tokens_per_forward(self) -> float:
         return self.tokens / self.forwards
+
+    @property
+    def tokens_per_decoding_forward(self) -> float | None:
+        """Prompts and the token that comes with each left out; None where nothing followed."""
+        forwards = self.forwards - self.prefill_forwards
+        return (self.tokens - self.prompts) / forwards if forwards else None
+
+    @property
+    def seconds_per_decoding_forward(self) -> float | None:
+        """Of the steps after the prompt."""
+        forwards = self.forwards - self.prefill_forwards
+        return (self.seconds - self.prefill_seconds) / forwards if forwards else None
 
     @property
     def tokens_per_second(self) -> float:

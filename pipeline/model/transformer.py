@@ -6,7 +6,8 @@ unchanged. Letters: B batch, L tokens, E hidden size, H heads, D head size, V vo
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
+
+Finish = Callable[[Tensor, Tensor], Any]
+"""Takes final hidden states [B·L, E] and the LM head's matrix [V, E]."""
 
 
 class Cache(Protocol):
@@ -112,6 +116,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class Head(nn.Linear):
+    """The LM head: logits, or whatever is made of hidden states and the head's matrix together."""
+
+    def forward(self, input: Tensor, then: Finish | None = None) -> Any:
+        # Called in here, the matrix is whole even where ZeRO 3 has cut it up.
+        return super().forward(input) if then is None else then(input, self.weight)
+
+
 class Transformer(nn.Module):
     """The decoder with its language-model head."""
 
@@ -119,7 +131,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.num_embeddings, bias=False)
+        self.lm_head = Head(config.hidden_size, config.num_embeddings, bias=False)
         self._tie()
 
     @classmethod
@@ -142,21 +154,26 @@ class Transformer(nn.Module):
         mask: Mask = None,
         cache: Cache | None = None,
         rows: Tensor | None = None,
-    ) -> Tensor:
+        then: Finish | None = None,
+    ) -> Any:
         """Logits of a forward pass; with `input_ids` alone, of a plain causal one.
 
         Args:
             input_ids: [B, L].
             position_ids: rotary position of each token, [B, L] or [L]; None counts from 0.
-            mask: boolean, broadcasting to [B, H, L, keys], or its tiles; None is causal.
+            mask: boolean, broadcasting to [B, H, L, keys], or a backend's form of it; None is
+                causal.
             cache: keys and values of earlier tokens; extended in place.
-            rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there,
-                since they are most of a training step's memory.
+            rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there.
+            then: what to make of the final hidden states [B·L, E] and the LM head's matrix [V, E]
+                instead of logits; training passes its loss, whose logits never stand whole.
 
         Returns:
-            Tensor: [B, L, V], or [N, V] with `rows`.
+            Logits [B, L, V], or [N, V] with `rows`; or what `then` returns.
         """
         hidden = self.hidden(input_ids, position_ids, mask, cache)
+        if then is not None:
+            return self.lm_head(hidden.flatten(0, 1), then)
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
         return self.lm_head(hidden)

@@ -4,28 +4,71 @@
 
 Each mean is over that section's labelled tokens of the *global* batch, so the gradient does not
 depend on how the batch was divided. Source: TiDAR (arXiv 2511.08923), section 3.1.
+`loss_sums` and `joint_loss` state the published objective on whole logits; training computes the
+same, and its variants, piece by piece (`head_loss.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+AGREEMENTS = ("none", "tv", "kl")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """`name=tidar` trains both sections; `name=ar` has no mask section, the plain twin."""
+    """`name=tidar` trains both sections; `name=ar` has no mask section, the plain twin.
+
+    The defaults are the published objective; `docs/objective.md` says what the rest is for.
+    """
 
     name: str = "tidar"
     alpha: float = 1.0
     """Weight of the AR term against the diffusion term; without effect for `ar`."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over the vocabulary."""
+    position_decay: float = 1.0
+    """A slot counts this to the power of its place in the block (0, 1, …); 1 counts all alike."""
+    agreement: str = "none"
+    """Distance between a slot's distribution q and the AR distribution p of the same position, p
+    taken as given: `tv` (total variation, 1 less the chance that q's draft is accepted), `kl`
+    (KL(p || q), the model's own AR head as a teacher), or `none`."""
+    agreement_weight: float = 0.0
+    """w in (1 - w) · cross entropy + w · distance, for each slot that has a p; in the end."""
+    agreement_from_step: int = 0
+    """Optimizer steps before the distance counts at all."""
+    agreement_ramp_steps: int = 0
+    """Optimizer steps over which w grows from 0 to `agreement_weight`, linearly."""
 
     def __post_init__(self) -> None:
         if self.name not in ("tidar", "ar"):
             raise ValueError(f"name must be tidar or ar, got {self.name!r}")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if self.agreement not in AGREEMENTS:
+            known = ", ".join(AGREEMENTS)
+            raise ValueError(f"agreement must be one of {known}, got {self.agreement!r}")
+        for name, upper in (("alpha", 1.0), ("agreement_weight", 1.0)):
+            if not 0.0 <= getattr(self, name) <= upper:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0.0 < self.position_decay <= 1.0:
+            raise ValueError(f"position_decay must be in (0, 1], got {self.position_decay}")
+        for name in ("agreement_from_step", "agreement_ramp_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.agreement_weight > 0 and self.agreement == "none":
+            raise ValueError("agreement_weight needs agreement to be tv or kl")
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """The objective of the step after `step` done ones: the agreement's weight as it is then,
+        a pure function of the step."""
+        if self.agreement_weight == 0.0:
+            return self
+        begun = step - self.agreement_from_step
+        grown = min(1.0, begun / self.agreement_ramp_steps) if self.agreement_ramp_steps else 1.0
+        weight = self.agreement_weight * grown if begun >= 0 else 0.0
+        return replace(self, agreement_weight=weight)
 
     @property
     def drafts(self) -> bool:
@@ -59,11 +102,3 @@ def joint_loss(
         return ar
     diffusion = sums.diffusion / max(diffusion_labels, 1)
     return (objective.alpha * ar + diffusion) / (1.0 + objective.alpha)
-
-
-def combine(objective: ObjectiveConfig, ar_mean: float, diffusion_mean: float | None) -> float:
-    """The joint loss of two means, for reporting."""
-    if diffusion_mean is None:
-        return ar_mean
-    sums = LossSums(torch.tensor(ar_mean), torch.tensor(diffusion_mean))
-    return float(joint_loss(sums, objective, 1, 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
+from pipeline.model.attention import training_mask
 from pipeline.model.transformer import Transformer
 
 ROWS_AT_ONCE = 1024
@@ -49,8 +50,10 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     mask_token_id = model.config.mask_token_id
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
-    batch = make_batch([sequence], mask_token_id or 0, num_slots).to(device)
-    hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans.dense().unsqueeze(1))[0]
+    batch = make_batch([sequence], mask_token_id or 0, num_slots)
+    mask = training_mask(batch.spans, device)
+    batch = batch.to(device)
+    hidden = model.hidden(batch.input_ids, batch.position_ids, mask)[0]
     losses = [
         F.cross_entropy(
             model.lm_head(hidden[batch.rows[part]]).float(), batch.labels[part], reduction="none"

@@ -6,7 +6,7 @@ from pipeline.report.plots import by_position
 from pipeline.report.read import Row, Run, as_number
 from pipeline.report.wording import MISSING, escape, fixed, percent
 
-_METHODS = {"ar": "AR", "tidar": "TiDAR"}
+_METHODS = {"ar": "AR", "tidar": "TiDAR", "prompt_lookup": "prompt lookup"}
 
 
 def eval_table(run: Run) -> str:
@@ -20,6 +20,7 @@ def eval_table(run: Run) -> str:
         "tokens per forward",
         "tokens/s",
         "speed over AR",
+        "conversion",
         "exact match with AR",
         "distinct 4\N{NON-BREAKING HYPHEN}grams",
     )
@@ -36,6 +37,7 @@ def _eval_cells(row: Row) -> list[str]:
         fixed(as_number(row.get("tokens_per_forward"))),
         fixed(as_number(row.get("tokens_per_second")), 1),
         MISSING if speed is None else f"{speed:.2f}×",
+        percent(as_number(row.get("conversion"))),
         percent(as_number(row.get("exact_match_ar"))),
         fixed(as_number(row.get("distinct_4grams"))),
     ]

@@ -52,13 +52,13 @@ class Trainer:
             started = time.perf_counter()
             batches = next(self.batches)
             waited = time.perf_counter() - started
-            counts = count_globally(batches, self.world, bool(stop))
+            objective = self.settings.objective.at(self.state.step)
+            counts = count_globally(batches, self.world, bool(stop), objective)
             if counts.stop_requests:
                 if saved_at < self.state.step:
                     self._save()
                 return False
             rate = self._learning_rate()
-            objective = self.settings.objective
             result = train_step(self.engine, batches, counts, objective, self.world, rate)
             self._require_finite(result.finite)
             self.state.step += 1

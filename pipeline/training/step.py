@@ -3,13 +3,16 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.data.batch import Batch
 from pipeline.model.attention import training_mask
-from pipeline.objective.joint import ObjectiveConfig, combine, joint_loss, loss_sums
+from pipeline.objective.head_loss import SUMS, head_loss
+from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.targets import draft_weights, make_targets
 from pipeline.training.distributed import World
 from pipeline.training.engine import gradient_norm, set_learning_rate
 
@@ -23,6 +26,8 @@ class GlobalCounts:
     clean_tokens: int
     stop_requests: int
     """Ranks that were asked to stop."""
+    draft_weight: float
+    """Summed weights of the mask slots; their number, where all count alike."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class StepResult:
     """Global means of a step."""
 
     loss: float
+    """What was minimised."""
     loss_ar: float
+    """Plain cross entropy, whatever the objective makes of it; so is the next."""
     loss_diffusion: float | None
     grad_norm: float
     seconds: float
@@ -40,15 +47,19 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def count_globally(batches: list[Batch], world: World, stop_requested: bool) -> GlobalCounts:
+def count_globally(
+    batches: list[Batch], world: World, stop_requested: bool, objective: ObjectiveConfig
+) -> GlobalCounts:
     """Sum this rank's counts over all ranks; carries the stop flag along, so all ranks agree."""
     own = [
         sum(batch.ar_labels for batch in batches),
         sum(batch.diffusion_labels for batch in batches),
         sum(batch.clean_tokens for batch in batches),
         int(stop_requested),
+        sum(float(draft_weights(batch, objective).double().sum()) for batch in batches),
     ]
-    return GlobalCounts(*(int(value) for value in world.sum([float(value) for value in own])))
+    ar, diffusion, clean, stops, weight = world.sum([float(value) for value in own])
+    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight)
 
 
 def digests_in_order(batches: list[Batch], world: World) -> list[bytes]:
@@ -73,11 +84,10 @@ def train_step(
     The weights are left as they were, on all ranks alike, when the loss is not finite.
     """
     started = time.perf_counter()
-    ar_sum, diffusion_sum = accumulate(engine, batches, counts, objective, world)
-    ar_total, diffusion_total = world.sum([ar_sum, diffusion_sum])
+    own = accumulate(engine, batches, counts, objective, world)
+    loss, ar_total, diffusion_total, _ = world.sum(own)
     loss_ar = ar_total / max(counts.ar_labels, 1)
     loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
-    loss = combine(objective, loss_ar, loss_diffusion)
     grad_norm = apply(engine, learning_rate) if math.isfinite(loss) else math.nan
     seconds = time.perf_counter() - started
     return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds)
@@ -89,28 +99,26 @@ def accumulate(
     counts: GlobalCounts,
     objective: ObjectiveConfig,
     world: World,
-) -> tuple[float, float]:
-    """Gradients of the global loss into `engine`; returns this rank's AR and diffusion sums."""
+) -> list[float]:
+    """Gradients of the global loss into `engine`; returns this rank's `head_loss.SUMS`."""
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
-    ar_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    diffusion_sum = torch.zeros_like(ar_sum)
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
     for batch in batches:
+        mask = training_mask(batch.spans, world.device)  # from the host's copy of the rule
         batch = batch.to(world.device)
-        logits = engine(
+        targets = make_targets(batch, objective, counts.ar_labels, counts.draft_weight)
+        loss, sums = engine(
             batch.input_ids,
             position_ids=batch.position_ids,
-            mask=training_mask(batch.spans),
-            rows=batch.rows,
+            mask=mask,
+            then=partial(head_loss, targets=targets),
         )
-        sums = loss_sums(logits, batch.labels, batch.ar_labels)
-        loss = joint_loss(sums, objective, counts.ar_labels, counts.diffusion_labels)
         engine.backward(loss * parts)
-        ar_sum += sums.ar.detach()
-        diffusion_sum += sums.diffusion.detach()
+        total += sums
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
-    return float(ar_sum), float(diffusion_sum)
+    return total.tolist()
 
 
 def apply(engine: Any, learning_rate: float) -> float:

@@ -10,6 +10,7 @@ TOY_MODEL = ["--vocab-size", "40"]
 TOY = {
     "train_step": [*TOY_MODEL, "--length", "32", "--micro-batch-size", "1", "--block-size", "4"],
     "attention": ["--lengths", "16", "40", "--tokens", "40", "--block-size", "4"],
+    "head_loss": ["--rows", "12", "--vocab-size", "40", "--hidden-size", "8"],
     "decode": [*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"],
     "prepare": ["--max-bytes", "200000", "--vocab-size", "400", "--sequence-length", "64"],
     "data_loading": [
@@ -23,7 +24,16 @@ TOY = {
 }
 RATIOS = {
     "train_step": {f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")},
-    "attention": {f"S={s}: {form} / causal" for s in (16, 40) for form in ("dense", "tiles")},
+    "attention": {
+        f"S={s}, {documents}: {pair}"
+        for s in (16, 40)
+        for documents in ("one document", "documents")
+        for pair in ("dense / causal", "tiles / causal", "dense / tiles")
+    },
+    "head_loss": {
+        f"{name} / whole logits"
+        for name in ("pieces", "pieces, smoothed", "pieces, tv", "pieces, kl")
+    },
     "decode": {"5 cached: K=1 / ar", "5 cached: K=3 / ar"},
     "prepare": {"prepare's share of the tokenizer's speed"},
     "data_loading": {

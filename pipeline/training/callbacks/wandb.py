@@ -116,6 +116,8 @@ def flatten(prefix: str, row: dict[str, Any]) -> list[tuple[str, Any]]:
                 for position, entry in enumerate(value, 1)
                 if entry is not None
             ]
+        elif isinstance(value, dict):
+            items += flatten(f"{prefix}/{key}", value)
         elif isinstance(value, int | float) and key not in ("step", "temperature"):
             items.append((f"{prefix}/{key}", value))
     return items

@@ -1,5 +1,6 @@
 """The decode-speed eval: what its rows say, on one rank and on two."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,11 +17,17 @@ from evals_data import (
 
 from data_prep.errors import UserError
 from pipeline.decoding import generate
-from pipeline.evals import decode_speed
+from pipeline.decoding.generate import run_engine
+from pipeline.evals import decoding_runs
 from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.evals.divergence import divergence_gap
+from pipeline.evals.markdown import comparison_table
 from pipeline.objective.acceptance import score_drafts
 
-CLOCK = ("tokens_per_second", "speedup_over_ar")
+CLOCK = (
+    "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",
+    "speedup_over_ar_range", "seconds_per_decoding_forward",
+)  # fmt: skip
 
 
 def rows_of(model, data, config=CONFIG, step: int | None = 7) -> dict:
@@ -147,16 +154,90 @@ def test_block_size_may_differ_from_the_trained_one(data, model):
 def test_methods_take_turns_and_warm_up_is_not_counted(data, model, monkeypatch):
     calls = []
 
-    def spy(model, prompt, **options):
-        calls.append((options["method"], options["temperature"], options["max_new_tokens"]))
-        return generate(model, prompt, **options)
+    def spy(engine, prompts, **options):
+        method = "ar" if engine.shape.drafts == 1 else "tidar"
+        calls.append((method, engine.sampling.temperature, options["max_new_tokens"]))
+        return run_engine(engine, prompts, **options)
 
-    monkeypatch.setattr(decode_speed, "generate", spy)
-    rows_of(model, data, replace(CONFIG, prompts=2, temperatures=[0.0, 1.0]))
+    monkeypatch.setattr(decoding_runs, "run_engine", spy)
+    rows_of(model, data, replace(CONFIG, prompts=2, temperatures=[0.0, 1.0], repeats=2))
     warm_up = [("ar", 0.0, 8), ("tidar", 0.0, 8), ("ar", 1.0, 8), ("tidar", 1.0, 8)]
     first = [("ar", 0.0, 13), ("tidar", 0.0, 13), ("ar", 1.0, 13), ("tidar", 1.0, 13)]
     second = [("tidar", 0.0, 13), ("ar", 0.0, 13), ("tidar", 1.0, 13), ("ar", 1.0, 13)]
-    assert calls == warm_up + first + second
+    assert calls == warm_up + 2 * (first + second)
+
+
+def test_speeds_are_medians_over_repeats_with_their_range(data, model, monkeypatch):
+    seconds = iter([1.0] * 2 + [2.0, 4.0, 3.0, 9.0, 5.0, 6.0])  # warm-up, then ar, tidar in turn
+
+    def timed(engine, prompts, **options):
+        (run,) = run_engine(engine, prompts, **options)
+        run.seconds, run.prefill_seconds = next(seconds), 0.5
+        return [run]
+
+    monkeypatch.setattr(decoding_runs, "run_engine", timed)
+    rows = rows_of(model, data, replace(CONFIG, prompts=1, temperatures=[0.0], repeats=3))
+    ar, tidar = rows["ar", 0.0], rows["tidar", 0.0]
+    assert ar["tokens_per_second"] == 13 / 3
+    assert ar["tokens_per_second_range"] == {"min": 13 / 5, "max": 13 / 2}
+    assert ar["seconds_per_decoding_forward"] == 2.5 / 12
+    assert tidar["tokens_per_second"] == 13 / 6
+    assert tidar["speedup_over_ar"] == pytest.approx(0.5)
+    assert tidar["speedup_over_ar_range"] == pytest.approx({"min": 1 / 3, "max": 5 / 6})
+    assert tidar["conversion"] == pytest.approx(0.5 / tidar["tokens_per_forward"])
+    assert tidar["queries_per_forward"] == BLOCK_SIZE + BLOCK_SIZE**2
+    decoding = 12 / (tidar["forwards"] - 1)
+    assert tidar["tokens_per_decoding_forward"] == decoding
+    assert tidar["peak_memory_bytes"] is None
+    table = comparison_table([ar, tidar]).splitlines()
+    assert [line.count("|") for line in table] == [9] * 4
+    assert table[3].startswith("| TiDAR | 0 | 4 |")
+    assert "| 0.50× (0.33 to 0.83) |" in table[3]
+    assert table[3].endswith("| 100% of 1 |")
+
+
+def test_prompt_lookup_stands_beside_them(data, model):
+    methods = ["tidar", "ar", "prompt_lookup"]
+    rows = rows_of(model, data, replace(CONFIG, methods=methods, temperatures=[0.0], repeats=1))
+    assert set(rows) == {("ar", 0.0), ("tidar", 0.0), ("prompt_lookup", 0.0)}
+    lookup = rows["prompt_lookup", 0.0]
+    assert lookup["exact_match_ar"] == 1.0
+    assert (lookup["block_size"], len(lookup["acceptance_by_position"])) == (8, 7)
+    assert lookup["divergences"] == 0
+
+
+def test_prompts_from_a_file_are_counted_by_category(data, model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "def add(left", "category": "code"},
+        {"prompt": "The rain in", "category": "prose"},
+        {"prompt": "x = [1, 2", "category": "code"},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    config = replace(CONFIG, prompts_file=str(path), temperatures=[0.0], repeats=1)
+    row = rows_of(model, data, config)["tidar", 0.0]
+    assert row["prompts"] == 3
+    assert {name: found["prompts"] for name, found in row["categories"].items()} == {
+        "code": 2,
+        "prose": 1,
+    }
+    path.write_text('{"prompt": 3}\n')
+    with pytest.raises(UserError, match=r'prompts.jsonl:1: "prompt" must be a text'):
+        rows_of(model, data, config)
+
+
+def test_a_difference_is_reported_with_its_gap(model):
+    """AR's own token against any other: the gap is that of the causal logits there."""
+    prompt = [5, 6, 7]
+    ar = generate(model, prompt, method="ar", max_new_tokens=6).tokens
+    assert divergence_gap(model, prompt, ar, ar) is None
+    assert divergence_gap(model, prompt, ar, ar[:3]) is None
+    other = [*ar[:4], ar[4] + 1, ar[5]]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ar[:4]]))[0, -1]
+    gap = divergence_gap(model, prompt, ar, other)
+    assert gap == pytest.approx(float(logits[ar[4]] - logits[ar[4] + 1]), abs=1e-5)
+    assert gap > 0
 
 
 def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
@@ -173,6 +254,10 @@ def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
         ({"temperatures": []}, "temperatures must be a list"),
         ({"temperatures": [0.0, -1.0]}, "temperatures must be a list"),
         ({"temperatures": [1.0, 1.0]}, "must differ"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"methods": ["tidar"]}, "methods must be different ones of ar, tidar, prompt_lookup"),
+        ({"methods": ["ar", "beam"]}, "methods must be different ones"),
+        ({"prompts_file": "/nowhere"}, "prompts_file: /nowhere is not a file"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -198,7 +198,10 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
     assert (results["step"], results["processes"]) == (12, 2)
     lines = (trained_run / "evals" / "decode_speed.jsonl").read_text().splitlines()
     trained = [row for row in map(json.loads, lines) if row["step"] == 12]
-    clock = ("tokens_per_second", "speedup_over_ar")
+    clock = (
+        "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",
+        "speedup_over_ar_range", "seconds_per_decoding_forward",
+    )  # fmt: skip
     for row, expected in zip(results["decode_speed"], trained, strict=True):
         assert row.keys() == expected.keys()
         for key in row.keys() - set(clock):
@@ -206,6 +209,7 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
             assert row[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     assert results["likelihood"]["whole_split"] is True
     assert "bits_per_byte" in done.stdout
+    assert "| TiDAR | 0 | 4 |" in done.stdout
     assert str(output) in done.stdout
 
 

@@ -1,13 +1,16 @@
-"""Attention by tiles against the dense mask: outputs, gradients, and what the tiles leave out."""
+"""Every backend against the dense mask: outputs, gradients, and what is left out."""
 
 import numpy as np
 import pytest
 import torch
 
 from data_prep.layout import build_layout
-from pipeline.model.attention import TILE, TiledMask, attend, training_mask
+from pipeline.model.attention import attend, is_causal, training_mask
 from pipeline.model.config import ModelConfig
+from pipeline.model.flex import TILE as FLEX_TILE
+from pipeline.model.flex import FlexMask, tile_table
 from pipeline.model.mask import Spans, layout_spans
+from pipeline.model.tiles import TILE, TiledMask
 from pipeline.model.transformer import Transformer
 
 BATCHES = {
@@ -39,7 +42,13 @@ def spans(request) -> Spans:
     return make_spans(*BATCHES[request.param], padding=11 if request.param == "padded" else 0)
 
 
-def test_tiles_equal_the_dense_mask_with_gradients(spans):
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("backend", ["tiles", "flex"])
+def test_backends_equal_the_dense_mask_with_gradients(spans, backend, monkeypatch):
+    # FlexAttention refuses gradients on a CPU, although its reference computes them.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     generator = torch.Generator().manual_seed(0)
     batch, length = spans.block.shape
 
@@ -50,11 +59,80 @@ def test_tiles_equal_the_dense_mask_with_gradients(spans):
     inputs = leaf(4), leaf(2), leaf(2)
     weight = torch.randn(batch, 4, length, 8, generator=generator, dtype=torch.float64)
     results = []
-    for mask in (spans.dense().unsqueeze(1), TiledMask.from_spans(spans)):
-        output = attend(*inputs, mask)
+    for form in ("dense", backend):
+        output = attend(*inputs, training_mask(spans, CPU, form))
         results.append((output, *torch.autograd.grad(output, inputs, weight)))
-    for dense, tiled in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, dense, rtol=1e-10, atol=1e-10)
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-10)
+
+
+def clean_tokens(spans: Spans) -> int:
+    return int((spans.block[0] < 0).sum())
+
+
+def test_tiles_of_the_kernel_hold_every_allowed_pair(spans):
+    """Visited where any pair is allowed, and unchecked only where all are."""
+    some, every = tile_table(spans, clean_tokens(spans))
+    dense = spans.dense()
+    missing = -dense.shape[-1] % FLEX_TILE
+    padded = torch.nn.functional.pad(dense, (0, missing, 0, missing))
+    cut = padded.unflatten(2, (-1, FLEX_TILE)).unflatten(1, (-1, FLEX_TILE))
+    assert not (cut.any(4).any(2) & ~some).any()
+    assert not (every & ~cut.all(4).all(2)).any()
+    assert not (every & ~some).any()
+
+
+def test_cost_of_the_kernel_follows_the_table():
+    def visited(lengths, block_size, **options):
+        spans = make_spans([lengths], block_size, options)
+        return int(FlexMask.from_spans(spans, clean_tokens(spans)).computed_tiles)
+
+    full, side = visited([2048], 16), 2048 // FLEX_TILE
+    # The triangle of the clean section, as much again for prefixes, and the diagonal of blocks;
+    # a spare slot or three make one more row of tiles.
+    assert full <= side * (side + 1) + side + 2 * side
+    assert visited([2048], 16, coverage=0.25) < 0.7 * full
+    assert visited([128] * 16, 16) < 0.2 * full
+
+
+def test_unchecked_tiles_are_found():
+    """In a long document all tiles off the diagonals are whole: no pair of them is looked at."""
+    spans = make_spans([[1024]], 16, {})
+    _, every = tile_table(spans, 1024)
+    side = 1024 // FLEX_TILE
+    assert int(every[0, :side].sum()) == side * (side - 1) // 2
+    blocks = make_spans([[512]], 256, {})
+    _, every = tile_table(blocks, 512)
+    assert bool(every[0, 4:8, 4:8].any())  # slots of one long block see each other wholly
+
+
+def test_masks_of_one_shape_compile_once():
+    """What compilation sees of a mask must not depend on the batch, or each would recompile."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import flex_attention
+
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
+    x = torch.randn(1, 2, 259, 16)
+    for lengths, shift in (([128], False), ([30, 98], True), ([1, 126, 1], True)):
+        spans = make_spans([lengths], 8, {"shift": shift})
+        mask = FlexMask.from_spans(spans, 128)
+        got = compiled(x, x, x, block_mask=mask.tiles)
+        expected = attend(x, x, x, spans.dense().unsqueeze(1))
+        torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+def test_autoregressive_batches_of_one_document_need_no_mask():
+    def spans_of(lengths):
+        rows = layout_spans(lengths, build_layout(lengths, 8), 256)[:, None, :256]
+        return Spans(*(torch.from_numpy(part) for part in rows))
+
+    assert training_mask(spans_of([256]), CPU) is None
+    assert isinstance(training_mask(spans_of([100, 156]), CPU), TiledMask)
+    assert not is_causal(make_spans([[256]], 8, {}))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        training_mask(spans_of([256]), CPU, "triton")
 
 
 def test_tiles_hold_every_allowed_pair_once(spans):
@@ -65,6 +143,9 @@ def test_tiles_hold_every_allowed_pair_once(spans):
     column = torch.arange(dense.shape[-1])
     clean, slots = column[: tiled.clean_tokens], column[tiled.clean_tokens :]
     start = 0
+    if tiled.causal:
+        start = tiled.clean_tokens
+        rebuilt[:, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
     for tile in tiled.tiles:
         parts = (clean.split(TILE)[tile.clean], slots.split(TILE)[tile.slots])
         columns = torch.cat([piece for part in parts for piece in part])
@@ -86,8 +167,10 @@ def test_autoregressive_batches_have_tiles_of_one_section():
 
 def test_tiles_compute_less_than_half_of_the_dense_mask():
     spans = make_spans([[1024]], 8, {})
-    entries = sum(tile.mask[0].numel() for tile in TiledMask.from_spans(spans).tiles)
-    assert entries < 0.35 * spans.dense().numel()
+    tiled = TiledMask.from_spans(spans)
+    entries = sum(tile.mask[0].numel() for tile in tiled.tiles)
+    assert tiled.causal
+    assert entries + 1024 * 1024 // 2 < 0.35 * spans.dense().numel()
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
@@ -101,7 +184,7 @@ def test_a_model_takes_either_form(activation_checkpointing):
     model.model.activation_checkpointing = activation_checkpointing
     tokens = torch.randint(0, 11, spans.block.shape, generator=torch.Generator().manual_seed(0))
     losses = []
-    for mask in (spans.dense().unsqueeze(1), training_mask(spans)):
+    for mask in (spans.dense().unsqueeze(1), training_mask(spans, CPU)):
         loss = model(tokens, mask=mask).square().sum()
         losses.append((loss, *torch.autograd.grad(loss, tuple(model.parameters()))))
     for dense, tiled in zip(*losses, strict=True):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from data_prep.layout import Layout, build_layout
+from pipeline.model.attention import training_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import Spans, dense_mask, layout_spans
 from pipeline.model.transformer import Transformer
@@ -82,7 +83,8 @@ def test_too_few_slots_is_refused():
         layout_spans([6], layout, 5)
 
 
-def test_only_allowed_inputs_change_a_logit():
+@pytest.mark.parametrize("backend", ["dense", "tiles", "flex"])
+def test_only_allowed_inputs_change_a_logit(backend):
     """Change one input at a time: a row's logits move iff the rule lets it see that column.
 
     With two layers attention is followed further, so the reach is the rule's transitive closure.
@@ -100,12 +102,15 @@ def test_only_allowed_inputs_change_a_logit():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(10)
+    rows = layout_spans(lengths, layout, layout.num_slots)[:, None]
+    spans = Spans(*(torch.from_numpy(part) for part in rows))
+    mask = training_mask(spans, torch.device("cpu"), backend)
     tokens = torch.randint(0, 11, (1, len(allowed)), generator=torch.Generator().manual_seed(0))
     position = torch.cat([torch.arange(9), torch.from_numpy(layout.slot_position).long()])
     with torch.no_grad():
-        base = model(tokens, position, allowed)
+        base = model(tokens, position, mask)
         for column in range(len(allowed)):
             changed = tokens.clone()
             changed[0, column] = (changed[0, column] + 1) % 11
-            moved = (model(changed, position, allowed) - base).abs().amax(-1)[0] > 1e-9
+            moved = (model(changed, position, mask) - base).abs().amax(-1)[0] > 1e-9
             assert torch.equal(moved, reach[:, column]), column

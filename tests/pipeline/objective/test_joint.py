@@ -1,10 +1,16 @@
 """The joint loss against the formula, and its independence of how a batch is divided."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 
-from pipeline.objective.joint import ObjectiveConfig, combine, joint_loss, loss_sums
+from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+
+FILES = sorted(Path(__file__).parents[3].glob("conf/objective/*.yaml"))
 
 
 @pytest.fixture
@@ -23,9 +29,6 @@ def test_loss_is_the_published_formula(rows, alpha):
     diffusion = F.cross_entropy(logits[12:], labels[12:])
     expected = (alpha * ar + diffusion) / (1 + alpha)
     assert float(got) == pytest.approx(float(expected), rel=1e-6)
-    assert combine(ObjectiveConfig(alpha=alpha), float(ar), float(diffusion)) == pytest.approx(
-        float(expected), rel=1e-6
-    )
 
 
 def test_parts_add_up_to_the_whole_however_unequal(rows):
@@ -47,10 +50,37 @@ def test_autoregressive_twin_ignores_the_rest(rows):
     logits, labels = rows
     got = joint_loss(loss_sums(logits[:12], labels[:12], 12), ObjectiveConfig("ar"), 12, 0)
     assert float(got) == pytest.approx(float(F.cross_entropy(logits[:12], labels[:12])), rel=1e-6)
-    assert combine(ObjectiveConfig("ar"), 2.5, None) == 2.5
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("mdlm", 1.0), ("tidar", -0.1), ("tidar", 1.5)])
 def test_bad_objectives_are_refused(name, alpha):
     with pytest.raises(ValueError, match="must be"):
         ObjectiveConfig(name, alpha)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"agreement": "js"}, "agreement must be one of none, tv, kl"),
+        ({"agreement_weight": 0.5}, "agreement_weight needs agreement"),
+        ({"agreement": "tv", "agreement_weight": 1.5}, r"agreement_weight must be in \[0, 1\]"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"position_decay": 0.0}, r"position_decay must be in \(0, 1\]"),
+        ({"agreement_ramp_steps": -1}, "agreement_ramp_steps must be 0 or more"),
+    ],
+)
+def test_bad_variants_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**values)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_choice_is_a_whole_objective(path):
+    """All files have all keys, so that changing the choice leaves nothing of another behind."""
+    values = OmegaConf.load(path)
+    assert set(values) == {field.name for field in fields(ObjectiveConfig)}
+    assert ObjectiveConfig(**values).drafts == path.stem.startswith("tidar")
+
+
+def test_the_default_is_the_published_one():
+    assert ObjectiveConfig(**OmegaConf.load(FILES[0].with_stem("tidar"))) == ObjectiveConfig()

@@ -85,16 +85,21 @@ def work(world: World) -> dict:
                 batches_of([s * 4 + a * world.size + world.rank for a in range(rounds)])
                 for s in range(2)
             ]
-            counts = count_globally(steps[0], world, stop_requested=world.rank == 1)
+            counts = count_globally(steps[0], world, world.rank == 1, OBJECTIVE)
             sums = accumulate(engine, steps[0], counts, OBJECTIVE, world)
             gradients = full_gradients(engine, stage) if precision == "fp32" else {}
             norm = apply(engine, 1e-2)
             second = train_step(
-                engine, steps[1], count_globally(steps[1], world, False), OBJECTIVE, world, 1e-2
+                engine,
+                steps[1],
+                count_globally(steps[1], world, False, OBJECTIVE),
+                OBJECTIVE,
+                world,
+                1e-2,
             )
             results[precision, stage] = {
                 "counts": counts,
-                "sums": world.sum(list(sums)),
+                "sums": world.sum(sums),
                 "gradients": gradients,
                 "norm": norm,
                 "second": second,
@@ -133,7 +138,8 @@ def test_gradients_are_those_of_the_global_batch(divided, oracle, size, stage):
     assert result["counts"].diffusion_labels == batch.diffusion_labels
     assert result["counts"].clean_tokens == batch.clean_tokens
     assert result["counts"].stop_requests == size - 1
-    expected = [sums.ar.item(), sums.diffusion.item()]
+    loss = joint_loss(sums, OBJECTIVE, batch.ar_labels, batch.diffusion_labels)
+    expected = [loss.item(), sums.ar.item(), sums.diffusion.item(), 0.0]
     assert result["sums"] == pytest.approx(expected, rel=1e-5)
     assert result["gradients"].keys() == gradients.keys()
     for name, expected in gradients.items():

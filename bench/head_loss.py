@@ -1,0 +1,101 @@
+"""The LM head and its loss, forward and backward: whole logits against a few rows at a time.
+
+Peak memory is what it is about: every row of a micro-batch has a label, and logits have as many
+columns as the vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.inputs import PRECISIONS
+from bench.measure import interleaved, peak_bytes, ratio
+from bench.results import Outcome
+from data_prep.errors import UserError
+from pipeline.objective.head_loss import head_loss
+from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+from pipeline.objective.targets import Targets
+
+VARIANTS = {
+    "pieces": ObjectiveConfig(),
+    "pieces, smoothed": ObjectiveConfig(label_smoothing=0.1),
+    "pieces, tv": ObjectiveConfig(agreement="tv", agreement_weight=0.5),
+    "pieces, kl": ObjectiveConfig(agreement="kl", agreement_weight=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    rows: int = 2048
+    """labelled rows, half of them slots: 1024 clean tokens at full coverage"""
+    hidden_size: int = 64
+    """width of the hidden states; of the time a small one is enough to see the memory"""
+    vocab_size: int = 151936
+    """columns of the logits; Qwen's by default"""
+    precision: str = "fp32"
+    """fp32 or bf16"""
+
+
+def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
+    if options.precision not in PRECISIONS:
+        raise UserError(f"--precision: unknown value {options.precision!r}; known: fp32, bf16")
+    dtype, generator = PRECISIONS[options.precision], torch.Generator().manual_seed(0)
+    half = -(-options.rows // 2)
+
+    def leaf(rows: int) -> Tensor:
+        drawn = torch.randn(rows, options.hidden_size, generator=generator)
+        return drawn.to(device, dtype).requires_grad_()
+
+    leaves = leaf(2 * half), leaf(options.vocab_size)
+    labels = torch.randint(0, options.vocab_size, (2 * half,), generator=generator).to(device)
+    works = {"whole logits": whole(leaves, labels, half)}
+    for name, objective in VARIANTS.items():
+        works[name] = in_pieces(leaves, labels, half, objective)
+    samples = interleaved(works, rounds=rounds, warmup=warmup, device=device)
+    outcome = Outcome()
+    outcome.add(samples)
+    for name, work in works.items():
+        outcome.variants[name]["peak_bytes"] = peak_bytes(work, device)
+        outcome.figures[f"{name}: peak MB"] = outcome.variants[name]["peak_bytes"] / 1e6
+    for name in VARIANTS:
+        outcome.ratios[f"{name} / whole logits"] = ratio(samples[name], samples["whole logits"])
+    outcome.figures["fp32 logits of all rows: MB"] = 2 * half * options.vocab_size * 4 / 1e6
+    outcome.figures["gradient of the head in fp32: MB"] = (
+        options.vocab_size * options.hidden_size * 4 / 1e6
+    )
+    return outcome
+
+
+def whole(leaves: tuple[Tensor, Tensor], labels: Tensor, half: int) -> Callable[[], None]:
+    """The published objective over the logits of all rows at once."""
+
+    def work() -> None:
+        sums = loss_sums(leaves[0] @ leaves[1].T, labels, half)
+        torch.autograd.grad(joint_loss(sums, ObjectiveConfig(), half, half), leaves)
+
+    return work
+
+
+def in_pieces(
+    leaves: tuple[Tensor, Tensor], labels: Tensor, half: int, objective: ObjectiveConfig
+) -> Callable[[], None]:
+    rows = torch.arange(2 * half, device=labels.device)
+    targets = Targets(
+        rows=rows,
+        labels=labels,
+        ar_labels=half,
+        shares=torch.full((2 * half,), 0.5 / half, device=labels.device),
+        # Which row verifies a slot makes no difference to the cost.
+        verifiers=rows[:half] if objective.agreement != "none" else rows[:0],
+        agreement=objective.agreement,
+        agreement_weight=objective.agreement_weight,
+        smoothing=objective.label_smoothing,
+    )
+
+    def work() -> None:
+        loss, _ = head_loss(*leaves, targets)
+        torch.autograd.grad(loss, leaves)
+
+    return work

@@ -1,0 +1,333 @@
+"""One decoding step of a batch, for every method: forward, verify, and draft what comes next.
+
+TiDAR, plain autoregression, and verification of drafts from elsewhere differ in the shape of the
+step alone (`pipeline.decoding.step`), so they share cache, kernels and code. Nothing inside a step
+waits for the device; the one wait is for the tokens it made. Letters: B rows, n tokens in hand, K
+block size, Q queries of a step, E hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.decoding.cache import Cache, KVCache, RaggedCache
+from pipeline.decoding.graphs import GraphedSteps
+from pipeline.decoding.proposals import Proposer
+from pipeline.decoding.sampling import Sampling, draw
+from pipeline.decoding.state import RowState, RowStreams
+from pipeline.decoding.step import StepRule, StepShape, prefill_mask
+from pipeline.decoding.verify import verify, verify_greedy
+from pipeline.model.transformer import Transformer
+
+WIDTH_STEP = 256
+"""Captured steps look at a multiple of so many columns of the cache."""
+
+
+class StepEngine:
+    """A batch of rows, each decoding a request of its own; idle rows change nothing.
+
+    Args:
+        model: in evaluation mode; with a mask token where the shape has blocks.
+        sampling: how tokens are drawn; each row has its own seed.
+        shape: a row's step while it has a draft.
+        batch_size: rows.
+        capacity: cached tokens of the longest row, prompt and new ones, without a step's queries.
+        graphs: capture steps as CUDA graphs; only on a GPU.
+        prefill_chunk: most prompt tokens in one forward.
+        proposer: where drafts come from, for one row whose shape has no blocks.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        shape: StepShape,
+        *,
+        batch_size: int = 1,
+        capacity: int,
+        graphs: bool = False,
+        prefill_chunk: int = 512,
+        proposer: Proposer | None = None,
+    ) -> None:
+        first = next(model.parameters())
+        self.model, self.sampling, self.shape = model, sampling, shape
+        self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
+        self.proposer = proposer
+        assert proposer is None or (batch_size == 1 and not shape.blocks), "one plain row only"
+        spare = 0 if proposer is None else proposer.count
+        room = capacity + shape.num_queries + shape.block_size + spare
+        # Drafts from elsewhere differ in number from step to step.
+        use_graphs = graphs and proposer is None and self.device.type == "cuda"
+        with torch.inference_mode():
+            self.cache: Cache
+            if batch_size > 1 or use_graphs:
+                self.cache = RaggedCache(
+                    model.config, room, dtype=first.dtype, device=self.device, batch_size=batch_size
+                )
+            else:
+                self.cache = KVCache(model.config, room, dtype=first.dtype, device=self.device)
+            self.state = RowState(
+                shape, sampling, model.config.num_embeddings, batch_size, first.dtype, self.device
+            )
+        self.lengths = [0] * batch_size
+        """Tokens kept in each row, as the host knows them."""
+        self.streams = RowStreams(batch_size)
+        self._drafted = [False] * batch_size
+        self._active: list[bool] = [False] * batch_size
+        self._tables: dict[StepShape, _Tables] = {}
+        self._graphs = GraphedSteps(self.device) if use_graphs else None
+
+    @property
+    def _drafts_itself(self) -> bool:
+        return bool(self.shape.blocks)
+
+    # --- a new request ---
+
+    @torch.inference_mode()
+    def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[int, int]:
+        """Read a prompt, int64 [N], into `row`; its first new token, and the forwards it took.
+
+        The prompt goes through the model in chunks; with the last one goes the block that drafts
+        what follows the first token.
+        """
+        state, model = self.state, self.model
+        self.streams.start(row, replace(self.sampling, seed=seed))
+        if self.proposer is not None:
+            self.proposer.start(seed)
+        cache = self.cache.row(row) if isinstance(self.cache, RaggedCache) else self.cache
+        cache.length = 0
+        slots = self._mask_slots(1, self.shape.block_size if self._drafts_itself else 0)
+        chunks = prompt.split(self.prefill_chunk)
+        for chunk in chunks[:-1]:
+            where = cache.length + torch.arange(len(chunk), device=self.device)
+            model.hidden(chunk[None], where, cache=cache)
+            cache.keep(len(chunk))
+        last = chunks[-1]
+        queries = torch.cat([last[None], slots], dim=1)
+        mask = prefill_mask(cache.length, len(last), slots.shape[1], self.device)
+        where = cache.length + torch.arange(queries.shape[1], device=self.device)
+        hidden = model.hidden(queries, where, mask, cache)
+        cache.keep(len(last))
+        if state.seen is not None:
+            state.seen[row] = False
+            state.seen[row, prompt] = True
+        rows = slice(row, row + 1)
+        block = hidden[:, len(last) :]
+        uniforms = self._uniforms([row], 1) if not self.sampling.greedy else None
+        token = self._first_token(hidden[:, len(last) - 1 : len(last)], block, rows, uniforms)
+        state.current[rows] = token[:, None]
+        self._draft_rows(rows, block, None if uniforms is None else uniforms[:, 1:])
+        self._start_row(row, len(prompt))
+        return int(token), len(chunks)
+
+    def _first_token(
+        self, hidden: Tensor, block: Tensor, rows: slice, uniforms: Tensor | None
+    ) -> Tensor:
+        """The token after the prompt, [1]; `hidden` is that of its last token, [1, 1, E]."""
+        logits = self.model.lm_head(hidden)
+        if self.sampling.trust < 1:
+            logits = self._mix(logits, self.model.lm_head(block[:, :1]))
+        seen = None if self.state.seen is None else self.state.seen[rows][:, None]
+        if uniforms is None:
+            return self.sampling.scores(logits, seen).argmax(-1)[:, 0]
+        return draw(self.sampling.probabilities(logits, seen)[:, 0], uniforms[:, 0])
+
+    def _start_row(self, row: int, length: int) -> None:
+        self._active[row] = True
+        self.state.active[row] = 1
+        self._drafted[row] = self._drafts_itself
+        self.state.limit[row] = self.shape.drafts - 1 if self._drafts_itself else 0
+        self.rewind(row, length)
+
+    def release(self, row: int) -> None:
+        """The row's request is done: it stays idle until the next is admitted."""
+        self._active[row] = False
+        self._drafted[row] = False
+        with torch.inference_mode():
+            self.state.active[row] = 0
+
+    @torch.inference_mode()
+    def rewind(self, row: int, length: int) -> None:
+        """Forget all but the first `length` cached tokens of `row`; the draft in hand stays."""
+        self.lengths[row] = length
+        if isinstance(self.cache, RaggedCache):
+            self.cache.lengths[row] = length
+        else:
+            self.cache.length = length
+
+    @torch.inference_mode()
+    def propose(self, text: Sequence[int]) -> None:
+        """Let the proposer draft what follows `text`, prompt included; nothing without one."""
+        if self.proposer is None:
+            return
+        tokens, probabilities = self.proposer.propose(text)
+        count, state = len(tokens), self.state
+        self._drafted[0] = count > 0
+        if count == 0:
+            return
+        self.shape = StepShape(count + 1)
+        state.drafts = torch.tensor([tokens], device=self.device)
+        if not self.sampling.greedy:
+            if probabilities is None:  # not drawn: q is 1 at each token
+                rows = torch.zeros(count, self.model.config.num_embeddings, device=self.device)
+                probabilities = rows.scatter_(1, state.drafts[0][:, None], 1.0)
+            state.probabilities = probabilities[None]
+            state.uniforms = torch.zeros(1, count + 1, dtype=torch.float64, device=self.device)
+
+    # --- a step ---
+
+    @torch.inference_mode()
+    def step(self) -> list[list[int]]:
+        """One forward: the tokens that became final in each row; idle rows give none."""
+        shape = self.shape if any(self._drafted) else self.shape.short
+        self._load_uniforms(shape)
+        if isinstance(self.cache, RaggedCache):
+            self.cache.width = self._width(shape)
+        if self._graphs is not None and isinstance(self.cache, RaggedCache):
+            made = self._graphs(
+                (shape, self.cache.width), lambda: self._advance(shape, self._table(shape))
+            )
+        else:
+            made = self._advance(shape, self._table(shape))
+        return [self._settle(row, shape, values) for row, values in enumerate(made.tolist())]
+
+    def _settle(self, row: int, shape: StepShape, values: list[int]) -> list[int]:
+        """The host's account of a row after a step; `values` are accepted, drafts, token."""
+        if not self._active[row]:
+            return []
+        accepted = values[0]
+        if isinstance(self.cache, KVCache):
+            self.cache.keep(accepted + 1)
+        self.lengths[row] += accepted + 1
+        self._drafted[row] = accepted + 1 in shape.blocks
+        return [*values[1 : 1 + accepted], values[-1]]
+
+    def _advance(self, shape: StepShape, table: "_Tables") -> Tensor:
+        """The step itself, on the device: int64 [B, 1 + n], accepted | d_1 … d_{n-1} | token."""
+        state, count = self.state, shape.drafts - 1
+        drafts = state.drafts[:, :count]
+        queries = torch.cat([state.current, drafts, table.slots], dim=1)
+        positions = self.cache.positions(table.rule.offsets)
+        hidden = self.model.hidden(queries, positions, self.cache.mask(table.rule), self.cache)
+        seen = self._seen(torch.cat([state.current, drafts], dim=1))
+        accepted, token = self._verify(shape, hidden, drafts, seen)
+        made = torch.cat([accepted[:, None], drafts, token[:, None]], dim=1)
+        if isinstance(self.cache, RaggedCache):
+            self.cache.keep((accepted + 1) * state.active)
+        state.current.copy_(token[:, None])
+        if seen is not None and state.seen is not None:
+            state.seen.copy_(seen[table.rows, accepted])
+        if table.starts is not None:
+            start = table.starts[accepted + 1]
+            state.limit.copy_(torch.where(start >= 0, shape.block_size - 1, 0))
+            index = start.clamp_min(0)[:, None] + table.block
+            uniforms = state.uniforms
+            own = None if uniforms is None else uniforms[:, shape.drafts : self._numbers(shape)]
+            self._draft_rows(slice(None), hidden[table.rows[:, None], index], own)
+        return made
+
+    def _verify(
+        self, shape: StepShape, hidden: Tensor, drafts: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Accepted drafts and the token after them, [B] each."""
+        state, count = self.state, shape.drafts - 1
+        logits = self.model.lm_head(hidden[:, : shape.drafts])
+        if self.sampling.trust < 1:
+            assert state.logits is not None, "kept where trust is below 1"
+            behind = hidden[:, shape.block_rows(shape.drafts)][:, :1]
+            own = torch.cat([state.logits[:, :count], self.model.lm_head(behind)], dim=1)
+            logits = self._mix(logits, own)
+        limit = state.limit if self.batch_size > 1 and count else None
+        if self.sampling.greedy:
+            best = self.sampling.scores(logits, seen).argmax(-1)
+            return verify_greedy(drafts, best, limit)
+        assert state.probabilities is not None, "kept where tokens are drawn"
+        assert state.uniforms is not None, "kept where tokens are drawn"
+        target = self.sampling.probabilities(logits, seen)
+        uniforms = state.uniforms[:, : shape.drafts]
+        return verify(drafts, state.probabilities[:, :count], target, uniforms, limit)
+
+    def _draft_rows(self, rows: slice, block: Tensor, uniforms: Tensor | None) -> None:
+        """Draw d_1 … d_{K-1} of `rows` from the hidden states of their blocks, [b, K, E].
+
+        A block's first slot stands where the verifier's own token goes: nothing is drawn there. The
+        penalty knows the tokens up to d_0; a draft's own neighbours are not known when it is drawn.
+        """
+        if block.shape[1] < 2:
+            return
+        logits = self.model.lm_head(block[:, 1:])
+        seen = None
+        if self.state.seen is not None:
+            ahead = self.state.current[rows]
+            seen = self.state.seen[rows].scatter(1, ahead, True)[:, None]
+        if uniforms is None:
+            tokens = self.sampling.scores(logits, seen).argmax(-1)
+            self.state.set_draft(rows, tokens, None, logits)
+        else:
+            probabilities = self.sampling.probabilities(logits, seen)
+            self.state.set_draft(rows, draw(probabilities, uniforms), probabilities, logits)
+
+    def _seen(self, tokens: Tensor) -> Tensor | None:
+        """For each of the step's `tokens` [B, n], those before it and itself: bool [B, n, V]."""
+        if self.state.seen is None:
+            return None
+        own = torch.zeros(
+            *tokens.shape, self.state.seen.shape[-1], dtype=torch.int32, device=self.device
+        )
+        own.scatter_(2, tokens[..., None], 1)
+        return self.state.seen[:, None] | (own.cumsum(1) > 0)
+
+    def _mix(self, ar_logits: Tensor, diffusion_logits: Tensor) -> Tensor:
+        trust = self.sampling.trust
+        return trust * ar_logits.float() + (1 - trust) * diffusion_logits.float()
+
+    # --- what a step needs from the host ---
+
+    def _load_uniforms(self, shape: StepShape) -> None:
+        if self.state.uniforms is not None:
+            numbers = self._uniforms(range(self.batch_size), shape.drafts)
+            self.state.uniforms[:, : numbers.shape[1]].copy_(numbers, non_blocking=True)
+
+    def _uniforms(self, rows: Sequence[int], verify_count: int) -> Tensor:
+        """Random numbers of `rows`: those of the verifier, then K - 1 of the drafter."""
+        draft_count = max(self.shape.block_size - 1, 0) if self._drafts_itself else 0
+        taken = [self.streams.take(row, verify_count, draft_count) for row in rows]
+        return torch.stack(taken).to(self.device, non_blocking=True)
+
+    def _numbers(self, shape: StepShape) -> int:
+        return shape.drafts + max(shape.block_size - 1, 0)
+
+    def _width(self, shape: StepShape) -> int:
+        needed = max(self.lengths) + shape.num_queries
+        if self._graphs is not None:
+            needed = -(-needed // WIDTH_STEP) * WIDTH_STEP
+        return min(needed, self.cache.capacity)
+
+    def _mask_slots(self, batch_size: int, count: int) -> Tensor:
+        mask = self.model.config.mask_token_id
+        assert mask is not None or count == 0, "a model that drafts has a mask token"
+        return torch.full((batch_size, count), mask or 0, dtype=torch.int64, device=self.device)
+
+    def _table(self, shape: StepShape) -> "_Tables":
+        if shape not in self._tables:
+            slots = self._mask_slots(self.batch_size, shape.num_queries - shape.drafts)
+            self._tables[shape] = _Tables(shape, self.cache.capacity, slots)
+        return self._tables[shape]
+
+
+class _Tables:
+    """What a shape's steps have in common, built once."""
+
+    def __init__(self, shape: StepShape, capacity: int, slots: Tensor) -> None:
+        device = slots.device
+        self.slots = slots
+        """Mask tokens, [B, Q - n]."""
+        self.rule = StepRule(shape, capacity, device)
+        self.rows = torch.arange(len(slots), device=device)
+        self.block = torch.arange(shape.block_size, device=device)
+        self.starts: Tensor | None = None
+        """First row of the block for each number of accepted tokens, [n + 1]; -1 for none."""
+        if shape.blocks:
+            self.starts = torch.tensor(shape.block_starts(), device=device)

@@ -1,0 +1,118 @@
+"""The ways to decode, by name, and the checks that an argument can be used with a model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+from pipeline.decoding.proposals import DraftModel, PromptLookup, Proposer
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.step import StepShape
+from pipeline.model.transformer import Transformer
+
+METHODS = ("tidar", "ar", "prompt_lookup", "speculative")
+LOOKUP_TOKENS = 7
+"""Drafts of `prompt_lookup` and `speculative`, unless `block_size` says otherwise (minus one)."""
+
+
+def step_shape(
+    model: Transformer,
+    method: str,
+    sampling: Sampling,
+    block_size: int | None,
+    blocks: Sequence[int] | None = None,
+) -> StepShape:
+    """The step of `method`: drafts and mask blocks for `tidar`, one token for the others.
+
+    (Where drafts come from elsewhere, they are put behind that token step by step.)
+
+    Args:
+        model: what decodes.
+        method: one of `METHODS`.
+        sampling: its trust below 1 needs every block.
+        block_size: K; None takes the one the model was trained with.
+        blocks: numbers of the mask blocks in a step, block 1 among them; None takes all.
+
+    Raises:
+        UserError: naming the argument that cannot be used.
+    """
+    if method not in METHODS:
+        raise UserError(f"method: unknown value {method!r}; known are {', '.join(METHODS)}")
+    if method != "tidar":
+        if sampling.trust < 1:
+            raise UserError(f"trust: below 1 needs method=tidar, got {method}")
+        return StepShape(1)
+    size = block_size if block_size is not None else model.config.block_size
+    if size is None:
+        raise UserError("block_size: this model has none of its own; give one")
+    if size < 1:
+        raise UserError(f"block_size: must be at least 1, got {size}")
+    if model.config.mask_token_id is None:
+        raise UserError("method: this model has no mask token, so it cannot draft; use method=ar")
+    if blocks is None:
+        return StepShape.full(size)
+    chosen = tuple(sorted(set(blocks)))
+    if not chosen or chosen[0] != 1 or chosen[-1] > size:
+        raise UserError(
+            f"blocks: must be numbers in 1 … {size} with 1 among them, got {list(blocks)}"
+        )
+    if sampling.trust < 1 and len(chosen) < size:
+        raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
+    return StepShape(size, size, chosen)
+
+
+def proposer_of(
+    method: str,
+    sampling: Sampling,
+    block_size: int | None,
+    model: Transformer,
+    draft_model: Transformer | None,
+    max_tokens: int,
+) -> Proposer | None:
+    """Where the drafts of `method` come from; None where the model drafts itself, or nobody.
+
+    Raises:
+        UserError: when a draft model is missing, or does not fit.
+    """
+    count = LOOKUP_TOKENS if block_size is None else block_size - 1
+    if method in ("prompt_lookup", "speculative") and count < 1:
+        raise UserError(f"block_size: {method} needs at least 2, got {block_size}")
+    if method == "prompt_lookup":
+        return PromptLookup(count)
+    if method != "speculative":
+        return None
+    if draft_model is None:
+        raise UserError("draft_model: method=speculative needs a smaller model; give one")
+    drafter = DraftModel(draft_model, sampling, count, max_tokens)
+    drafter.check(model)
+    return drafter
+
+
+def prompt_tensor(
+    model: Transformer, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int
+) -> Tensor:
+    """`prompt_ids` as int64 [N] on the model's device.
+
+    Raises:
+        UserError: when it is empty, holds ids the model does not have, or is too long.
+    """
+    device = next(model.parameters()).device
+    prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=device)
+    if prompt.ndim != 1 or len(prompt) == 0:
+        raise UserError("prompt: is empty; give at least one token, for instance the bos token")
+    lowest, highest = int(prompt.min()), int(prompt.max())
+    if lowest < 0 or highest >= model.config.num_embeddings:
+        raise UserError(
+            f"prompt: holds token {lowest if lowest < 0 else highest}, the model has "
+            f"{model.config.num_embeddings} embeddings; use the model's own tokenizer"
+        )
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+    limit = model.config.max_positions
+    if len(prompt) + max_new_tokens > limit:
+        raise UserError(
+            f"max_new_tokens: {len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the "
+            f"model's {limit} positions; shorten one of them"
+        )
+    return prompt

@@ -1,0 +1,185 @@
+"""Prompts through every decoder in turns, and the sums and times that come out."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+
+import torch
+
+from pipeline.decoding import Generation, Sampling
+from pipeline.decoding.generate import open_engine, run_engine
+from pipeline.evals.divergence import divergence_gap
+from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.totals import MethodTotals
+from pipeline.model.transformer import Transformer
+from pipeline.training.distributed import World
+
+WARM_UP_TOKENS = 8
+
+Key = tuple[str, float]
+"""Method and temperature."""
+
+
+@dataclass
+class Measured:
+    """One method at one temperature, over all prompts."""
+
+    repeats: list[MethodTotals]
+    """The sums of each repeat: equal but for the seconds."""
+    gaps: list[float] = field(default_factory=list)
+    """Logit gap at each prompt's first difference from greedy AR."""
+    categories: dict[str, MethodTotals] = field(default_factory=dict)
+    """The first repeat by category of prompt."""
+    peak_bytes: int | None = None
+    """Most memory held on the GPU, of the ranks; None on a CPU."""
+
+    @property
+    def totals(self) -> MethodTotals:
+        return self.repeats[0]
+
+    def speeds(self) -> list[float]:
+        """Tokens per second of each repeat, in order."""
+        return [totals.tokens_per_second for totals in self.repeats]
+
+    def step_seconds(self) -> float | None:
+        """Median over the repeats of the mean time of a forward after the prompt."""
+        times = [totals.seconds_per_decoding_forward for totals in self.repeats]
+        known = [time for time in times if time is not None]
+        return statistics.median(known) if known else None
+
+    def __add__(self, other: "Measured") -> "Measured":
+        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
+        names = dict.fromkeys([*self.categories, *other.categories])
+        empty = MethodTotals()
+        return Measured(
+            [a + b for a, b in zip(self.repeats, other.repeats, strict=True)],
+            self.gaps + other.gaps,
+            {
+                name: self.categories.get(name, empty) + other.categories.get(name, empty)
+                for name in names
+            },
+            max(peaks) if peaks else None,
+        )
+
+
+def measure(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    categories: Sequence[str | None],
+    methods: Sequence[str],
+    config: DecodeSpeedConfig,
+    block_size: int,
+    world: World,
+) -> dict[Key, Measured]:
+    """Decode this rank's prompts by every method at every temperature; sums over all ranks.
+
+    Methods take turns at going first, prompt by prompt, and repeats go round all prompts, so that
+    a slow spell of the machine meets all alike. First calls are not timed.
+    """
+    own = range(world.rank, len(prompts), world.size)
+    keys = [(method, t) for t in config.temperatures for method in methods]
+    found = {key: Measured([MethodTotals() for _ in range(config.repeats)]) for key in keys}
+    if own:
+        decoders = {
+            key: Decoder(model, key, [prompts[n] for n in own], config, block_size) for key in keys
+        }
+        for decoder in decoders.values():
+            decoder.run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
+        for repeat in range(config.repeats):
+            for turn, number in enumerate(own):
+                order = methods if turn % 2 == 0 else methods[::-1]
+                for temperature in config.temperatures:
+                    runs = {
+                        method: decoders[method, temperature].run(turn, number) for method in order
+                    }
+                    _add(found, model, runs, temperature, repeat, prompts[number])
+                    if repeat == 0 and categories[number] is not None:
+                        _add_category(found, runs, temperature, str(categories[number]))
+        for key, decoder in decoders.items():
+            found[key].peak_bytes = decoder.peak_bytes
+    parts = world.gather(found)
+    return {key: reduce(add, (part[key] for part in parts)) for key in keys}
+
+
+def _add(
+    found: dict[Key, Measured],
+    model: Transformer,
+    runs: dict[str, Generation],
+    temperature: float,
+    repeat: int,
+    prompt: Sequence[int],
+) -> None:
+    for method, run in runs.items():
+        measured = found[method, temperature]
+        matches = run.tokens == runs["ar"].tokens
+        measured.repeats[repeat] += MethodTotals.of(run, matches=matches)
+        if repeat == 0 and temperature == 0 and not matches:
+            gap = divergence_gap(model, prompt, runs["ar"].tokens, run.tokens)
+            if gap is not None:
+                measured.gaps.append(gap)
+
+
+def _add_category(
+    found: dict[Key, Measured], runs: dict[str, Generation], temperature: float, category: str
+) -> None:
+    for method, run in runs.items():
+        sums = found[method, temperature].categories
+        known = sums.get(category, MethodTotals())
+        sums[category] = known + MethodTotals.of(run, matches=run.tokens == runs["ar"].tokens)
+
+
+class Decoder:
+    """One method at one temperature: cache and captured steps are made once for all prompts."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        key: Key,
+        prompts: Sequence[Sequence[int]],
+        config: DecodeSpeedConfig,
+        block_size: int,
+    ) -> None:
+        self.method, temperature = key
+        self.config = config
+        self.engine, self.prompts = open_engine(
+            model,
+            prompts,
+            method=self.method,
+            block_size=block_size if self.method == "tidar" else None,
+            max_new_tokens=config.max_new_tokens,
+            sampling=Sampling(temperature=temperature),
+        )
+        self.peak_bytes: int | None = None
+
+    def run(self, index: int, number: int, tokens: int | None = None) -> Generation:
+        """Continue prompt `index` of this rank, which is `number` of all and seeds by that."""
+        device = self.engine.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        (result,) = run_engine(
+            self.engine,
+            [self.prompts[index]],
+            seeds=[self.config.seed + number],
+            max_new_tokens=tokens or self.config.max_new_tokens,
+            count_accepted=self.method != "ar",
+        )
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+        return result
+
+
+def by_category(measured: dict[Key, Measured], key: Key) -> dict[str, dict[str, float]] | None:
+    """Tokens per forward and speed over AR of each category of prompts; None without categories."""
+    rows: dict[str, dict[str, float]] = defaultdict(dict)
+    ar = measured["ar", key[1]].categories
+    for name, totals in sorted(measured[key].categories.items()):
+        rows[name] = {
+            "prompts": totals.prompts,
+            "tokens_per_forward": totals.tokens_per_forward,
+            "speedup_over_ar": totals.tokens_per_second / ar[name].tokens_per_second,
+        }
+    return dict(rows) or None

@@ -36,7 +36,8 @@ def describe_data(folder: Path) -> str:
     for name, own in sorted(manifest.sources.items(), key=lambda item: -item[1]["tokens"]):
         lines.append(
             f"source {name}: {own['tokens']:,} tokens, {own['tokens'] / total:.1%} of all, "
-            f"{own['tokens'] / own['text_bytes']:.3f} tokens per byte, read {own['epochs']:.2f} times"
+            f"{own['tokens'] / own['text_bytes']:.3f} tokens per byte, "
+            f"read {own['epochs']:.2f} times"
         )
     for reason, count in Counter(manifest.documents["refused"]).most_common():
         lines.append(f"refused: {count:,} of {manifest.documents['read']:,} documents, {reason}")
@@ -50,8 +51,8 @@ def _describe_split(name: str, split: Split) -> list[str]:
         f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
         f"{split.tokens / split.text_bytes:.3f} tokens per byte, "
         f"{split.tokens / split.documents:,.0f} tokens per document",
-        f"  {split.sequences:,} sequences, {padding:.3%} padding, {split.cut_documents:,} documents "
-        f"cut, {split.cut_though_fitting:,} of them though they fit",
+        f"  {split.sequences:,} sequences, {padding:.3%} padding, "
+        f"{split.cut_documents:,} documents cut, {split.cut_though_fitting:,} of them though they fit",
         f"  {len(sizes):,} shards of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB",
     ]
 

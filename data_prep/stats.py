@@ -52,7 +52,8 @@ def _describe_split(name: str, split: Split) -> list[str]:
         f"{split.tokens / split.text_bytes:.3f} tokens per byte, "
         f"{split.tokens / split.documents:,.0f} tokens per document",
         f"  {split.sequences:,} sequences, {padding:.3%} padding, "
-        f"{split.cut_documents:,} documents cut, {split.cut_though_fitting:,} of them though they fit",
+        f"{split.cut_documents:,} documents cut, {split.cut_though_fitting:,} of them though they "
+        "fit",
         f"  {len(sizes):,} shards of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB",
     ]
 

@@ -19,10 +19,12 @@ from data_prep.output_folder import (
     remove_leftovers,
     taking_turns,
 )
+from data_prep.picture import inspect_sequence
 from data_prep.plan import Task, make_tasks, own_tasks
 from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
 from data_prep.progress import Progress
 from data_prep.settings import PrepareSettings
+from data_prep.stats import describe_data
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify_data
 from data_prep.workers import run_tasks
@@ -37,6 +39,12 @@ def prepare(cfg: DictConfig) -> int:
     folder = settings.output_dir
     if settings.verify:
         print(verify_data(folder))
+        return 0
+    if settings.stats:
+        print(describe_data(folder))
+        return 0
+    if settings.inspect is not None:
+        print(inspect_sequence(folder, settings.inspect))
         return 0
     try:
         with locked_folder(folder, shared=settings.array is not None):

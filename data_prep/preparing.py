@@ -49,10 +49,9 @@ def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
 def _trained(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
     path = settings.output_dir / SENTENCEPIECE_FILE
     note = settings.output_dir / FOLDER / TRAINED
-    stamps = [part.stamp for part in corpus.parts()]
-    key = config_hash([settings.config_hash, stamps])
     try:
-        if json.loads(note.read_text()) == {"from": key, "sha256": sha256_of(path)}:
+        known = {"from": _text_key(settings, corpus), "sha256": sha256_of(path)}
+        if json.loads(note.read_text()) == known:
             return load_tokenizer(path)
     except (OSError, ValueError):
         pass
@@ -67,9 +66,14 @@ def _trained(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
 def note_trained(settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path) -> None:
     """Record what the saved tokenizer was trained on, so that a rerun need not train it again."""
     if settings.tokenizer.path is None:
-        key = config_hash([settings.config_hash, [part.stamp for part in corpus.parts()]])
-        note = {"from": key, "sha256": sha256_of(tokenizer_path)}
+        note = {"from": _text_key(settings, corpus), "sha256": sha256_of(tokenizer_path)}
         write_text_atomic(settings.output_dir / FOLDER / TRAINED, json.dumps(note))
+
+
+def _text_key(settings: PrepareSettings, corpus: Corpus) -> str:
+    """Identity of the text and the config that a tokenizer is trained with."""
+    stamps = [part.stamp for part in corpus.parts() if part.epoch == 0]
+    return config_hash([settings.config_hash, stamps])
 
 
 def _training_documents(settings: PrepareSettings, corpus: Corpus) -> Iterator[Document]:

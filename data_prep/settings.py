@@ -8,12 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.block_sizes import BlockSizes
 from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
 from data_prep.packing import PACKINGS
 
 GROUPS = ("corpus", "tokenizer", "layout")
-IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "overwrite")
+IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
 """Keys that do not change what is written."""
 
 
@@ -57,12 +58,21 @@ class LayoutConfig:
     block_size: int = 16
     coverage: float = 1.0
     shift: bool = False
+    block_sizes: list[int] | None = None
+    """Values of K up to `block_size`, of which each sequence draws one."""
+    block_shares: list[float] | None = None
+    """How often each is drawn, of any sum; None draws all alike."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
         if not 0.0 < self.coverage <= 1.0:
             raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
+        self.mixed()  # a mistake in it shows now
+
+    def mixed(self) -> BlockSizes | None:
+        """The choice of block sizes, None where all sequences have the same."""
+        return BlockSizes.checked(self.block_sizes, self.block_shares, self.block_size)
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,14 @@ class PlainKeys:
     array: str | None
     seed: int
     verify: bool
+    stats: bool
+    inspect: int | None
     overwrite: bool
 
     def __post_init__(self) -> None:
         for key, least in (("sequence_length", 2), ("shard_bytes", 1), ("shard_sequences", 1),
                            ("group_size", 1), ("task_bytes", 1), ("workers", 1),
-                           ("seed", 0)):  # fmt: skip
+                           ("seed", 0), ("inspect", 0)):  # fmt: skip
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
         if not 0.0 < self.heldout_fraction < 1.0:

@@ -17,7 +17,7 @@ from data_prep.tokenizers import Tokenizer
 
 TOGETHER = 256
 """Sequences that are laid out in one go; more take memory and gain nothing."""
-ROOM_SHARE = 128
+ROOM_SHARE = 512
 """A sequence with at most this fraction of its length left is taken for full."""
 
 
@@ -132,8 +132,8 @@ def stored_layouts(
     Each has a random stream of its own, keyed by the seed, `key` (the split's number, the task's,
     and the first sequence's in the task), and its place behind the first.
     """
-    choice = settings.layout
-    if choice.coverage == 1.0 and not choice.shift:
+    choice, mixed = settings.layout, settings.layout.mixed()
+    if choice.coverage == 1.0 and not choice.shift and mixed is None:
         return [
             layout
             for start in range(0, len(document_lengths), TOGETHER)
@@ -148,7 +148,11 @@ def stored_layouts(
     )
     return [
         build_layout(
-            lengths, choice.block_size, coverage=choice.coverage, shift=choice.shift, rng=rng
+            lengths,
+            mixed.draw(rng) if mixed else choice.block_size,
+            coverage=choice.coverage,
+            shift=choice.shift,
+            rng=rng,
         )
         for lengths, rng in zip(document_lengths, streams, strict=True)
     ]

@@ -42,7 +42,7 @@ class MixCorpus(Corpus):
         super().__init__()
         self.sources = sources
         self.max_epochs = max_epochs
-        self._tokens_per_byte = dict.fromkeys(sources, 1.0)
+        self._tokens_per_byte: dict[str, float] = {}
         for source in sources.values():
             source.corpus.refused = self.refused
 
@@ -70,11 +70,13 @@ class MixCorpus(Corpus):
             self._tokens_per_byte[name] = max(tokens, 1) / max(size, 1)
 
     def wanted_epochs(self) -> dict[str, float]:
-        """How often each source is to be read; the least is 1.
+        """How often each source is to be read; the least is 1. Before `weigh` all are read once.
 
         Raises:
             UserError: when one would be read more often than `max_epochs`.
         """
+        if not self._tokens_per_byte:
+            return dict.fromkeys(self.sources, 1.0)
         total = sum(source.weight for source in self.sources.values())
         per_epoch = {
             name: source.corpus.total_bytes * self._tokens_per_byte[name] / source.weight * total

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.block_sizes import BlockSizes
 from data_prep.errors import UserError
 from data_prep.layout import Layout, build_layout
 from data_prep.manifest import Manifest, Split
@@ -35,16 +36,26 @@ class LayoutChoice:
     """Share of the positions that are drafted, in (0, 1]."""
     shift: bool | None = None
     """Move each document's grid by a random 0 … K-1 positions."""
+    block_sizes: list[int] | None = None
+    """Values of K up to `block_size`, of which each sequence draws one."""
+    block_shares: list[float] | None = None
+    """How often each is drawn, of any sum; None draws all alike."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
             raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
             raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
+        self.mixed(self.block_size)
+
+    def mixed(self, largest: int | None) -> BlockSizes | None:
+        """The choice of block sizes, None where all sequences have the same."""
+        return BlockSizes.checked(self.block_sizes, self.block_shares, largest)
 
     @property
     def stored(self) -> bool:
-        return self.block_size is None and self.coverage is None and self.shift is None
+        own = (self.block_size, self.coverage, self.shift, self.block_sizes)
+        return all(value is None for value in own)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class SequenceSource:
             [shard.sequences for shard in split.shards], manifest.group_size, seed
         )
         self.choice = choice or LayoutChoice()
+        self._mixed = self.choice.mixed(self.block_size)
         self.damaged: dict[str, str] = {}
         """Shards left out so far, with the reason."""
         self._data = data or DataConfig()
@@ -138,7 +150,8 @@ class SequenceSource:
 
     def _lay_out(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> Layout:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
-        return build_layout(lengths, self.block_size, coverage=self.coverage, shift=shift, rng=rng)
+        size = self._mixed.draw(rng) if self._mixed else self.block_size
+        return build_layout(lengths, size, coverage=self.coverage, shift=shift, rng=rng)
 
     def _group(self, shard: int, number: int) -> list[PackedSequence]:
         key = (shard, number)

@@ -20,23 +20,27 @@ def write_example(
     step: int,
     path: Path,
 ) -> None:
-    """Continue one held-out prompt greedily with TiDAR and write it to `path` (JSON).
+    """Continue one held-out prompt with TiDAR and write it to `path` (JSON).
 
-    It runs twice as far as the eval's own generations, or to the model's last position.
+    At the eval's highest temperature: greedy text of a base model soon repeats itself, and shows
+    little. It runs twice as far as the eval's own generations, or to the model's last position.
     """
+    temperature = max(config.temperatures)
     prompt = heldout.prompts(1, config.prompt_tokens, config.seed)[0]
     room = model.config.max_positions - len(prompt)
     result = generate(
         model,
         prompt,
         block_size=config.block_size,
+        temperature=temperature,
+        seed=config.seed,
         max_new_tokens=min(2 * config.max_new_tokens, room),
     )
     content = {
         "step": step,
         "prompt": tokenizer.decode(prompt),
         "method": "tidar",
-        "temperature": 0.0,
+        "temperature": temperature,
         "block_size": config.block_size or model.config.block_size,
         "tokens_per_forward": result.tokens_per_forward,
         "tokens": [

@@ -23,6 +23,7 @@ from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.model.checkpoint_files import verify_file_list
 from pipeline.model.config import ModelConfig
+from pipeline.model.safe_load import load_checked
 from pipeline.model.source import NamedWeight, Source
 
 MODEL_FILE = "model.json"
@@ -102,10 +103,7 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
     """
     _import_deepspeed()  # unpickling needs its classes
     shapes = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)["param_shapes"]
-    ranks = [
-        torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
-        for path in partitions
-    ]
+    ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
     for group, parameters in enumerate(shapes):
         for name, shape in parameters.items():
             slices = []

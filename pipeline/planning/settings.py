@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import existing_path, parse
+from data_prep.config import parse
 from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
+from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig
 from pipeline.training.settings import TrainSettings
 
@@ -113,8 +114,7 @@ def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
         for name in ("sequence_length", "vocab_size"):
             if getattr(plan, name) is not None:
                 raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
-        data_dir = existing_path(own, "data.dir", "a folder written by tidar-prepare")
-        return TrainSettings.from_config(own, Manifest.load(data_dir))
+        return TrainSettings.from_config(own, Manifest.load(open_data_dir(own)))
     return TrainSettings.from_config(own, stand_in_manifest(cfg, plan))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.distributed import World
 from pipeline.model.opening import full_shape
-from pipeline.training.distributed import World
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
+from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed, score_heldout
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
 from pipeline.model.config import ModelConfig
 from pipeline.training.callbacks.ar_guard import write_base
-from pipeline.training.distributed import World
+from pipeline.training.retention import eval_losses
 from pipeline.training.settings import TrainSettings
 from pipeline.training.weights import full_copy
 
@@ -43,6 +44,13 @@ class PeriodicEval:
     def due(self, step: int, steps: int) -> bool:
         every = self.settings.every
         return step == steps or (every > 0 and step % every == 0)
+
+    def missing(self, step: int, steps: int) -> bool:
+        """Whether the eval that was due at the restored `step` was never written; on all ranks."""
+        absent = False
+        if self.world.is_main and step > 0 and self.due(step, steps):
+            absent = step not in eval_losses(self.run_dir)
+        return self.world.from_main(absent)
 
     def measure_base(self, engine: Any, step: int) -> None:
         """Before the first step of a run from a base model: its held-out AR loss, kept in the run

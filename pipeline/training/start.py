@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from pipeline.distributed import World
 from pipeline.model.checkpoint import DTYPES
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import check_shape, load_into, open_source
 from pipeline.model.opening import Opening, whole
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 from pipeline.training.engine import deepspeed_settings
 from pipeline.training.settings import TrainSettings
 

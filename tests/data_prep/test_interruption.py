@@ -1,6 +1,7 @@
 """The real command, killed or interrupted in the middle: a rerun comes to the same bytes."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -89,3 +90,52 @@ def test_a_rerun_keeps_finished_tasks_and_gives_the_same(
         assert sha256_of(folder / shard.name) == shard.sha256
     assert not list(folder.rglob("*.writing"))
     assert not (folder / "tasks").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_comes_to_the_same(large, uninterrupted, tmp_path, seed):
+    """Until one run in the chain lives long enough, with any number of workers."""
+    folder, rng = tmp_path / "data", random.Random(seed)
+    kills = 0
+    while True:
+        process = start(large, folder, rng.randint(1, 3))
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 3 + kills / 2))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate(timeout=30)
+            kills += 1
+    assert kills > 0
+    assert process.returncode == 0
+    assert Manifest.load(folder) == uninterrupted
+    for shard in uninterrupted.train.shards:
+        assert sha256_of(folder / shard.name) == shard.sha256
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_room_continues(large, uninterrupted, tmp_path, workers):
+    """A file system of 300 KB, made larger afterwards; needs the right to mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no right to mount a file system")
+    try:
+        process = start(large, folder / "data", workers)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        assert errors.count("\n") == 1
+        assert "cannot be written (No space left on device)" in errors
+        assert not (folder / "data" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
+        process = start(large, folder / "data", workers)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert Manifest.load(folder / "data") == uninterrupted
+    finally:
+        subprocess.run(["umount", str(folder)], check=False)

@@ -151,6 +151,12 @@ def test_a_mix_has_the_shares_it_was_asked_for(command, overrides, mixed, tmp_pa
     assert not train & set(held_out), "a later epoch must not bring held-out text into training"
 
 
+def weighed(corpus):
+    """Its parts, a token a character."""
+    corpus.weigh(lambda texts: sum(map(len, texts)))
+    return corpus.parts()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -169,4 +175,4 @@ def test_a_bad_mix_is_named(mixed, change, text):
             mixed[name] |= values
     section = json.loads(json.dumps({"kind": "mix", "sources": mixed}))
     with pytest.raises(UserError, match=text):
-        open_corpus(OmegaConf.create(section)).parts()
+        weighed(open_corpus(OmegaConf.create(section)))

@@ -23,6 +23,9 @@ MISTAKES = [
     ("group_size=0", "group_size: must be at least 1"),
     ("shard_sequences=0", "shard_sequences: must be at least 1"),
     ("shard_bytes=0", "shard_bytes: must be at least 1"),
+    ("layout.block_sizes=[4,0]", "layout.block_sizes: must be at least 1, got 0"),
+    ("layout.block_sizes=[4,99]", "layout.block_sizes: 99 is above layout.block_size 16"),
+    ("layout.block_shares=[1]", "layout.block_shares: says how often to draw"),
     ("task_bytes=0", "task_bytes: must be at least 1"),
     ("packing=worst_fit", "packing: 'worst_fit' is not best_fit or concatenate"),
     ("array=4/4", "array: '4/4' is not i/n with i from 0 to n-1; the third of four is 2/4"),
@@ -34,7 +37,7 @@ MISTAKES = [
     ("layout.block_size=0", "layout.block_size: must be at least 1, got 0"),
     ("layout.coverage=0", "layout.coverage: must be in (0, 1], got 0"),
     ("layout.shift=1.5", "layout.shift: Value '1.5'"),
-    ("+layout.step=2", "layout.step: unknown key; known are block_size, coverage, shift"),
+    ("+layout.step=2", "layout.step: unknown key; known are block_shares, block_size"),
     ("+sequence_lenght=64", "sequence_lenght: unknown key; did you mean sequence_length?"),
     ("sequence_lenght=64", "sequence_lenght: unknown key; did you mean sequence_length?"),
     ("tokenizer.vocab_size=100", "tokenizer.vocab_size: 100 is below 300"),
@@ -145,5 +148,7 @@ def test_defaults_of_the_config_and_of_the_dataclasses_agree():
 
 def test_a_section_that_is_no_group_is_named():
     cfg = OmegaConf.create(json.loads('{"layout": 3}'))
-    with pytest.raises(UserError, match=r"layout: expected a group of keys \(block_size, coverage"):
+    with pytest.raises(
+        UserError, match=r"layout: expected a group of keys \(block_shares, block_size"
+    ):
         parse(LayoutConfig, cfg.layout, "layout")

@@ -28,6 +28,8 @@ CONFIG = {
     "array": None,
     "seed": 3,
     "verify": False,
+    "stats": False,
+    "inspect": None,
     "overwrite": False,
 }
 
@@ -155,3 +157,20 @@ def test_sequences_are_shuffled_by_seed_and_task(tmp_path, tokenizer, lengths):
     for other in others:
         assert first != other
         assert sorted(first) == sorted(other)
+
+
+@pytest.mark.parametrize("extra", [{}, {"layout.coverage": 0.5, "layout.shift": True}])
+def test_block_sizes_are_drawn_with_their_shares(tmp_path, extra):
+    own = settings(
+        tmp_path, **{"layout.block_sizes": [2, 8], "layout.block_shares": [3, 1], **extra}
+    )
+    layouts = stored_layouts(own, (0, 0, 0), [[64]] * 400)
+    longest = [int(layout.draft_lengths.max()) for layout in layouts]
+    assert set(longest) == {2, 8}
+    assert 0.68 < longest.count(2) / 400 < 0.82
+    again = stored_layouts(own, (0, 0, 200), [[64]] * 200)
+    assert [one.table().tolist() for one in again] == [
+        one.table().tolist() for one in layouts[200:]
+    ]
+    if not extra:
+        assert all(layout.num_slots == 64 for layout in layouts)

@@ -223,3 +223,22 @@ def test_rests_of_all_tasks_are_packed_together(prepared):
     assert len(index) == sum(
         manifest.groups(shard) + 1 for split in manifest.splits.values() for shard in split.shards
     )
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_trained_tokenizer_is_trained_once(command, overrides, tmp_path, mixed, corpus_path):
+    """By the first job of an array, or before an interruption; other text trains it again."""
+    own = [one for one in overrides if not one.startswith(("tokenizer", "corpus"))]
+    source = f"kind:jsonl,path:{corpus_path}"
+    corpus = ["corpus=jsonl", f"corpus.path={corpus_path}"]
+    if mixed:
+        corpus = [
+            "corpus=mix",
+            f"corpus.sources={{a:{{{source},weight:2}},b:{{{source},weight:3}}}}",
+        ]
+    options = [*own, *corpus, "tokenizer.vocab_size=500", f"output_dir={tmp_path / 'data'}"]
+    first, second = (command(*options, f"array={job}/2") for job in range(2))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "training a SentencePiece model" in first.out
+    assert "training a SentencePiece model" not in second.out
+    assert command("verify=true", f"output_dir={tmp_path / 'data'}").code == 0

@@ -22,18 +22,20 @@ def example(data, model, config, path) -> dict:
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_example_is_a_greedy_generation_of_the_first_prompt(data, model, tmp_path, block_size):
+def test_example_is_a_sampled_generation_of_the_first_prompt(data, model, tmp_path, block_size):
     config = replace(CONFIG, block_size=block_size)
     found = example(data, model, config, tmp_path / "evals" / "example.json")
     prompt = data.heldout.prompts(1, CONFIG.prompt_tokens, 0)[0]
-    expected = generate(model, prompt, block_size=block_size, max_new_tokens=26)
+    expected = generate(
+        model, prompt, block_size=block_size, max_new_tokens=26, temperature=1.0, seed=CONFIG.seed
+    )
     assert found["prompt"] == data.tokenizer.decode(prompt)
     assert found["block_size"] == (block_size or model.config.block_size)
     assert found["tokens_per_forward"] == expected.tokens_per_forward
     assert [token["forward"] for token in found["tokens"]] == expected.forward_of_token
     text = "".join(token["text"] for token in found["tokens"])
     assert text == data.tokenizer.decode(expected.tokens)
-    assert (found["step"], found["method"], found["temperature"]) == (9, "tidar", 0.0)
+    assert (found["step"], found["method"], found["temperature"]) == (9, "tidar", 1.0)
 
 
 def test_example_stops_at_the_models_last_position(data, model, tmp_path):

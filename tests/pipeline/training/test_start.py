@@ -12,10 +12,10 @@ from workers import run_workers
 
 from bench.measure import peak_bytes
 from data_prep.errors import UserError
+from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import initialize_from, load_into, open_source
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
 from pipeline.training.start import allocate, build_model
 from pipeline.training.weights import full_copy

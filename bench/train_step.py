@@ -15,9 +15,9 @@ from bench.inputs import model_config, new_model, random_batch
 from bench.measure import interleaved, peak_bytes, ratio
 from bench.results import Outcome
 from pipeline.data.batch import Batch
+from pipeline.distributed import World
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig
-from pipeline.training.distributed import World
 from pipeline.training.step import GlobalCounts, accumulate
 
 COVERAGES = {1.0: 2.0, 0.5: None, 0.25: 1.3}

@@ -6,8 +6,8 @@ from omegaconf import DictConfig
 
 from data_prep.cli import run
 from pipeline import load_model
+from pipeline.distributed import joined_world
 from pipeline.evals.run import EvaluateSettings, describe, run_evals, write_results
-from pipeline.training.distributed import joined_world
 
 
 def evaluate(cfg: DictConfig) -> int:

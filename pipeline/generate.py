@@ -47,6 +47,8 @@ def generate_text(cfg: DictConfig) -> int:
         sampling=sampling,
         eos_id=tokenizer.eos_id,
         stop=StopStrings(tokenizer, tuple(config.stop)) if config.stop else None,
+        blocks=config.blocks,
+        draft_model=config.smaller_model(),
     )
     counts: list[int] = []
     code, started = 0, time.perf_counter()
@@ -70,6 +72,8 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
         config.max_new_tokens,
         tuple(config.stop),
         config.batch_size,
+        tuple(config.blocks) if config.blocks else None,
+        config.smaller_model(),
     )
     model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
     started = time.perf_counter()

@@ -1,6 +1,7 @@
 """`tidar-status RUN_DIR`: where a run stands, from its files alone, wherever they can be seen."""
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from pipeline.report.read import Run, as_number, read_run
 from pipeline.report.wording import compact, fixed
 from pipeline.training.callbacks.progress import duration
 
+SAVED = 75
+FINAL = (0, 2, 3)
+"""Exit codes of a start after which Slurm's job goes on, or is over: docs/cluster.md."""
 PACE_STEPS = 50
 """Latest steps whose median gives the pace."""
 QUIET_STEPS = 20
@@ -46,6 +50,11 @@ class Status:
     checkpoint_step: int | None
     """The newest complete one, which a restart continues from."""
     last_eval: dict[str, float | None] | None
+    starts: "Starts | None" = None
+    """Of its Slurm jobs; None for a run that none of them has started."""
+
+    expected_end: float | None = None
+    """Seconds since the epoch, for a run that is running."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
@@ -70,7 +79,59 @@ class Status:
             rows.append(("last eval", f"step {step[1]:,.0f}: {shown}"))
         if self.seconds_left is not None and self.state in ("running", "quiet"):
             rows.append(("time left", f"{duration(self.seconds_left)} of training"))
+        if self.expected_end is not None:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.expected_end))
+            rows.append(("expected end", f"{when}, without another stop"))
+        if self.starts is not None:
+            rows.append(("starts", str(self.starts)))
         return rows
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What `starts.jsonl`, written by slurm/restart.py, says of a run's starts."""
+
+    count: int
+    ends: tuple[dict[str, object], ...]
+    running: bool
+    """The last start has not recorded its end: it runs, or its node is gone."""
+
+    def __str__(self) -> str:
+        codes = [end.get("code") for end in self.ends]
+        saved, final = codes.count(SAVED), sum(codes.count(code) for code in FINAL)
+        kinds = {
+            "saved and requeued": saved,
+            "crashed": len(codes) - saved - final,
+            "without a recorded end": self.count - len(codes) - self.running,
+        }
+        text = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        text = f"{self.count}" + (f": {text}" if text else "")
+        last = self.ends[-1] if self.ends and not self.running else {}
+        if last.get("code") not in (None, 0, SAVED):
+            node = f" on {last['failed_node']}" if last.get("failed_node") else ""
+            text += f"; last ended with {last['code']}{node}: {last.get('why')}"
+        return text
+
+
+def read_starts(path: Path) -> Starts | None:
+    """The record at `path`, half-written lines left out; None where there is none."""
+    if not path.is_file():
+        return None
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    if not events:
+        return None
+    return Starts(
+        count=sum(event.get("event") == "start" for event in events),
+        ends=tuple(event for event in events if event.get("event") == "end"),
+        running=events[-1].get("event") == "start",
+    )
 
 
 def read_status(run_dir: Path, now: float) -> Status:
@@ -90,8 +151,9 @@ def read_status(run_dir: Path, now: float) -> Status:
     quiet = max(now - (run_dir / "metrics.jsonl").stat().st_mtime, 0.0)
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     left = pace * (steps - step) if pace is not None and isinstance(steps, int) else None
+    state = state_of(run_dir, step, steps, quiet, pace)
     return Status(
-        state=state_of(run_dir, step, steps, quiet, pace),
+        state=state,
         step=step,
         steps=steps if isinstance(steps, int) else None,
         tokens=int(as_number(last.get("tokens")) or 0),
@@ -103,6 +165,8 @@ def read_status(run_dir: Path, now: float) -> Status:
         checkpoint=checkpoint,
         checkpoint_step=int(checkpoint.rpartition("-")[2]) if checkpoint else None,
         last_eval=latest_eval(run),
+        starts=read_starts(run_dir / "starts.jsonl"),
+        expected_end=now - quiet + left if state == "running" and left is not None else None,
     )
 
 

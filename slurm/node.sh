@@ -16,6 +16,10 @@ pids="$TIDAR_START_DIR/pids-$SLURMD_NODENAME"
 mkdir -p "$pids"
 export TIDAR_PIDS="$pids"
 
+# Of the lines that torchrun passes on to the job's log: those of each node's first rank.
+# shellcheck disable=SC2016  # torchrun fills it in
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+
 launch() {
   # SIGUSR1 would end torchrun, and a rank that is still importing; a rank that trains handles it.
   trap '' USR1
@@ -25,6 +29,7 @@ launch() {
     --rdzv-backend=c10d --rdzv-endpoint="${address[$first]}:$TIDAR_PORT" \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-conf="is_host=$is_host" \
     --local-addr="${address[$SLURMD_NODENAME]}" \
+    --log-dir="$TIDAR_RANK_LOGS/$SLURMD_NODENAME" --redirects=3 --tee=0:3 \
     slurm/rank.py "$@"
 }
 
@@ -37,6 +42,17 @@ ask_ranks() {
   done
 }
 
+# For restart.py: how and when this node failed, the first time alone. A rank that was killed leaves
+# its process id behind; one that raised, often because another is gone, does not.
+note_failure() {
+  local file kind="$1"
+  for file in "$pids"/*; do
+    if [[ -e "$file" ]] && ! kill -0 "${file##*/}" 2>/dev/null; then kind=killed; fi
+  done
+  local record="$TIDAR_START_DIR/failed-$SLURMD_NODENAME"
+  if [[ -n "$kind" && ! -e "$record" ]]; then echo "$kind $(date +%s.%N)" >"$record"; fi
+}
+
 asked=false
 trap 'asked=true' USR1 TERM
 launch "$@" &
@@ -44,9 +60,11 @@ agent=$!
 while kill -0 "$agent" 2>/dev/null; do
   # Again and again, for ranks that had not come to training yet. `wait`, since a signal ends it.
   if $asked; then ask_ranks; fi
+  note_failure ''
   sleep 1 &
   wait $! || true
 done
 code=0
 wait "$agent" || code=$?
+if ((code != 0)); then note_failure raised; fi
 exit "$code"

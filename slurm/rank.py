@@ -16,10 +16,21 @@ def main() -> int:
     # Before the slow imports: from here on node.sh can ask this process to stop.
     own_pid = Path(os.environ["TIDAR_PIDS"]) / str(os.getpid())
     own_pid.touch()
+    link_logs(Path(os.environ["TIDAR_RANK_LOGS"]), os.environ["RANK"])
     try:
         return train_and_tell()
     finally:
         own_pid.unlink(missing_ok=True)
+
+
+def link_logs(folder: Path, rank: str) -> None:
+    """Name this rank's log files by its rank: torchrun's own names hold a random part."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = Path(f"/proc/self/fd/{descriptor}").resolve()
+        link = folder / f"rank-{rank}.{name}"
+        if file.is_relative_to(folder.resolve()):
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(file.relative_to(folder.resolve()))
 
 
 def train_and_tell() -> int:

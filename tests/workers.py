@@ -54,7 +54,7 @@ def _work(function, rank, world_size, port, folder, args) -> None:
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
-    from pipeline.training.distributed import joined_world
+    from pipeline.distributed import joined_world
 
     try:
         with joined_world() as world:

@@ -149,9 +149,15 @@ class StepEngine:
             self.state.active[row] = 0
 
     @torch.inference_mode()
-    def rewind(self, row: int, length: int) -> None:
-        """Forget all but the first `length` cached tokens of `row`; the draft in hand stays."""
+    def rewind(self, row: int, length: int, *, drafted: bool | None = None) -> None:
+        """Forget all but the first `length` cached tokens of `row`; the draft in hand stays.
+
+        `drafted` says that the row has a draft, or none, whatever the last step left it.
+        """
         self.lengths[row] = length
+        if drafted is not None:
+            self._drafted[row] = drafted
+            self.state.limit[row] = self.shape.drafts - 1 if drafted else 0
         if isinstance(self.cache, RaggedCache):
             self.cache.lengths[row] = length
         else:
@@ -182,7 +188,7 @@ class StepEngine:
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in each row; idle rows give none."""
         shape = self.shape if any(self._drafted) else self.shape.short
-        self._load_uniforms(shape)
+        self._load_uniforms()
         if isinstance(self.cache, RaggedCache):
             self.cache.width = self._width(shape)
         if self._graphs is not None and isinstance(self.cache, RaggedCache):
@@ -224,7 +230,7 @@ class StepEngine:
             state.limit.copy_(torch.where(start >= 0, shape.block_size - 1, 0))
             index = start.clamp_min(0)[:, None] + table.block
             uniforms = state.uniforms
-            own = None if uniforms is None else uniforms[:, shape.drafts : self._numbers(shape)]
+            own = None if uniforms is None else uniforms[:, self.shape.drafts :]
             self._draft_rows(slice(None), hidden[table.rows[:, None], index], own)
         return made
 
@@ -246,7 +252,10 @@ class StepEngine:
         assert state.probabilities is not None, "kept where tokens are drawn"
         assert state.uniforms is not None, "kept where tokens are drawn"
         target = self.sampling.probabilities(logits, seen)
-        uniforms = state.uniforms[:, : shape.drafts]
+        # The last number of the verifier's draws the token, in a short step too: so a row's use of
+        # its streams does not depend on whether its neighbours have drafts.
+        full = self.shape.drafts
+        uniforms = state.uniforms[:, full - shape.drafts : full]
         return verify(drafts, state.probabilities[:, :count], target, uniforms, limit)
 
     def _draft_rows(self, rows: slice, block: Tensor, uniforms: Tensor | None) -> None:
@@ -285,19 +294,16 @@ class StepEngine:
 
     # --- what a step needs from the host ---
 
-    def _load_uniforms(self, shape: StepShape) -> None:
+    def _load_uniforms(self) -> None:
         if self.state.uniforms is not None:
-            numbers = self._uniforms(range(self.batch_size), shape.drafts)
-            self.state.uniforms[:, : numbers.shape[1]].copy_(numbers, non_blocking=True)
+            numbers = self._uniforms(range(self.batch_size), self.shape.drafts)
+            self.state.uniforms.copy_(numbers, non_blocking=True)
 
     def _uniforms(self, rows: Sequence[int], verify_count: int) -> Tensor:
         """Random numbers of `rows`: those of the verifier, then K - 1 of the drafter."""
         draft_count = max(self.shape.block_size - 1, 0) if self._drafts_itself else 0
         taken = [self.streams.take(row, verify_count, draft_count) for row in rows]
         return torch.stack(taken).to(self.device, non_blocking=True)
-
-    def _numbers(self, shape: StepShape) -> int:
-        return shape.drafts + max(shape.block_size - 1, 0)
 
     def _width(self, shape: StepShape) -> int:
         needed = max(self.lengths) + shape.num_queries

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,20 @@ class ManyOptions:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     batch_size: int = 1
+    blocks: tuple[int, ...] | None = None
+    draft_model: Transformer | None = None
 
     def fingerprint(self, model: Transformer) -> str:
         """Changes with everything that the texts depend on, but the weights."""
-        values = {**asdict(self), "model": model.config.to_dict()}
-        values.pop("batch_size")
+        left_out = ("batch_size", "draft_model")
+        values: dict[str, Any] = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in left_out
+        }
+        values |= {"sampling": asdict(self.sampling), "model": model.config.to_dict()}
+        if self.draft_model is not None:
+            values["draft_model"] = self.draft_model.config.to_dict()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -78,6 +87,8 @@ def generate_file(
         block_size=options.block_size,
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling,
+        blocks=options.blocks,
+        draft_model=options.draft_model,
     )
     finished = finish_each(
         engine,

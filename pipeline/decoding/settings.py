@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from pipeline.decoding.sampling import Sampling
+from pipeline.model.loading import load_model
+from pipeline.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class GenerateConfig:
     prompts_file: str | None = None
     output: str | None = None
     batch_size: int = 1
+    blocks: list[int] | None = None
+    draft_model: str | None = None
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -39,3 +43,9 @@ class GenerateConfig:
             self.top_p,
             self.repetition_penalty,
         )
+
+    def smaller_model(self) -> Transformer | None:
+        """The model that writes drafts for `method=speculative`, where one is named."""
+        if self.draft_model is None:
+            return None
+        return load_model(self.draft_model, dtype=self.dtype, device=self.device)[0]

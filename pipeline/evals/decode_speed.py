@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.methods import LOOKUP_TOKENS
-from pipeline.decoding.step import num_queries
+from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
-from pipeline.training.distributed import World
 
 
 def evaluate_decode_speed(
@@ -49,6 +48,23 @@ def evaluate_decode_speed(
     methods = methods_of(model, config)
     measured = measure(model, prompts, categories, methods, config, block_size, world)
     unigram = heldout.unigram()
+    scores = score_heldout(model, heldout, config, world)
+    rows = []
+    for temperature in config.temperatures:
+        for method in methods:
+            row = _decoding_part(method, temperature, measured)
+            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
+            rows.append({"step": step, **row, **quality})
+    return rows
+
+
+def score_heldout(
+    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World
+) -> DraftScores:
+    """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
+    call it together with the same weights."""
+    drafts = model.config.mask_token_id is not None
+    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     sequences = heldout.sequences(
         config.score_sequences,
         config.seed,
@@ -57,16 +73,9 @@ def evaluate_decode_speed(
         rank=world.rank,
         world_size=world.size,
     )
-    probabilities = torch.from_numpy(unigram.probabilities).float()
+    probabilities = torch.from_numpy(heldout.unigram().probabilities).float()
     own = score_drafts(model, sequences, block_size, probabilities)
-    scores = reduce(add, world.gather(own))
-    rows = []
-    for temperature in config.temperatures:
-        for method in methods:
-            row = _decoding_part(method, temperature, measured, block_size)
-            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
-            rows.append({"step": step, **row, **quality})
-    return rows
+    return reduce(add, world.gather(own))
 
 
 def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]:
@@ -78,28 +87,27 @@ def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]
 
 
 def _decoding_part(
-    method: str, temperature: float, measured: dict[Key, Measured], block_size: int
+    method: str, temperature: float, measured: dict[Key, Measured]
 ) -> dict[str, Any]:
     """What was measured while decoding."""
     greedy = temperature == 0
     own, ar = measured[method, temperature], measured["ar", temperature]
     totals = own.totals
-    if method == "tidar":
-        size = block_size
-    else:
-        size = 1 if method == "ar" else LOOKUP_TOKENS + 1
+    shape = own.shape
+    size = LOOKUP_TOKENS + 1 if method == "prompt_lookup" else shape.drafts
     ratios = [a / b for a, b in zip(own.speeds(), ar.speeds(), strict=True)]
     speedup = statistics.median(own.speeds()) / statistics.median(ar.speeds())
     return {
         "method": method,
         "temperature": temperature,
         "block_size": size,
+        "blocks": list(shape.blocks) or None,
         "prompts": totals.prompts,
         "tokens": totals.tokens,
         "forwards": totals.forwards,
         "tokens_per_forward": totals.tokens_per_forward,
         "tokens_per_decoding_forward": totals.tokens_per_decoding_forward,
-        "queries_per_forward": num_queries(block_size) if method == "tidar" else size,
+        "queries_per_forward": shape.num_queries if shape.blocks else size,
         "seconds_per_decoding_forward": own.step_seconds(),
         "repeats": len(own.repeats),
         "tokens_per_second": statistics.median(own.speeds()),
@@ -110,7 +118,7 @@ def _decoding_part(
         "exact_match_ar": totals.matches / totals.prompts if greedy else None,
         "divergences": len(own.gaps) if greedy else None,
         "largest_divergence_gap": max(own.gaps, default=0.0) if greedy else None,
-        "acceptance_by_position": totals.acceptance(size) if method != "ar" else None,
+        "acceptance_by_position": totals.acceptance(size) if size > 1 else None,
         "distinct_4grams": totals.distinct_4grams,
         "peak_memory_bytes": own.peak_bytes,
         "categories": by_category(measured, (method, temperature)),
@@ -124,6 +132,7 @@ def _scoring_part(
     row = 0 if temperature == 0 else 1
     # Sampling is scored at temperature 1 only; at others the sum of minima differs.
     scored = drafts and temperature in (0, 1)
+    survival = _shares(scores.survived[row], scores.drafts)
     return {
         "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
         "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
@@ -132,6 +141,10 @@ def _scoring_part(
         "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
         "unigram_entropy": unigram_entropy,
         "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts)
+        if scored
+        else None,
+        "teacher_forced_survival": survival if scored else None,
+        "expected_tokens_per_forward": 1 + sum(share or 0.0 for share in survival)
         if scored
         else None,
         "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts)

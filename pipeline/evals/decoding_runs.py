@@ -10,14 +10,19 @@ from operator import add
 import torch
 
 from pipeline.decoding import Generation, Sampling
+from pipeline.decoding.choice import choose
 from pipeline.decoding.generate import open_engine, run_engine
+from pipeline.decoding.latency import latency_curve
+from pipeline.decoding.step import StepShape
+from pipeline.distributed import World
 from pipeline.evals.divergence import divergence_gap
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.evals.totals import MethodTotals
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 WARM_UP_TOKENS = 8
+CHOICE_PROMPTS = 4
+"""Prompts on which acceptance is measured before a step is chosen."""
 
 Key = tuple[str, float]
 """Method and temperature."""
@@ -35,6 +40,8 @@ class Measured:
     """The first repeat by category of prompt."""
     peak_bytes: int | None = None
     """Most memory held on the GPU, of the ranks; None on a CPU."""
+    shape: StepShape = StepShape(1)  # noqa: RUF009  (frozen)
+    """The step it decoded with."""
 
     @property
     def totals(self) -> MethodTotals:
@@ -62,6 +69,7 @@ class Measured:
                 for name in names
             },
             max(peaks) if peaks else None,
+            self.shape,
         )
 
 
@@ -81,10 +89,14 @@ def measure(
     """
     own = range(world.rank, len(prompts), world.size)
     keys = [(method, t) for t in config.temperatures for method in methods]
-    found = {key: Measured([MethodTotals() for _ in range(config.repeats)]) for key in keys}
+    shapes = choose_shapes(model, prompts, methods, config, block_size, world)
+    found = {
+        key: Measured([MethodTotals() for _ in range(config.repeats)], shape=shapes[key])
+        for key in keys
+    }
     if own:
         decoders = {
-            key: Decoder(model, key, [prompts[n] for n in own], config, block_size) for key in keys
+            key: Decoder(model, key, [prompts[n] for n in own], config, shapes[key]) for key in keys
         }
         for decoder in decoders.values():
             decoder.run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
@@ -102,6 +114,50 @@ def measure(
             found[key].peak_bytes = decoder.peak_bytes
     parts = world.gather(found)
     return {key: reduce(add, (part[key] for part in parts)) for key in keys}
+
+
+def _decoded_by(method: str, shape: StepShape) -> str:
+    """The decoder's own name for an eval's method."""
+    if method == "tidar_chosen":
+        return "tidar" if shape.blocks else "ar"
+    return method
+
+
+def choose_shapes(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    methods: Sequence[str],
+    config: DecodeSpeedConfig,
+    block_size: int,
+    world: World,
+) -> dict[Key, StepShape]:
+    """The step of each method and temperature; what is chosen, rank 0 chooses for all.
+
+    The acceptance is that of the first prompts, decoded once with every block and not timed.
+    """
+    shapes: dict[Key, StepShape] = {}
+    for temperature in config.temperatures:
+        for method in methods:
+            drafts = method in ("tidar", "tidar_chosen")
+            shapes[method, temperature] = StepShape.full(block_size) if drafts else StepShape(1)
+    if "tidar_chosen" in methods:
+        chosen: dict[float, StepShape] = {}
+        if world.is_main:
+            curve = latency_curve(model)
+            cached = len(prompts[0]) + config.max_new_tokens // 2
+            for temperature in config.temperatures:
+                key = ("tidar", temperature)
+                full = StepShape.full(block_size)
+                sample = prompts[:CHOICE_PROMPTS]
+                decoder = Decoder(model, key, sample, config, full)
+                totals = MethodTotals()
+                for number in range(len(sample)):
+                    totals += MethodTotals.of(decoder.run(number, number), matches=False)
+                rates = [rate or 0.0 for rate in totals.acceptance(block_size)]
+                chosen[temperature] = choose(rates, curve, cached).shape
+        for temperature, shape in world.from_main(chosen).items():
+            shapes["tidar_chosen", temperature] = shape
+    return shapes
 
 
 def _add(
@@ -140,15 +196,17 @@ class Decoder:
         key: Key,
         prompts: Sequence[Sequence[int]],
         config: DecodeSpeedConfig,
-        block_size: int,
+        shape: StepShape,
     ) -> None:
+        """`shape` says how a TiDAR method drafts; one without blocks is plain decoding."""
         self.method, temperature = key
         self.config = config
         self.engine, self.prompts = open_engine(
             model,
             prompts,
-            method=self.method,
-            block_size=block_size if self.method == "tidar" else None,
+            method=_decoded_by(self.method, shape),
+            block_size=shape.block_size or None,
+            blocks=shape.blocks or None,
             max_new_tokens=config.max_new_tokens,
             sampling=Sampling(temperature=temperature),
         )
@@ -164,7 +222,7 @@ class Decoder:
             [self.prompts[index]],
             seeds=[self.config.seed + number],
             max_new_tokens=tokens or self.config.max_new_tokens,
-            count_accepted=self.method != "ar",
+            count_accepted=self.method == "prompt_lookup" or bool(self.engine.shape.blocks),
         )
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from data_prep.tokenizers import Tokenizer
 from pipeline.data.source import Sequence
+from pipeline.distributed import World
 from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.scoring import score_sequence
-from pipeline.training.distributed import World
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from pipeline.decoding import stream
 from pipeline.decoding.sampling import Sampling
+from pipeline.distributed import World
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 NEUTRAL = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1)}
 """Values of sampling options that change nothing; others are refused where a task samples."""

@@ -3,7 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAMES = {"ar": "AR", "tidar": "TiDAR", "prompt_lookup": "prompt lookup"}
+NAMES = {
+    "ar": "AR",
+    "tidar": "TiDAR",
+    "tidar_chosen": "TiDAR, chosen step",
+    "prompt_lookup": "prompt lookup",
+}
 HEAD = ("method", "T", "K", "tokens/forward", "tokens/s", "over AR", "conversion", "equal to AR")
 
 

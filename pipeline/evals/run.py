@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 from data_prep.manifest import Manifest
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from pipeline.distributed import World
 from pipeline.evals.checkpoint import Origin
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
@@ -23,7 +24,6 @@ from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksCo
 from pipeline.evals.table import text_table
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 SCHEMAS = {
     "decode_speed": DecodeSpeedConfig,

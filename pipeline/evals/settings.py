@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-EVAL_METHODS = ("ar", "tidar", "prompt_lookup")
+EVAL_METHODS = ("ar", "tidar", "tidar_chosen", "prompt_lookup")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class DecodeSpeedConfig:
     repeats: int = 3
     """Times each prompt is decoded by each method; speeds are medians over them."""
     methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
-    """What is compared: `ar` always, `tidar`, and `prompt_lookup` (n-grams of the text so far)."""
+    """What is compared: `ar` always, `tidar` (every block), `tidar_chosen` (block length and blocks
+    as the machine's latency curve and the acceptance make them pay) and `prompt_lookup` (n-grams
+    of the text so far)."""
     prompts_file: str | None = None
     """JSON lines with `prompt` (text) and perhaps `category`; None takes held-out documents."""
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config import first_line
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.distributed import World
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 if TYPE_CHECKING:
     from pipeline.evals.lm_eval_model import TidarLM

@@ -12,15 +12,18 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.model.checkpoint_files import verify_file_list
 from pipeline.model.config import ModelConfig
+from pipeline.model.safe_load import load_checked
 from pipeline.model.source import NamedWeight, Source
 
 MODEL_FILE = "model.json"
@@ -89,7 +92,7 @@ def _read_module(path: Path) -> Iterator[NamedWeight]:
     # Mapped, not read: pages come in as tensors are copied.
     module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["module"]
     for name, tensor in module.items():
-        yield NamedWeight(name, path, tensor)
+        yield NamedWeight(name, path, tensor.shape, tensor.contiguous)
 
 
 def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
@@ -100,10 +103,7 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
     """
     _import_deepspeed()  # unpickling needs its classes
     shapes = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)["param_shapes"]
-    ranks = [
-        torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
-        for path in partitions
-    ]
+    ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
     for group, parameters in enumerate(shapes):
         for name, shape in parameters.items():
             slices = []
@@ -114,7 +114,12 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
                     slices.append(flat.narrow(0, address.start, address.numel))
             if sum(len(part) for part in slices) != shape.numel():
                 raise UserError(f"{whole.parent}: tensor {name} is incomplete in {PARTITIONS}")
-            yield NamedWeight(name, whole.parent, torch.cat(slices).view(shape))
+            joined = partial(_join, slices, shape)
+            yield NamedWeight(name, whole.parent, torch.Size(shape), joined)
+
+
+def _join(slices: list[Tensor], shape: torch.Size) -> Tensor:
+    return torch.cat(slices).view(shape)
 
 
 def _rank(path: Path) -> int:
@@ -133,7 +138,7 @@ def _read_stage3(folder: Path) -> Iterator[NamedWeight]:
             str(folder.parent), tag=folder.name, lazy_mode=True
         )
     for name, tensor in state.items():
-        yield NamedWeight(name, folder, tensor.contiguous())
+        yield NamedWeight(name, folder, torch.Size(tensor.shape), tensor.contiguous)
 
 
 def _import_deepspeed() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from pipeline.model.rotary import check_scaling
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class ModelConfig:
     max_positions: int = 4096
     """Longest sequence, in tokens, that the model is meant for."""
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    """How rotary frequencies are stretched, in Hugging Face's words: `rope_type` linear, llama3 or
+    yarn, and its numbers. None does not."""
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -48,6 +52,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        check_scaling(self.rope_scaling)
         mask, rows = self.mask_token_id, self.vocab_size
         if mask is not None and rows is not None and not 0 <= mask < rows:
             raise ValueError(f"mask_token_id {mask} is outside vocab_size {rows}")

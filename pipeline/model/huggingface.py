@@ -6,12 +6,15 @@ Parameter names need no translation: the modules of `transformer.py` are named l
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
@@ -84,6 +87,7 @@ def config_from_huggingface(path: Path) -> ModelConfig:
             vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             rope_theta=float(rope.get("rope_theta", DEFAULT_ROPE_THETA)),
+            rope_scaling=_scaling(rope),
             rms_norm_eps=float(config.rms_norm_eps),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
@@ -107,16 +111,24 @@ def _parse(path: Path, values: dict[str, Any]) -> "PretrainedConfig":
         raise UserError(f"{path}: {_words(error)}") from error
 
 
+def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """The stretching of rotary frequencies in a config, None where there is none."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    apart = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+    numbers = {k: v for k, v in rope.items() if k not in apart and v is not None}
+    return {"rope_type": kind, **numbers}
+
+
 def _refuse_unsupported(path: Path, config: "PretrainedConfig") -> None:
     """What would load and then compute something else is refused, by the name of its field."""
     rope = config.rope_parameters or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     biased = getattr(config, "attention_bias", False)
     windowed = getattr(config, "sliding_window", None) is not None and "sliding_attention" in (
         getattr(config, "layer_types", None) or ()
     )
     refused = {
-        "rope_scaling (rope_parameters)": kind if kind != "default" else None,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)
         if rope.get("partial_rotary_factor", 1.0) != 1.0
         else None,
@@ -156,7 +168,10 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
             head_dim=config.head_dim,
             vocab_size=config.num_embeddings,
             max_position_embeddings=config.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters={
+                **(config.rope_scaling or {"rope_type": "default"}),
+                "rope_theta": config.rope_theta,
+            },
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_embeddings,
         )
@@ -219,24 +234,34 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read(files: list[Path]) -> Iterator[NamedWeight]:
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    if not name.endswith(ROTARY_BUFFER):
-                        yield NamedWeight(name, path, file.get_tensor(name))
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut short ({error})") from error
+        with _opened(path) as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+        for name, shape in shapes.items():
+            if not name.endswith(ROTARY_BUFFER):
+                yield NamedWeight(name, path, shape, partial(_tensor, path, name))
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; raises UserError naming it when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype:
     """Type of the embedding, which stands for all."""
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
-                    return file.get_slice(EMBEDDING)[:0].dtype
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut short ({error})") from error
+        with _opened(path) as file:
+            if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_slice(EMBEDDING)[:0].dtype
     raise UserError(f"{files[0].parent}: tensor {EMBEDDING} missing; the model is incomplete")
 
 

@@ -1,6 +1,6 @@
 """Models from disk: a training checkpoint, an export, or a plain Hugging Face folder."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -12,11 +12,14 @@ from pipeline.model.checkpoint import DTYPES, MODEL_FILE, newest_checkpoint, ope
 from pipeline.model.checkpoint_files import FILE_LIST
 from pipeline.model.config import ModelConfig
 from pipeline.model.huggingface import CONFIG_FILE, open_folder
-from pipeline.model.source import Source, fill
+from pipeline.model.opening import Opening, whole
+from pipeline.model.source import EMBEDDING, HEAD, Source, fill
 from pipeline.model.transformer import Transformer
 
 MAY_DIFFER = ("vocab_size", "max_positions", "mask_token_id", "block_size")
 """Fields in which a run may differ from the weights it starts from."""
+SMALLEST_SHARE = 1e-4
+"""Of the median norm of an embedding's rows: the mask token's below it is a mistake somewhere."""
 
 
 def load_model(
@@ -59,29 +62,71 @@ def read_model(
     return model.eval()
 
 
-def initialize_from(path: str | Path, config: ModelConfig) -> Transformer:
+def initialize_from(
+    path: str | Path, config: ModelConfig, dtype: torch.dtype | None = None
+) -> Transformer:
     """A model of shape `config` on the CPU, with the weights found at `path`; for training.
-
-    `config` may have more embedding rows, and a mask token where the weights have none. Rows that
-    mean nothing yet (those added, and the mask token's) start as the mean of the source's rows, in
-    an untied LM head as well: a typical embedding, so that no logit stands out at the first step.
 
     Raises:
         UserError: as `load_model`, or naming the key whose value contradicts the weights.
     """
     source = open_source(path)
-    _check_shape(source, config)
-    model = Transformer.empty(config, torch.device("cpu"), source.dtype)
-    fill(model, source)
-    rows = source.config.num_embeddings
+    check_shape(source, config)
+    model = Transformer.empty(config, torch.device("cpu"), dtype or source.dtype)
+    load_into(model, source)
+    return model
+
+
+@dataclass(frozen=True)
+class MaskEmbedding:
+    """The mask token's row of the embedding beside the others."""
+
+    norm: float
+    median: float
+    """Of the norms of all rows."""
+
+    def __str__(self) -> str:
+        return f"norm {self.norm:.3g}, median of all rows {self.median:.3g}"
+
+
+def load_into(model: Transformer, source: Source, opened: Opening = whole) -> MaskEmbedding | None:
+    """Fill `model` with the weights of `source`, whose shape has been checked.
+
+    The model may have more embedding rows, and a mask token where the weights have none. Rows that
+    mean nothing yet (those added, and the mask token's) start as the mean of the source's rows, in
+    an untied LM head as well: a typical embedding, so that no logit stands out at the first step.
+
+    Returns:
+        How the mask token's embedding compares; None without one, and where another process writes.
+
+    Raises:
+        UserError: as `fill`, or when the mask token's embedding is next to nothing.
+    """
+    fill(model, source, opened)
+    config, rows = model.config, source.config.num_embeddings
     new = set(range(rows, config.num_embeddings))
     if config.mask_token_id is not None and source.config.mask_token_id is None:
         new.add(config.mask_token_id)
-    if new:
-        index = torch.tensor(sorted(new))
-        for weight in {model.model.embed_tokens.weight, model.lm_head.weight}:
-            _set_to_mean(weight, rows, index)
-    return model
+    found = None
+    matrices = dict(model.named_parameters())  # a tied one once
+    for weight in (matrices[name] for name in (EMBEDDING, HEAD) if name in matrices):
+        with torch.no_grad(), opened(weight) as writes:
+            if writes and new:
+                _set_to_mean(weight, rows, torch.tensor(sorted(new), device=weight.device))
+            if writes and found is None and config.mask_token_id is not None:
+                found = _mask_embedding(weight, config.mask_token_id, source.folder)
+    return found
+
+
+def _mask_embedding(weight: Tensor, mask_token_id: int, folder: Path) -> MaskEmbedding:
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    found = MaskEmbedding(float(norms[mask_token_id]), float(norms.median()))
+    if found.norm < SMALLEST_SHARE * found.median:
+        raise UserError(
+            f"init_from: {folder}: the embedding of mask token {mask_token_id} is next to nothing "
+            f"({found}), and the first layer's norm would blow it up to noise; use another model"
+        )
+    return found
 
 
 def open_source(path: str | Path) -> Source:
@@ -126,7 +171,8 @@ def as_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def _check_shape(source: Source, config: ModelConfig) -> None:
+def check_shape(source: Source, config: ModelConfig) -> None:
+    """Whether training can go on from `source` with `config`; raises UserError with the key."""
     for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_DIFFER):
         found, asked = getattr(source.config, name), getattr(config, name)
         if found != asked:
@@ -154,5 +200,4 @@ def _spelled(value: object) -> str:
 
 def _set_to_mean(weight: Tensor, rows: int, index: Tensor) -> None:
     """Set the rows `index` [N] of `weight` [V, E] to the mean of its first `rows` rows."""
-    with torch.no_grad():
-        weight[index] = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)
+    weight[index] = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from pipeline.model.config import ModelConfig
+from pipeline.model.opening import Opening, full_shape, whole
 from pipeline.model.transformer import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
-class NamedWeight(NamedTuple):
+@dataclass(frozen=True)
+class NamedWeight:
     """One tensor of a model on disk."""
 
     name: str
     file: Path
     """Where it stands, for messages."""
-    tensor: Tensor
+    shape: torch.Size
+    read: Callable[[], Tensor]
+    """Only called where the values are needed."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Source:
     dtype: torch.dtype
     """Of the weights; for a training checkpoint the precision of its forward passes."""
     weights: Callable[[torch.dtype], Iterator[NamedWeight]]
-    """Reads the tensors one after another. The argument is the type they will be cast to, which
+    """The tensors one after another. The argument is the type they will be cast to, which
     decides between a checkpoint's bf16 weights and its fp32 master weights; casting is left to the
     caller."""
     tokenizer: Callable[[], Tokenizer]
@@ -43,14 +47,15 @@ class Source:
     """`step` and `tokens` of the training run, where they are known."""
 
 
-def fill(model: Transformer, source: Source) -> None:
+def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
     """Copy `source`'s weights into `model`, one tensor at a time.
 
     The embedding matrices of `model` may have more rows than those of the source; the rows that
-    have no counterpart are left as they are.
+    have no counterpart are left as they are. A process that does not write reads nothing.
 
     Raises:
-        UserError: naming tensor and file when one is unknown, missing or of another shape.
+        UserError: naming tensor and file when one is unknown, missing, of another shape, or holds
+            values that are not finite.
     """
     dtype = next(model.parameters()).dtype
     # Module by module rather than `parameters()`: a tied matrix stands under both of its names.
@@ -68,34 +73,46 @@ def fill(model: Transformer, source: Source) -> None:
                 f"({model.config.family}) does not have"
             )
         rows = source.config.num_embeddings if weight.name in (EMBEDDING, HEAD) else None
-        copy_rows(targets[weight.name], weight, rows)
+        copy_rows(targets[weight.name], weight, rows, opened)
         pending.discard(weight.name)
     if pending:
         first = min(pending)
         more = f" and {len(pending) - 1} more" if len(pending) > 1 else ""
         raise UserError(f"{source.folder}: tensor {first}{more} missing; the model is incomplete")
     if head is not None:
-        check_tied(targets[EMBEDDING], head)
+        check_tied(targets[EMBEDDING], head, opened)
 
 
-def copy_rows(target: nn.Parameter, weight: NamedWeight, rows: int | None) -> None:
+def copy_rows(target: nn.Parameter, weight: NamedWeight, rows: int | None, opened: Opening) -> None:
     """Copy `weight` into `target`; into its first `rows` rows, where a number is given."""
-    with torch.no_grad():
-        place = target if rows is None else target[:rows]
-        if weight.tensor.shape != place.shape:
-            raise UserError(
-                f"{weight.file}: tensor {weight.name} has shape {list(weight.tensor.shape)}, "
-                f"the config beside it asks for {list(place.shape)}"
-            )
-        place.copy_(weight.tensor)
-
-
-def check_tied(embedding: nn.Parameter, head: NamedWeight) -> None:
-    """A file may repeat a tied matrix, but not contradict it."""
-    rows = len(head.tensor)
-    same = head.tensor.shape[1:] == embedding.shape[1:] and rows <= len(embedding)
-    if not same or not torch.equal(embedding[:rows], head.tensor.to(embedding)):
+    place = full_shape(target)
+    if rows is not None:
+        place = torch.Size([rows, *place[1:]])
+    if weight.shape != place:
         raise UserError(
-            f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, although the config says they "
-            "are one; set tie_word_embeddings to false there"
+            f"{weight.file}: tensor {weight.name} has shape {list(weight.shape)}, "
+            f"the config beside it asks for {list(place)}"
         )
+    with torch.no_grad(), opened(target) as writes:
+        if writes:
+            tensor = weight.read()
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{weight.file}: tensor {weight.name} holds values that are not finite; the "
+                    "model is damaged, get it anew"
+                )
+            target[: place[0]].copy_(tensor)
+
+
+def check_tied(embedding: nn.Parameter, head: NamedWeight, opened: Opening) -> None:
+    """A file may repeat a tied matrix, but not contradict it."""
+    shape, rows = full_shape(embedding), head.shape[0]
+    same = head.shape[1:] == shape[1:] and rows <= shape[0]
+    with torch.no_grad(), opened(embedding) as writes:
+        if same and writes:
+            same = torch.equal(embedding[:rows], head.read().to(embedding))
+        if not same:
+            raise UserError(
+                f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, although the config says "
+                "they are one; set tie_word_embeddings to false there"
+            )

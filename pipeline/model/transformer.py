@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
+from pipeline.model.opening import Opening, whole
+from pipeline.model.rotary import rotary_table, rotate
 
 Finish = Callable[[Tensor, Tensor], Any]
 """Takes final hidden states [B·L, E] and the LM head's matrix [V, E]."""
@@ -97,6 +99,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.activation_checkpointing = False
         self.rope_theta = config.rope_theta
+        self.rope_scaling = config.rope_scaling
         self.head_dim = config.head_dim
 
     def forward(
@@ -107,7 +110,9 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        rotary = rotary_table(position_ids, self.head_dim, self.rope_theta, x.dtype)
+        rotary = rotary_table(
+            position_ids, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling
+        )
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
@@ -190,16 +195,20 @@ class Transformer(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache)
 
-    def initialize(self, seed: int) -> "Transformer":
+    def initialize(self, seed: int, opened: Opening = whole) -> "Transformer":
         """Draw all weights anew from `seed`, the same on every rank; returns self.
 
         Normal with deviation 0.02, the projections that write into the residual stream scaled down
-        by sqrt(2 · layers) (GPT-2), norms at one, biases at zero.
+        by sqrt(2 · layers) (GPT-2), norms at one, biases at zero. Drawn on the CPU in fp32, one
+        tensor at a time, whatever the type and place of the weights: the values do not depend on
+        either. `opened` makes a parameter whole where ZeRO 3 has cut it up.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
-            with torch.no_grad():
+            with torch.no_grad(), opened(parameter) as writes:
+                if not writes:
+                    continue
                 if name.endswith("bias"):
                     parameter.zero_()
                 elif parameter.ndim == 1:
@@ -207,24 +216,6 @@ class Transformer(nn.Module):
                 else:
                     writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                     deviation = residual if writes_residual else 0.02
-                    parameter.normal_(0.0, deviation, generator=generator)
+                    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                    parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
         return self
-
-
-def rotary_table(
-    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B or 1, 1, L, D] for `position_ids` [B, L] or [L], computed in fp32."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    frequency = theta ** (-exponent / head_dim)
-    angle = position_ids.float()[..., None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    if angle.ndim == 2:
-        angle = angle[None]
-    return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Apply rotary positions to `x` [B, H, L, D]; halves are paired as in Hugging Face's models."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -31,13 +31,16 @@ class DraftScores:
     """Scored drafts at each position, fp64 [K - 1]."""
     accepted: Tensor
     """Summed acceptance of the diffusion draft: rows greedy, temperature 1; fp64 [2, K - 1]."""
+    survived: Tensor
+    """Summed chance that a draft and all before it in its block are accepted: the product of their
+    acceptances. Rows as in `accepted`, fp64 [2, K - 1]."""
     unigram_accepted: Tensor
-    """The same for a draft that knows no context, fp64 [2, K - 1]."""
+    """As `accepted`, for a draft that knows no context, fp64 [2, K - 1]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
         rates = torch.zeros(2, block_size - 1, dtype=torch.float64)
-        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates)
+        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates)
 
     def __add__(self, other: "DraftScores") -> "DraftScores":
         return DraftScores(
@@ -70,7 +73,9 @@ def score_drafts(
 def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Tensor) -> DraftScores:
     scored = score_sequence(model, sequence)
     batch = scored.batch
-    drafts, accepted, unigram_accepted = _acceptance(model, sequence, scored, block_size, unigram)
+    drafts, accepted, survived, unigram_accepted = _acceptance(
+        model, sequence, scored, block_size, unigram
+    )
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
         ar_tokens=batch.ar_labels,
@@ -79,31 +84,38 @@ def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Ten
         unigram_loss=float(-unigram[batch.labels[: batch.ar_labels]].double().log().sum()),
         drafts=drafts,
         accepted=accepted,
+        survived=survived,
         unigram_accepted=unigram_accepted,
     )
 
 
 def _acceptance(
     model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`drafts`, `accepted` and `unigram_accepted` of `DraftScores` for one sequence."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`drafts`, `accepted`, `survived` and `unigram_accepted` of `DraftScores` for one sequence."""
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
-    sums = torch.zeros(2, 2, block_size - 1, dtype=torch.float64)
+    nothing = drafts.expand(2, -1)
     if scored.batch.diffusion_labels == 0:
-        return drafts, sums[0], sums[1]
+        return drafts, nothing, nothing, nothing
     slot, offset, clean = _scored_slots(sequence)
-    drafts.index_add_(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
+    drafts = drafts.index_add(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
     clean_hidden = scored.hidden[: len(sequence.tokens)]
     slot_hidden = scored.hidden[len(sequence.tokens) :]
+    # Greedy and sampled acceptance of each slot, of the model's own draft and the unigram's.
+    rates = torch.zeros(2, 2, len(slot), dtype=torch.float64)
     for part in pieces(len(slot)):
         device = unigram.device
         p = torch.softmax(model.lm_head(clean_hidden[clean[part].to(device)]).float(), -1)
         q = torch.softmax(model.lm_head(slot_hidden[slot[part].to(device)]).float(), -1)
-        for total, draft in zip(sums, (q, unigram.expand_as(p)), strict=True):
-            greedy = (p.argmax(-1) == draft.argmax(-1)).double()
-            sampled = torch.minimum(p, draft).sum(-1).double()
-            total.index_add_(1, offset[part] - 1, torch.stack([greedy, sampled]).cpu())
-    return drafts, sums[0], sums[1]
+        for rate, draft in zip(rates, (q, unigram.expand_as(p)), strict=True):
+            rate[0, part] = (p.argmax(-1) == draft.argmax(-1)).double().cpu()
+            rate[1, part] = torch.minimum(p, draft).sum(-1).double().cpu()
+    # One row a block; a place that a short block lacks stays 0 and so counts nothing.
+    block = torch.from_numpy(sequence.layout.slot_block.astype("int64"))[slot]
+    by_block = torch.zeros(2, 2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
+    by_block[:, :, block, offset - 1] = rates
+    accepted, survived = by_block.sum(2), by_block.cumprod(3).sum(2)
+    return drafts, accepted[0], survived[0], accepted[1]
 
 
 def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:

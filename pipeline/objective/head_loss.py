@@ -102,7 +102,7 @@ class _Gradients:
         slope = slope.to(weight.dtype)
         self.hidden[rows] = slope @ weight
         if weight.dtype == torch.float32:
-            self.weight.addmm_(slope.T, own)
+            torch.addmm(self.weight, slope.T, own, out=self.weight)
         else:
             self.weight += slope.T @ own
 

@@ -6,6 +6,7 @@ checkpointing computes again (PaLM, arXiv 2204.02311, appendix B).
 
 from dataclasses import dataclass
 
+from data_prep.layout import build_layout
 from pipeline.model.config import ModelConfig
 
 
@@ -16,7 +17,7 @@ class StepFlops:
     weights: int
     """6 for each weight and row that meet in a matrix product."""
     attention: int
-    """Scores and mixing as they are executed: over all pairs of rows, masked ones too."""
+    """Scores and mixing over the pairs of query and key that the rule allows."""
     recomputed: int
     """Forward work that checkpointing repeats; not part of `model`."""
 
@@ -25,11 +26,26 @@ class StepFlops:
         return self.weights + self.attention
 
 
-def step_flops(config: ModelConfig, *, sequences: int, rows: int, checkpointing: bool) -> StepFlops:
+def allowed_pairs(sequence_length: int, block_size: int, coverage: float | None) -> int:
+    """Pairs of query and key that the rule allows in a sequence of one document.
+
+    Several documents allow fewer. `coverage` None has no mask section.
+    """
+    clean = sequence_length * (sequence_length + 1) // 2
+    if coverage is None:
+        return clean
+    layout = build_layout([sequence_length], block_size, coverage=coverage)
+    drafted = layout.draft_lengths.astype(int)
+    return clean + int((drafted * (layout.prefix_end + drafted)).sum())
+
+
+def step_flops(
+    config: ModelConfig, *, sequences: int, rows: int, pairs: int, checkpointing: bool
+) -> StepFlops:
     """FLOPs of a step over `sequences` of `rows` rows each, both sections together.
 
-    Training gives attention a dense mask with or without a mask section, so no pair is skipped.
-    The LM head counts every row: all but a few carry a label.
+    `pairs` of query and key meet in attention in each sequence. The LM head counts every row: all
+    but a few carry a label.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim
@@ -39,7 +55,7 @@ def step_flops(config: ModelConfig, *, sequences: int, rows: int, checkpointing:
     total = sequences * rows
     forward_layers = 2 * layers * total
     forward_head = 2 * head * total
-    forward_attention = 4 * config.num_layers * width * total * rows
+    forward_attention = 4 * config.num_layers * width * sequences * pairs
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
     return StepFlops(

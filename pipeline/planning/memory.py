@@ -8,6 +8,7 @@ vocabulary. `tests/pipeline/planning` counts the same in a real engine and a rea
 from dataclasses import dataclass
 
 from pipeline.model.config import ModelConfig
+from pipeline.objective.head_loss import FEWEST_ROWS, PIECE_ELEMENTS
 
 MASTER_AND_ADAM = 12
 """Bytes a parameter of fp32 weights and both moments; ZeRO keeps them in fp32 runs as well."""
@@ -30,7 +31,7 @@ class StaticMemory:
     update: int
     """Gradients in fp32 and in one piece, during the update alone."""
     host: int
-    """Optimizer states of this process in host memory."""
+    """Optimizer states and weights of this process in host memory."""
 
     @property
     def total(self) -> int:
@@ -50,9 +51,14 @@ def static_memory(
     precision: str,
     processes: int,
     offload: bool = False,
+    offload_weights: bool = False,
     bucket: int = DEFAULT_BUCKET,
 ) -> StaticMemory:
-    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction."""
+    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction.
+
+    `offload` has optimizer states on the host, `offload_weights` (stage 3) this process's share of
+    the weights.
+    """
     n, size, bf16 = config.num_parameters, element_bytes(precision), precision == "bf16"
     share = -(-n // processes)
     if stage == 0:
@@ -73,14 +79,20 @@ def static_memory(
     weights, gathered = size * n, 0
     if stage == 3:
         weights, gathered = size * share, size * gathered_elements(config)
+    kept = weights if stage == 3 and offload_weights else 0
     return StaticMemory(
-        weights=weights,
+        weights=weights - kept,
         gradients=gradients,
         optimizer=0 if offload else states,
         buffers=size * bucket + gathered,
         update=update,
-        host=states if offload else 0,
+        host=(states if offload else 0) + kept,
     )
+
+
+def largest_tensor(config: ModelConfig) -> int:
+    """Elements of the largest weight matrix."""
+    return config.hidden_size * max(config.num_embeddings, config.intermediate_size)
 
 
 def gathered_elements(config: ModelConfig) -> int:
@@ -124,14 +136,13 @@ class BatchMemory:
     """Beside them while one layer goes backward: what checkpointing computes again, and gradients
     of attention scores."""
     logits: int
-    """Logits, in fp32 their log-softmax, and the gradients of both: before any layer goes back."""
-    kept_logits: int
-    """What is left of them until the backward pass ends."""
+    """A piece of them, and the gradients that the loss takes at once: of the hidden states, and of
+    the LM head in fp32. Gone before any layer goes back."""
     mask: int
 
     @property
     def peak(self) -> int:
-        return self.activations + self.mask + max(self.logits, self.work + self.kept_logits)
+        return self.activations + self.mask + max(self.logits, self.work)
 
 
 def batch_memory(
@@ -147,14 +158,15 @@ def batch_memory(
     """Memory of `sequences` of `rows` rows each, all of them labelled.
 
     `attention=math` holds scores [sequences, H, rows, rows] in fp32: it saves the softmax, and has
-    gradients beside it while a layer goes backward.
+    gradients beside it while a layer goes backward. `fused` holds the mask in the weights' type in
+    each layer, and `flex` neither.
     """
     size, total = element_bytes(precision), sequences * rows
-    pairs = sequences * rows * rows
+    pairs = 0 if attention == "flex" else sequences * rows * rows
     scores = 4 * config.num_heads * pairs if attention == "math" else 0
     # In bf16 their gradients exist in both types.
     gradients = scores + scores // 2 if precision == "bf16" else scores
-    # Every backend turns the boolean mask into numbers of the weights' type, in each layer anew.
+    # Every backend that takes a boolean mask turns it into numbers, in each layer anew.
     layer = total * layer_row_bytes(config, size, fused_norm=fused_norm) + size * pairs + scores
     norm = size if fused_norm else 2 * 4
     activations = total * ((norm + size) * config.hidden_size + 4)
@@ -162,14 +174,23 @@ def batch_memory(
         activations += config.num_layers * total * size * config.hidden_size
     else:
         activations += config.num_layers * layer
-    logits = total * config.num_embeddings
     return BatchMemory(
         activations=activations,
         work=gradients + (layer if checkpointing else 0),
-        logits=(size + 3 * 4) * logits,
-        kept_logits=size * logits,
-        # With one more while it is put together.
-        mask=2 * pairs,
+        logits=head_bytes(config, size, total),
+        # A dense one with one more while it is put together; else three integers a row.
+        mask=2 * pairs if pairs else 3 * 4 * total,
+    )
+
+
+def head_bytes(config: ModelConfig, size: int, rows: int) -> int:
+    """Bytes that the LM head and its loss take for `rows` labelled rows; see `head_loss.py`."""
+    width, vocabulary = config.hidden_size, config.num_embeddings
+    piece = min(rows, max(FEWEST_ROWS, PIECE_ELEMENTS["cuda"] // vocabulary))
+    # In bf16 logits and their slopes exist in both types, and a piece's gradient of the head.
+    element, matrix = (4, 4) if size == 4 else (6, 6)
+    return (
+        size * width * (rows + piece) + element * piece * vocabulary + matrix * vocabulary * width
     )
 
 

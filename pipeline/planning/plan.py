@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.planning.flops import StepFlops, step_flops
+from pipeline.data.batch import section_length
+from pipeline.planning.flops import StepFlops, allowed_pairs, step_flops
 from pipeline.planning.hardware import GPUS, Gpu, find_gpu
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
@@ -12,12 +13,15 @@ from pipeline.planning.memory import (
     batch_memory,
     checkpoint_bytes,
     element_bytes,
+    largest_tensor,
     static_memory,
 )
 from pipeline.planning.settings import Planned
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
+COVERAGES = (1.0, 0.5, 0.25)
+"""What a plan compares."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Memory:
     evaluation: int
     """A whole copy of the weights, which evals decode with; activations are gone by then."""
     host_start: int
-    """On the host: the whole model in fp32, before DeepSpeed takes it."""
+    """On the host, while the model is filled: the largest tensor in fp32, and the next one."""
 
     @property
     def peak(self) -> int:
@@ -69,6 +73,17 @@ class Plan:
         return self.planned.train.global_batch_size * self.planned.sequence_length
 
     @property
+    def coverage_costs(self) -> dict[float, float]:
+        """FLOPs of a step at some coverages, in steps of the AR twin."""
+        twin = flops_at(self.planned, None).model
+        return {c: flops_at(self.planned, c).model / twin for c in COVERAGES}
+
+    @property
+    def step_over_ar(self) -> float:
+        """FLOPs of a step as planned, in steps of the AR twin."""
+        return self.flops.model / flops_at(self.planned, None).model
+
+    @property
     def kept_checkpoints(self) -> int:
         """Most checkpoints on disk at one time, the one that is being written included."""
         train = self.planned.train
@@ -101,6 +116,7 @@ class Plan:
                 "attention": planned.plan.attention,
             },
             "flops_per_step": {**asdict(self.flops), "model": self.flops.model},
+            "flops_over_ar_by_coverage": {str(c): x for c, x in self.coverage_costs.items()},
             "assumed_mfu": planned.plan.mfu,
             "duration": asdict(self.duration) if self.duration else None,
             "checkpoint": self.checkpoint,
@@ -118,12 +134,7 @@ def make_plan(planned: Planned) -> Plan:
     """
     train, cluster = planned.train, planned.cluster
     gpu = find_gpu(cluster.gpu, cluster.memory_gib, cluster.tflops)
-    flops = step_flops(
-        planned.model,
-        sequences=train.global_batch_size,
-        rows=planned.rows,
-        checkpointing=train.activation_checkpointing,
-    )
+    flops = flops_at(planned, planned.coverage if train.objective.drafts else None)
     plan = Plan(
         planned=planned,
         gpu=gpu,
@@ -137,6 +148,19 @@ def make_plan(planned: Planned) -> Plan:
     return plan
 
 
+def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
+    """FLOPs of an optimizer step at another coverage; None is the AR twin's."""
+    length, block_size = planned.sequence_length, planned.block_size
+    slots = 0 if coverage is None else section_length(length, coverage, block_size)
+    return step_flops(
+        planned.model,
+        sequences=planned.train.global_batch_size,
+        rows=length + slots,
+        pairs=allowed_pairs(length, block_size, coverage),
+        checkpointing=planned.train.activation_checkpointing,
+    )
+
+
 def process_memory(planned: Planned) -> Memory:
     """Memory of one process, one process a GPU."""
     train, model = planned.train, planned.model
@@ -147,6 +171,7 @@ def process_memory(planned: Planned) -> Memory:
         precision=train.precision,
         processes=planned.cluster.processes,
         offload=train.deepspeed.offload_optimizer,
+        offload_weights=train.deepspeed.offload_parameters,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
     )
     batch = batch_memory(
@@ -161,7 +186,7 @@ def process_memory(planned: Planned) -> Memory:
         static=static,
         batch=batch,
         evaluation=element_bytes(train.precision) * model.num_parameters,
-        host_start=element_bytes("fp32") * model.num_parameters,
+        host_start=2 * element_bytes("fp32") * largest_tensor(model),
     )
 
 
@@ -199,11 +224,6 @@ def judge(plan: Plan) -> None:
         plan.warnings.append(
             f"cluster.gpu: {plan.gpu.name}: unknown hardware, so {' and '.join(unknown)}; "
             f"known are {', '.join(GPUS)}"
-        )
-    if planned.plan.attention == "math":
-        plan.warnings.append(
-            "plan.attention=math counts attention scores in memory; where cuDNN takes the call "
-            "they are not (plan.attention=fused)"
         )
 
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import existing_path, parse
+from data_prep.config import parse
 from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
+from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig
 from pipeline.training.settings import TrainSettings
 
-ATTENTION = ("math", "fused")
+ATTENTION = ("flex", "fused", "math")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PlanConfig:
     sequence_length: int | None = None
     vocab_size: int | None = None
     mfu: float = 0.4
-    attention: str = "math"
+    attention: str = "flex"
     reserve_gib: float = 4.0
     json: str | None = None
 
@@ -53,7 +54,7 @@ class PlanConfig:
         if not 0.0 < self.mfu <= 1.0:
             raise ValueError(f"mfu must be in (0, 1], got {self.mfu}")
         if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be math or fused, got {self.attention!r}")
+            raise ValueError(f"attention must be flex, fused or math, got {self.attention!r}")
         for name in ("sequence_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 2:
@@ -113,8 +114,7 @@ def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
         for name in ("sequence_length", "vocab_size"):
             if getattr(plan, name) is not None:
                 raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
-        data_dir = existing_path(own, "data.dir", "a folder written by tidar-prepare")
-        return TrainSettings.from_config(own, Manifest.load(data_dir))
+        return TrainSettings.from_config(own, Manifest.load(open_data_dir(own)))
     return TrainSettings.from_config(own, stand_in_manifest(cfg, plan))
 
 

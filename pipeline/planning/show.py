@@ -64,9 +64,9 @@ def memory_rows(plan: Plan) -> Rows:
     checkpointing = "with" if train.activation_checkpointing else "without"
     offloaded = ", on the host" if train.deepspeed.offload_optimizer else ""
     node = plan.planned.cluster.gpus_per_node
-    host = f"per node: {gib(plan.memory.host_start * node)} while {node} processes start"
+    host = f"per node: {gib(plan.memory.host_start * node)} while {node} processes fill the model"
     if static.host:
-        host += f", {gib(static.host * node)} of optimizer states"
+        host += f", {gib(static.host * node)} offloaded"
     return [
         ("weights", gib(static.weights), f"{train.precision}, {stage}"),
         ("gradients", gib(static.gradients), stage),
@@ -74,8 +74,12 @@ def memory_rows(plan: Plan) -> Rows:
         ("communication buffers", gib(static.buffers), "reduce_bucket_size"),
         ("activations", gib(batch.activations), f"saved, {checkpointing} checkpointing"),
         ("one layer going back", gib(batch.work), f"attention {plan.planned.plan.attention}"),
-        ("logits", gib(batch.logits), "and their gradients, gone before layers go back"),
-        ("mask", gib(batch.mask), "boolean, dense"),
+        (
+            "LM head and loss",
+            gib(batch.logits),
+            "a piece of logits and gradients, gone before layers go back",
+        ),
+        ("mask", gib(batch.mask), "dense" if plan.planned.plan.attention != "flex" else "sparse"),
         ("weights for evals", gib(plan.memory.evaluation), "while there are no activations"),
         ("peak", gib(plan.memory.peak), fits(plan)),
         ("host", gib(plan.memory.host_start + static.host), host),
@@ -96,6 +100,8 @@ def cost_rows(plan: Plan) -> Rows:
         ("FLOPs a step", f"{flops.model:.3e}", f"{share:.0%} attention; not counted: "
          f"{flops.recomputed:.1e} recomputed"),
     ]  # fmt: skip
+    costs = ", ".join(f"{x:.2f} at coverage {c:g}" for c, x in plan.coverage_costs.items())
+    rows.append(("over an AR step", f"{plan.step_over_ar:.2f}", f"FLOPs; {costs}"))
     if plan.duration is None:
         rows.append(("time", "unknown", "peak rate unknown"))
     else:

@@ -6,7 +6,12 @@ from pipeline.report.plots import by_position
 from pipeline.report.read import Row, Run, as_number
 from pipeline.report.wording import MISSING, escape, fixed, percent
 
-_METHODS = {"ar": "AR", "tidar": "TiDAR", "prompt_lookup": "prompt lookup"}
+_METHODS = {
+    "ar": "AR",
+    "tidar": "TiDAR",
+    "tidar_chosen": "TiDAR, chosen step",
+    "prompt_lookup": "prompt lookup",
+}
 
 
 def eval_table(run: Run) -> str:

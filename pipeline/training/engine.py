@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.training.distributed import World
+from pipeline.distributed import World
+from pipeline.model.opening import full_shape
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class DeepSpeedConfig:
     """ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep each process's share of the weights in host memory (stage 3)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours; see DeepSpeed's configuration reference."""
 
@@ -45,6 +48,8 @@ class DeepSpeedConfig:
             raise ValueError(f"stage must be 0, 1, 2 or 3, got {self.stage}")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError("offload_parameters needs stage 3")
 
 
 def build_engine(
@@ -57,10 +62,12 @@ def build_engine(
     micro_batch_size: int,
     accumulation_steps: int,
 ) -> Any:
-    """Wrap `model` (weights in place, equal on all ranks) in a DeepSpeed engine."""
+    """Wrap `model` (weights in place, equal on all ranks, or cut up over them in stage 3) in a
+    DeepSpeed engine."""
     import deepspeed
 
-    model.to(world.device)
+    if config.stage < 3:
+        model.to(world.device)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(
@@ -91,9 +98,10 @@ def forget_steps(optimizer: Any) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, norms and biases without."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = {name for name, p in named if len(full_shape(p)) >= 2}
     return [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in matrices], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if n not in matrices], "weight_decay": 0.0},
     ]
 
 
@@ -110,6 +118,8 @@ def deepspeed_settings(
     zero: dict[str, Any] = {"stage": config.stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,

@@ -5,11 +5,13 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
-from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.distributed import World
+from pipeline.evals.decode_speed import evaluate_decode_speed, score_heldout
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
 from pipeline.model.config import ModelConfig
-from pipeline.training.distributed import World
+from pipeline.training.callbacks.ar_guard import write_base
+from pipeline.training.retention import eval_losses
 from pipeline.training.settings import TrainSettings
 from pipeline.training.weights import full_copy
 
@@ -23,6 +25,8 @@ class PeriodicEval:
         self.world = world
         self.heldout = HeldOut(settings.data_dir, settings.manifest)
         self.tokenizer = load_tokenizer(settings.data_dir)
+        self.run_dir = settings.run_dir
+        self.init_from = settings.init_from
         self.example: Path = settings.run_dir / "evals" / "example.json"
         self._check()
 
@@ -40,6 +44,24 @@ class PeriodicEval:
     def due(self, step: int, steps: int) -> bool:
         every = self.settings.every
         return step == steps or (every > 0 and step % every == 0)
+
+    def missing(self, step: int, steps: int) -> bool:
+        """Whether the eval that was due at the restored `step` was never written; on all ranks."""
+        absent = False
+        if self.world.is_main and step > 0 and self.due(step, steps):
+            absent = step not in eval_losses(self.run_dir)
+        return self.world.from_main(absent)
+
+    def measure_base(self, engine: Any, step: int) -> None:
+        """Before the first step of a run from a base model: its held-out AR loss, kept in the run
+        directory, on the sequences that every eval scores. All ranks call it."""
+        if step > 0 or self.init_from is None:
+            return
+        model = full_copy(engine, self.config)
+        scores = score_heldout(model, self.heldout, self.settings, self.world)
+        if self.world.is_main:
+            write_base(self.run_dir, scores.ar_loss / max(scores.ar_tokens, 1))
+        self.world.barrier()
 
     def run(self, engine: Any, step: int) -> list[dict[str, Any]]:
         """Rows as in `evals/decode_speed.jsonl`, equal on all ranks."""

@@ -14,12 +14,17 @@ from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.config import ModelConfig
 from pipeline.objective.joint import ObjectiveConfig
+from pipeline.training.anomalies import AnomalyConfig
+from pipeline.training.callbacks.ar_guard import ArGuardConfig
+from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.callbacks.wandb import WandbConfig
-from pipeline.training.checkpoints import CheckpointConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
+from pipeline.training.retention import CheckpointConfig
 from pipeline.training.schedule import ScheduleConfig
+from pipeline.training.watchdog import WatchConfig
 
 PRECISIONS = ("bf16", "fp32")
+PREFLIGHT = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,17 @@ class PlainKeys:
     micro_batch_size: int
     precision: str
     activation_checkpointing: bool
+    deterministic: bool
+    preflight: str
+    stop_before: str | None
+    stop_margin_s: float
     log_every_s: float
+    tensorboard: bool
 
     def __post_init__(self) -> None:
+        if self.preflight not in PREFLIGHT:
+            known = ", ".join(PREFLIGHT)
+            raise UserError(f"preflight: unknown value {self.preflight!r}; known are {known}")
         if self.precision not in PRECISIONS:
             known = " and ".join(PRECISIONS)
             raise UserError(f"precision: unknown value {self.precision!r}; known are {known}")
@@ -44,6 +57,17 @@ class PlainKeys:
                            ("micro_batch_size", 1)):  # fmt: skip
             if (value := getattr(self, key)) < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
+        if self.stop_margin_s < 0:
+            raise UserError(f"stop_margin_s: must be 0 or more, got {self.stop_margin_s}")
+        check_tensorboard(self.tensorboard)
+
+
+def check_tensorboard(wanted: bool) -> None:
+    if wanted and not tensorboard_is_installed():
+        raise UserError(
+            "tensorboard: its package is not installed; pip install -c constraints.txt "
+            "-e '.[tensorboard]', or set tensorboard=false"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +84,11 @@ class TrainSettings(PlainKeys):
     schedule: ScheduleConfig
     deepspeed: DeepSpeedConfig
     checkpoint: CheckpointConfig
+    anomalies: AnomalyConfig
+    watch: WatchConfig
     decode_speed: DecodeSpeedConfig
     wandb: WandbConfig
+    ar_guard: ArGuardConfig
     resolved: dict[str, Any]
     """The whole resolved config, for `config.yaml` and W&B."""
 
@@ -75,6 +102,7 @@ class TrainSettings(PlainKeys):
         if manifest is None:
             data_dir = open_data_dir(cfg)
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
+        plain.preflight = str(plain.preflight).lower()  # true and false are YAML's own, too
         values = dict(vars(parse(PlainKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
         if cfg.init_from is not None and manifest is None:
@@ -93,8 +121,11 @@ class TrainSettings(PlainKeys):
             schedule=parse(ScheduleConfig, cfg.schedule, "schedule"),
             deepspeed=parse(DeepSpeedConfig, cfg.deepspeed, "deepspeed"),
             checkpoint=parse(CheckpointConfig, cfg.checkpoint, "checkpoint"),
+            anomalies=parse(AnomalyConfig, cfg.anomalies, "anomalies"),
+            watch=parse(WatchConfig, cfg.watch, "watch"),
             decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
+            ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
             resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
 

@@ -4,29 +4,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from rich.console import Console
 
-from data_prep.config import config_hash
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
+from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import Transformer
-from pipeline.training.callbacks import Callback, Callbacks
+from pipeline.training import preflight
+from pipeline.training.anomalies import Anomalies
+from pipeline.training.callbacks import Callback, Callbacks, Event, make_event
+from pipeline.training.callbacks.ar_guard import ArGuard
+from pipeline.training.callbacks.events import EventsFile
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
 from pipeline.training.callbacks.report import Report
+from pipeline.training.callbacks.tensorboard import TensorBoard
 from pipeline.training.callbacks.wandb import Wandb
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.distributed import World
 from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
+from pipeline.training.identity import run_identity, run_topology
 from pipeline.training.loop import Trainer
+from pipeline.training.run_dir import write_config
 from pipeline.training.settings import TrainSettings
+from pipeline.training.slow_ranks import SlowRanks
+from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
+from pipeline.training.watchdog import Watchdog
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
@@ -42,37 +48,20 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     return config if settings.objective.drafts else config.without_drafting()
 
 
-def build_model(settings: TrainSettings, config: ModelConfig) -> Transformer:
-    """The model before the first step: drawn from the seed, or read from `init_from`."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    if settings.init_from is not None:
-        from pipeline.model.loading import initialize_from
-
-        model = initialize_from(settings.init_from, config)
-    else:
-        model = Transformer(config).initialize(settings.seed)
-    model.model.activation_checkpointing = settings.activation_checkpointing
-    return model.to(dtype)
-
-
-def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
-    """What must not change between the starts of a run, by the name a user knows it by."""
-    return {
-        "data fingerprint": settings.manifest.fingerprint(),
-        "model": config_hash(config.to_dict()),
-        "seed": settings.seed,
-        "precision": settings.precision,
-        "global_batch_size": settings.global_batch_size,
-        "deepspeed.stage": settings.deepspeed.stage,
-        "objective.name": settings.objective.name,
-    }
-
-
-def build_trainer(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Trainer:
+def build_trainer(
+    settings: TrainSettings, world: World, watchdog: Watchdog, say: Callable[[str], None]
+) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     accumulation_steps = settings.accumulation_steps(world.size)
+    manifest = settings.manifest
+    source = SequenceSource(
+        settings.data_dir, manifest, manifest.train, settings.seed, settings.layout, settings.data
+    )
+    checked = preflight.wanted(settings.preflight, world)
+    if checked:
+        preflight.check_hosts(settings, source, world, say)
     config = model_config(settings)
-    model = build_model(settings, config)
+    model = build_model(settings, config, world, say)
     engine = build_engine(
         model,
         world,
@@ -82,16 +71,20 @@ def build_trainer(settings: TrainSettings, world: World, say: Callable[[str], No
         micro_batch_size=settings.micro_batch_size,
         accumulation_steps=accumulation_steps,
     )
-    identity = run_identity(settings, model.config)
-    checkpoints = Checkpoints(settings.run_dir, world, settings.checkpoint.keep_last)
-    state = checkpoints.restore(engine, identity, say)
+    checkpoints = Checkpoints(
+        settings.run_dir,
+        world,
+        settings.checkpoint,
+        run_identity(settings, model.config),
+        run_topology(settings, world.size),
+        lambda folder: write_extra(folder, settings, model.config),
+    )
+    state, told = checkpoints.restore(engine, say)
     if state is not None:
         say(f"continuing {settings.run_dir} after step {state.step}")
     state = state or TrainState()
-    manifest = settings.manifest
-    source = SequenceSource(
-        settings.data_dir, manifest, manifest.train, settings.seed, settings.layout, settings.data
-    )
+    if checked:
+        preflight.try_step(engine, settings, source, world, say)
     share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
     return Trainer(
         settings=settings,
@@ -104,20 +97,35 @@ def build_trainer(settings: TrainSettings, world: World, say: Callable[[str], No
         checkpoints=checkpoints,
         periodic_eval=PeriodicEval(settings, model.config, world),
         callbacks=build_callbacks(settings, world, say),
-        identity=identity,
-        write_extra=lambda folder: write_extra(folder, settings, model.config),
+        watchdog=watchdog,
+        slow_ranks=SlowRanks(engine.module, world, settings.watch),
+        anomalies=Anomalies(settings.anomalies),
+        notes=notes_of_start(state, told, checkpoints.load_s, world),
     )
 
 
 def write_extra(folder: Path, settings: TrainSettings, config: ModelConfig) -> None:
     """What makes a checkpoint folder loadable by itself."""
     config.save(folder / "model.json")
-    write_config(folder, settings)
+    write_config(folder, settings.resolved)
     load_tokenizer(settings.data_dir).save(folder)
 
 
-def write_config(folder: Path, settings: TrainSettings) -> None:
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings.resolved, sort_keys=False))
+def notes_of_start(
+    state: TrainState, told: dict[str, Any], load_s: float, world: World
+) -> list[Event]:
+    """The events of a start: where it begins, and what was passed over or changed."""
+    step, name = state.step, told.get("name")
+    where = f"from {name}, loaded in {load_s:.1f} s" if name else "from the beginning"
+    text = f"{world.size} processes go on {where}" if name else f"{world.size} processes {where}"
+    started = {"checkpoint": name, "load_s": load_s if name else None, "processes": world.size}
+    notes = [make_event("started", step, text, **started)]
+    for damaged, reason in told.get("damaged", {}).items():
+        notes.append(make_event("checkpoint_damaged", step, reason, name=damaged))
+    for key, (was, now) in told.get("changed", {}).items():
+        text = f"{key} is {now}, and was {was} until here"
+        notes.append(make_event("config_changed", step, text, key=key, was=was, now=now))
+    return notes
 
 
 def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Callback:
@@ -128,8 +136,11 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
     return Callbacks(
         [
             MetricsFiles(run_dir),
+            EventsFile(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
+            ArGuard(run_dir, settings.ar_guard, say),
             Report(run_dir, say),
+            *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]
     )

@@ -1,7 +1,8 @@
-"""SIGTERM, SIGUSR1 and SIGINT ask a run to finish its step, save and leave."""
+"""What asks a run to finish its step, save and leave: a signal, a time limit, a lost launcher."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,15 +10,28 @@ from types import FrameType
 EXIT_SAVED = 75
 """Exit code of a run that was asked to stop, saved, and can be continued (EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process should stop, and why. Asked once a step; a request stays.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: seconds since the epoch after which no step begins; None for no limit.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
         self.name: str | None = None
+        self.deadline = deadline
+        # torchrun starts its workers in sessions of their own: one that is killed leaves them
+        # behind, where nobody sees them and a restart would run beside them.
+        self._launcher = os.getppid() if UNDER_TORCHRUN in os.environ else None
 
     def __bool__(self) -> bool:
+        if self.name is None and self.deadline is not None and time.time() >= self.deadline:
+            self.name = "the time limit of stop_before"
+        if self.name is None and self._launcher not in (None, os.getppid()):
+            self.name = f"torchrun, process {self._launcher}, is gone"
         return self.name is not None
 
 
@@ -28,14 +42,14 @@ def code_for_launcher(code: int) -> int:
     `--max-restarts`, starts the workers again. There the file `interrupted` in the run directory
     tells a saved run from a finished one.
     """
-    saved_under_torchrun = code == EXIT_SAVED and "TORCHELASTIC_RUN_ID" in os.environ
+    saved_under_torchrun = code == EXIT_SAVED and UNDER_TORCHRUN in os.environ
     return 0 if saved_under_torchrun else code
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(deadline: float | None = None) -> Iterator[StopRequest]:
     """Within the context the signals only set the request; afterwards they act as before."""
-    request = StopRequest()
+    request = StopRequest(deadline)
 
     def note(number: int, frame: FrameType | None) -> None:
         request.name = signal.Signals(number).name

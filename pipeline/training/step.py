@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from pipeline.data.batch import Batch
+from pipeline.distributed import World
 from pipeline.model.attention import training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import draft_weights, make_targets
-from pipeline.training.distributed import World
+from pipeline.training.discard import discard_step, is_plain
 from pipeline.training.engine import gradient_norm, set_learning_rate
 
 
@@ -43,8 +44,12 @@ class StepResult:
     seconds: float
 
     @property
+    def loss_is_finite(self) -> bool:
+        return math.isfinite(self.loss)
+
+    @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return self.loss_is_finite and math.isfinite(self.grad_norm)
 
 
 def count_globally(
@@ -81,14 +86,15 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
-    The weights are left as they were, on all ranks alike, when the loss is not finite.
+    Weights and optimizer state are left as they were, on all ranks alike, when the loss or the
+    gradient is not finite.
     """
     started = time.perf_counter()
     own = accumulate(engine, batches, counts, objective, world)
     loss, ar_total, diffusion_total, _ = world.sum(own)
     loss_ar = ar_total / max(counts.ar_labels, 1)
     loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
-    grad_norm = apply(engine, learning_rate) if math.isfinite(loss) else math.nan
+    grad_norm = apply(engine, learning_rate) if math.isfinite(loss) else discard_step(engine)
     seconds = time.perf_counter() - started
     return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds)
 
@@ -124,8 +130,9 @@ def accumulate(
 def apply(engine: Any, learning_rate: float) -> float:
     """Clip and update the weights; returns the gradient norm before clipping."""
     set_learning_rate(engine, learning_rate)
-    plain = not engine.zero_optimization() and not engine.bfloat16_enabled()
-    own_norm = gradient_norm(engine) if plain else None
+    own_norm = gradient_norm(engine) if is_plain(engine) else None
+    if own_norm is not None and not math.isfinite(own_norm):
+        return discard_step(engine)
     engine.step()
     norm = own_norm if own_norm is not None else engine.get_global_grad_norm()
     return float(norm) if norm is not None else math.nan

@@ -11,7 +11,10 @@ TOY = {
     "train_step": [*TOY_MODEL, "--length", "32", "--micro-batch-size", "1", "--block-size", "4"],
     "attention": ["--lengths", "16", "40", "--tokens", "40", "--block-size", "4"],
     "head_loss": ["--rows", "12", "--vocab-size", "40", "--hidden-size", "8"],
-    "decode": [*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"],
+    "decode": [
+        *(*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"),
+        *("--batch-sizes", "1", "2", "--simulated-steps", "3"),
+    ],
     "prepare": ["--max-bytes", "200000", "--vocab-size", "400", "--sequence-length", "64"],
     "data_loading": [
         *("--max-bytes", "200000", "--vocab-size", "400", "--length", "64"),
@@ -34,7 +37,10 @@ RATIOS = {
         f"{name} / whole logits"
         for name in ("pieces", "pieces, smoothed", "pieces, tv", "pieces, kl")
     },
-    "decode": {"5 cached: K=1 / ar", "5 cached: K=3 / ar"},
+    "decode": {
+        *("5 cached: K=1 / ar", "5 cached: K=3 / ar", "5 cached, batch 2: K=1 / ar"),
+        *("host part of ar / ar", "host part of K=1 / ar"),
+    },
     "prepare": {"prepare's share of the tokenizer's speed"},
     "data_loading": {
         f"{name} / training step"
@@ -78,8 +84,15 @@ def test_options_reach_the_result(tmp_path):
     result = json.loads((tmp_path / "decode-cpu.json").read_text())
     assert result["options"]["temperature"] == 0.5
     assert result["options"]["block_sizes"] == [1, 3]
-    queries = {name: variant["queries"] for name, variant in result["variants"].items()}
-    assert queries == {"5 cached: ar": 1, "5 cached: K=1": 2, "5 cached: K=3": 12}
+    queries = {name: v["queries"] for name, v in result["variants"].items() if "queries" in v}
+    assert queries == {
+        "5 cached: ar": 1, "5 cached: K=1": 2, "5 cached: K=3": 12,
+        "5 cached, batch 2: ar": 2, "5 cached, batch 2: K=1": 4,
+        "ar": 1, "host part of ar": 1, "host part of K=1": 2,
+    }  # fmt: skip
+    simulated = [name for name, v in result["variants"].items() if v.get("simulated")]
+    assert len(simulated) == 4
+    assert all(name.startswith("simulated ") for name in simulated)
 
 
 def test_more_coverage_takes_more_memory(tmp_path):

@@ -50,7 +50,10 @@ def train(tokenizer: Tokenizer) -> Transformer:
         sequences = [sequence(texts[int(rng.integers(len(texts)))], rng) for _ in range(8)]
         batch = make_batch(sequences, tokenizer.mask_id, LENGTH)
         logits = model(
-            batch.input_ids, batch.position_ids, training_mask(batch.spans), rows=batch.rows
+            batch.input_ids,
+            batch.position_ids,
+            training_mask(batch.spans, torch.device("cpu")),
+            rows=batch.rows,
         )
         sums = loss_sums(logits, batch.labels, batch.ar_labels)
         loss = joint_loss(sums, objective, batch.ar_labels, batch.diffusion_labels)

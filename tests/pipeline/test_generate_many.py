@@ -79,6 +79,22 @@ def test_stop_strings_and_statistics(monkeypatch, capsys, checkpoint):
     assert histogram.startswith("tokens a forward: 1: ")
 
 
+def test_blocks_and_a_draft_model_leave_greedy_text_alone(
+    monkeypatch, capsys, checkpoint, prompts, tmp_path
+):
+    text, _, _ = expected_text(checkpoint, "def add(", max_new_tokens=12)
+    common = (f"checkpoint={checkpoint}", "max_new_tokens=12")
+    ways = (["blocks=[1]"], ["method=speculative", f"draft_model={checkpoint}"])
+    for number, way in enumerate(ways):
+        assert call(monkeypatch, *common, "prompt=def add(", *way) == 0
+        assert capsys.readouterr().out == text + "\n"
+        output = tmp_path / f"{number}.jsonl"
+        assert call(monkeypatch, *common, f"prompts_file={prompts}", f"output={output}", *way) == 0
+        assert lines(output)[0]["text"] == text
+    assert call(monkeypatch, *common, "prompt=x", "method=speculative") == 2
+    assert "draft_model: method=speculative needs a smaller model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -50,6 +50,31 @@ def test_a_stopped_run_says_what_a_restart_would_lose(run_dir):
     assert dict(read_status(run_dir, 1001.0).rows())["checkpoint"] == "none yet"
 
 
+def test_starts_are_counted_by_how_they_ended(run_dir):
+    record = run_dir / "starts.jsonl"
+    assert read_status(run_dir, 1001.0).starts is None
+    lines = [
+        {"event": "start"}, {"event": "end", "code": 75},
+        {"event": "start"},
+        {"event": "start"}, {"event": "end", "code": 1, "failed_node": "n7", "why": "crash 1"},
+    ]  # fmt: skip
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "st')
+    shown = dict(read_status(run_dir, 1001.0).rows())["starts"]
+    assert shown == (
+        "3: 1 saved and requeued, 1 crashed, 1 without a recorded end; "
+        "last ended with 1 on n7: crash 1"
+    )
+    record.write_text('{"event": "start"}\n')
+    assert dict(read_status(run_dir, 1001.0).rows())["starts"] == "1"
+
+
+def test_the_expected_end_is_the_last_step_s_time_and_what_is_left(run_dir):
+    running = read_status(run_dir, 1001.0)
+    assert running.expected_end == pytest.approx(1000.0 + 28 * running.step_seconds)
+    assert "expected end" in dict(running.rows())
+    assert read_status(run_dir, 1e12).expected_end is None
+
+
 def test_the_command(run_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main([str(run_dir), str(tmp_path / "nothing")])

@@ -44,14 +44,30 @@ class Submit:
             f"--output={self.folder}/job-%j.out",
             str(ROOT / "slurm" / script),
             *arguments,
-            SLURM_SUBMIT_DIR=str(ROOT),
-            TIDAR_PYTHON=sys.executable,
-            TIDAR_INTERFACE="lo",
-            TIDAR_LOGS=str(self.folder),
-            OMP_NUM_THREADS="1",
-            **environment,
+            **{**self.environment, **environment},
         )
         return output.strip()
+
+    def checked(self, *arguments: str) -> str:
+        """The same by slurm/submit.sh, options of sbatch included; returns all that it printed."""
+        return self.cluster.run(
+            str(ROOT / "slurm" / "submit.sh"),
+            "--parsable",
+            f"--output={self.folder}/job-%j.out",
+            *arguments,
+            **self.environment,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a user would have set in cluster.env."""
+        return {
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "TIDAR_PYTHON": sys.executable,
+            "TIDAR_INTERFACE": "lo",
+            "TIDAR_LOGS": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def log_path(self, job: str) -> Path:
         return self.folder / f"job-{job}.out"

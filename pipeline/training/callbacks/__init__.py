@@ -1,5 +1,12 @@
 """What a run tells the outside: files, W&B, the terminal. None of it changes the training state."""
 
-from pipeline.training.callbacks.base import Callback, Callbacks, StepMetrics
+from pipeline.training.callbacks.base import (
+    ROUTINE,
+    Callback,
+    Callbacks,
+    Event,
+    StepMetrics,
+    make_event,
+)
 
-__all__ = ["Callback", "Callbacks", "StepMetrics"]
+__all__ = ["ROUTINE", "Callback", "Callbacks", "Event", "StepMetrics", "make_event"]

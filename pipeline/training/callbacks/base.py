@@ -2,9 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.training.state import TrainState
+
+Event = dict[str, Any]
+"""One line of `events.jsonl`: `time`, `event`, `step`, `message`, and details by kind."""
+ROUTINE = ("started", "checkpoint_saved")
+"""Events that nobody has to be told of at once."""
+
+
+def make_event(kind: str, step: int, message: str, **details: Any) -> Event:
+    """An event of now; `step` counts the steps done."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"time": now, "event": kind, "step": step, "message": message, **details}
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,9 @@ class Callback:
     def on_checkpoint(self, step: int, name: str) -> None:
         """A checkpoint became visible under `checkpoints/name`."""
 
+    def on_event(self, event: Event) -> None:
+        """Something happened; `event` as in `events.jsonl`."""
+
     def on_end(self, state: TrainState, finished: bool) -> None:
         """The run ends: all steps done, or stopped to be continued."""
 
@@ -70,6 +85,10 @@ class Callbacks(Callback):
     def on_checkpoint(self, step: int, name: str) -> None:
         for member in self.members:
             member.on_checkpoint(step, name)
+
+    def on_event(self, event: Event) -> None:
+        for member in self.members:
+            member.on_event(event)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         for member in self.members:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.training.callbacks.base import Callback, StepMetrics
+from pipeline.training.callbacks.base import ROUTINE, Callback, Event, StepMetrics
 from pipeline.training.state import TrainState
 
 
@@ -55,6 +55,10 @@ class ProgressDisplay(Callback):
         for row in rows:
             if row["method"] == "tidar":
                 self._line(describe_eval(row))
+
+    def on_event(self, event: Event) -> None:
+        if event["event"] not in ROUTINE:
+            self._line(f"{event['event']} at step {event['step']}: {event['message']}")
 
     def _line(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

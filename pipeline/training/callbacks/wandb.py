@@ -1,5 +1,6 @@
 """The same numbers in Weights & Biases. W&B never stops a run: when it fails, it says so once."""
 
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -7,10 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.callbacks.base import Callback, StepMetrics
+from pipeline.training.callbacks.base import ROUTINE, Callback, Event, StepMetrics
+from pipeline.training.callbacks.environment import describe_environment
+from pipeline.training.callbacks.naming import eval_values, step_values
+from pipeline.training.callbacks.pictures import acceptance_page, generation_page
 from pipeline.training.state import TrainState
 
 MODES = ("offline", "online", "disabled")
+OVER_TOKENS = ("train/*", "decode/*")
+OVER_STEPS = ("data/*", "system/*")
+"""The axis each group of panels has at first; both axes are in every row."""
+TABLE = (
+    "step", "method", "temperature", "block_size", "tokens_per_forward", "tokens_per_second",
+    "speedup_over_ar", "exact_match_ar", "ar_loss", "diffusion_loss",
+)  # fmt: skip
+"""Columns of the decode-speed table."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,10 @@ class WandbConfig:
     name: str | None = None
     """Name of the run; None takes the run directory's."""
     tags: tuple[str, ...] = ()
+    alerts: bool = True
+    """Send an alert when something goes wrong."""
+    checkpoints: bool = False
+    """Record each checkpoint as an artifact that refers to its folder; nothing is uploaded."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -43,19 +59,39 @@ class Wandb(Callback):
         self.resolved = resolved
         self.say = say
         self.run: Any = None
+        self.tokens = 0
 
     def on_start(self, state: TrainState) -> None:
         if self.config.mode != "disabled":
             self._guard("start", self._start)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        values = {f"train/{k}": v for k, v in metrics.to_dict().items() if v is not None}
-        self._log(metrics.step, values)
+        self.tokens = metrics.tokens
+        self._log(metrics.step, step_values(metrics))
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            prefix = f"decode_speed/{row['method']}/temperature_{row['temperature']:g}"
-            self._log(row["step"], dict(flatten(prefix, row)))
+            axes = {"step": row["step"]} | ({"tokens": self.tokens} if self.tokens else {})
+            self._log(row["step"], axes | eval_values(row))
+        if rows and self.run is not None:
+            self._guard("draw", lambda: self._log_pictures(rows[0]["step"]))
+
+    def on_checkpoint(self, step: int, name: str) -> None:
+        if self.config.checkpoints and self.run is not None:
+            self._guard("record a checkpoint", lambda: self._log_checkpoint(step, name))
+
+    def on_event(self, event: Event) -> None:
+        """An alert for what somebody should know; numbers of every event beside the curves."""
+        run = self.run
+        if run is None:
+            return
+        kind = event["event"]
+        if kind not in ROUTINE and self.config.alerts:
+            title = f"{self.run_dir.name}: {kind.replace('_', ' ')}"
+            self._guard("alert", lambda: run.alert(title=title, text=event["message"]))
+        details = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        if details:
+            self._log(event["step"], {f"events/{kind}/{k}": v for k, v in details.items()})
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         run = self.run
@@ -79,6 +115,44 @@ class Wandb(Callback):
             config=self.resolved,
             settings=wandb.Settings(silent=True, console="off"),
         )
+
+        self.run.config.update({"environment": describe_environment()}, allow_val_change=True)
+        for axis in ("step", "tokens"):
+            self.run.define_metric(axis, hidden=True)
+        for axis, groups in (("tokens", OVER_TOKENS), ("step", OVER_STEPS)):
+            for group in groups:
+                self.run.define_metric(group, step_metric=axis)
+
+    def _log_pictures(self, step: int) -> None:
+        """The table of all evals so far, acceptance over training, and the last generation."""
+        import wandb
+
+        evals = self.run_dir / "evals"
+        lines = (evals / "decode_speed.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        table = [[row.get(column) for column in TABLE] for row in rows]
+        values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
+        for temperature in sorted({row["temperature"] for row in rows}):
+            of_it = [r for r in rows if (r["method"], r["temperature"]) == ("tidar", temperature)]
+            page = acceptance_page(of_it)
+            if page is not None:
+                name = f"decode/acceptance_temperature_{temperature:g}"
+                values[name] = wandb.Html(page, inject=False)
+        example = evals / "example.json"
+        if example.is_file():
+            content = json.loads(example.read_text(encoding="utf-8"))
+            values["decode/generation"] = wandb.Html(generation_page(content), inject=False)
+        self.run.log(values, step=step)
+
+    def _log_checkpoint(self, step: int, name: str) -> None:
+        import wandb
+
+        folder = (self.run_dir / "checkpoints" / name).resolve()
+        artifact = wandb.Artifact(
+            f"checkpoint-{self.run.id}", type="checkpoint", metadata={"step": step}
+        )
+        artifact.add_reference(folder.as_uri(), name=name, checksum=False)
+        self.run.log_artifact(artifact, aliases=["latest", name])
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         run = self.run
@@ -104,20 +178,3 @@ def run_id(folder: Path) -> str:
         temporary.write_text(uuid.uuid4().hex[:12] + "\n")
         os.replace(temporary, path)
     return path.read_text().strip()
-
-
-def flatten(prefix: str, row: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Numbers of an eval row under slash-separated names; lists by position, counted from 1."""
-    items: list[tuple[str, Any]] = []
-    for key, value in row.items():
-        if isinstance(value, list):
-            items += [
-                (f"{prefix}/{key}/{position}", entry)
-                for position, entry in enumerate(value, 1)
-                if entry is not None
-            ]
-        elif isinstance(value, dict):
-            items += flatten(f"{prefix}/{key}", value)
-        elif isinstance(value, int | float) and key not in ("step", "temperature"):
-            items.append((f"{prefix}/{key}", value))
-    return items

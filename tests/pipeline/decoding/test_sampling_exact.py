@@ -28,7 +28,7 @@ SETTINGS = {
     "all": {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "repetition_penalty": 1.6},
 }
 PROMPT = [1, 7, 2]
-COUNT = 1500
+COUNT = 1000
 
 
 def reference(model, prefix: list[int], sampling: Sampling) -> torch.Tensor:

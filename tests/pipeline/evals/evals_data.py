@@ -17,6 +17,7 @@ from data_prep.prepare import prepare
 from data_prep.settings import PrepareSettings
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from pipeline.data.source import Sequence
+from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
@@ -24,7 +25,6 @@ from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksCo
 from pipeline.evals.tasks import evaluate_tasks
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.distributed import World
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 SEQUENCE_LENGTH = 48

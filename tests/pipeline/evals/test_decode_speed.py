@@ -18,6 +18,7 @@ from evals_data import (
 from data_prep.errors import UserError
 from pipeline.decoding import generate
 from pipeline.decoding.generate import run_engine
+from pipeline.decoding.latency import LatencyCurve
 from pipeline.evals import decoding_runs
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.divergence import divergence_gap
@@ -131,6 +132,8 @@ def test_a_model_that_drafts_perfectly_gives_k_tokens_a_forward(data):
     assert rows["tidar", 1.0]["distinct_4grams"] == 1.0
     assert rows["tidar", 0.0]["teacher_forced_acceptance"] == [1.0] * (BLOCK_SIZE - 1)
     assert rows["tidar", 1.0]["teacher_forced_acceptance"] == pytest.approx([1.0] * 3)
+    assert rows["tidar", 1.0]["teacher_forced_survival"] == pytest.approx([1.0] * 3)
+    assert rows["tidar", 0.0]["expected_tokens_per_forward"] == BLOCK_SIZE
 
 
 def test_a_twin_gives_only_ar_rows(data):
@@ -140,6 +143,7 @@ def test_a_twin_gives_only_ar_rows(data):
     for row in rows.values():
         assert row["diffusion_loss"] is None
         assert row["teacher_forced_acceptance"] is None
+        assert row["expected_tokens_per_forward"] is None
         assert row["block_size"] == 1
         assert row["ar_loss"] > 0
 
@@ -206,6 +210,23 @@ def test_prompt_lookup_stands_beside_them(data, model):
     assert lookup["divergences"] == 0
 
 
+@pytest.mark.parametrize(("per_query", "blocks"), [(0.0, [1, BLOCK_SIZE]), (9.0, None)])
+def test_the_chosen_step_follows_the_machine_and_leaves_the_text_alone(
+    data, monkeypatch, per_query, blocks
+):
+    """A model that drafts perfectly only ever needs its last block (block 1 is always there)."""
+    times = (1.0, 1.0 + 99 * per_query)
+    curve = LatencyCurve((1, 100), (10,), (times,), (0.0, 0.0))
+    monkeypatch.setattr(decoding_runs, "latency_curve", lambda model: curve)
+    config = replace(CONFIG, methods=["ar", "tidar", "tidar_chosen"], repeats=1)
+    rows = rows_of(make_flat_model(model_config(data.tokenizer)), data, config)
+    for temperature in config.temperatures:
+        row = rows["tidar_chosen", temperature]
+        assert row["blocks"] == blocks
+        assert row["tokens_per_forward"] == (13 / 4 if blocks else 1.0)
+    assert rows["tidar_chosen", 0.0]["exact_match_ar"] == 1.0
+
+
 def test_prompts_from_a_file_are_counted_by_category(data, model, tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [
@@ -255,7 +276,7 @@ def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
         ({"temperatures": [0.0, -1.0]}, "temperatures must be a list"),
         ({"temperatures": [1.0, 1.0]}, "must differ"),
         ({"repeats": 0}, "repeats must be at least 1"),
-        ({"methods": ["tidar"]}, "methods must be different ones of ar, tidar, prompt_lookup"),
+        ({"methods": ["tidar"]}, "methods must be different ones of ar, tidar, tidar_chosen"),
         ({"methods": ["ar", "beam"]}, "methods must be different ones"),
         ({"prompts_file": "/nowhere"}, "prompts_file: /nowhere is not a file"),
     ],

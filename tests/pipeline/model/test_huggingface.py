@@ -13,7 +13,7 @@ from small_models import (
 
 from data_prep.errors import UserError
 from pipeline import load_model
-from pipeline.model.huggingface import config_from_huggingface
+from pipeline.model.huggingface import config_from_huggingface, config_to_huggingface
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -78,6 +78,41 @@ def test_rope_as_older_releases_wrote_it(folder):
     assert config_from_huggingface(folder / "config.json").rope_theta == 7000.0
 
 
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn, all given": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "llama3"), ("qwen2", "yarn"), ("qwen3", "yarn, all given"), ("llama", "linear")],
+)
+def test_stretched_positions_equal_transformers_both_ways(tmp_path, family, kind):
+    scaling = {**SCALINGS[kind], "rope_theta": 500.0}
+    theirs = write_huggingface(
+        tmp_path / "in", family, huggingface_tokenizer(), rope_parameters=scaling
+    )
+    ours, _ = load_model(tmp_path / "in", dtype="fp32", device="cpu")
+    ids = torch.randint(330, (1, 200), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert float((ours(ids) - expected).abs().max()) < 1e-4
+        ours.model.rope_scaling = None
+        assert float((ours(ids) - expected).abs().max()) > 1e-2, "the stretching shows"
+    again = config_to_huggingface(ours.config, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    assert config_from_huggingface(tmp_path / "config.json") == ours.config
+
+
 def test_a_sliding_window_that_is_switched_off_is_no_obstacle(folder):
     edit_json(folder / "config.json", sliding_window=64, use_sliding_window=False)
     load_model(folder, device="cpu")
@@ -89,13 +124,13 @@ def test_a_sliding_window_that_is_switched_off_is_no_obstacle(folder):
         ({"model_type": "gpt2"}, "model_type"),
         (
             {"rope_parameters": None, "rope_theta": 1e4,
-             "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling",
+             "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type",
         ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
-                                 "original_max_position_embeddings": 64}},
-            "rope_parameters",
+                                 "original_max_position_embeddings": 64, "mscale": 0.7}},
+            "rope_scaling.mscale",
         ),
         (
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1,

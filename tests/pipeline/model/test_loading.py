@@ -19,17 +19,18 @@ from workers import run_workers
 
 from data_prep.errors import UserError
 from pipeline import load_model
+from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import initialize_from, open_source
-from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.distributed import World
+from pipeline.training.checkpoints import Checkpoints, Saved
 from pipeline.training.engine import (
     DeepSpeedConfig,
     OptimizerConfig,
     build_engine,
     set_learning_rate,
 )
+from pipeline.training.retention import CheckpointConfig
 from pipeline.training.state import TrainState
 from pipeline.training.weights import full_copy
 
@@ -71,8 +72,10 @@ def save_all(world: World, folder) -> dict:
 
         run_dir = folder / f"{precision}-{stage}-{tied}"
         state = TrainState(step=3, tokens=80)
-        identity = {"precision": precision}
-        Checkpoints(run_dir, world, keep_last=1).save(engine, state, identity, extra)
+        identity, topology = {"precision": precision}, {"deepspeed.stage": stage}
+        saving = CheckpointConfig(keep_last=1)
+        outcome = Checkpoints(run_dir, world, saving, identity, topology, extra).save(engine, state)
+        assert isinstance(outcome, Saved), outcome
         weights[run_dir.name] = full_copy(engine, config).state_dict()
     return weights
 
@@ -181,13 +184,13 @@ def test_weights_are_read_one_by_one(tmp_path, monkeypatch):
     write_huggingface(tmp_path, "qwen3", huggingface_tokenizer())
     alive: list[weakref.ref] = []
 
-    def watched(files, read=huggingface._read):
-        for weight in read(files):
-            assert sum(r() is not None for r in alive) <= 1
-            alive.append(weakref.ref(weight.tensor))
-            yield weight
+    def watched(path, name, read=huggingface._tensor):
+        assert sum(r() is not None for r in alive) <= 1
+        tensor = read(path, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
 
-    monkeypatch.setattr(huggingface, "_read", watched)
+    monkeypatch.setattr(huggingface, "_tensor", watched)
     load_model(tmp_path, device="cpu")
     assert len(alive) > 20
 

@@ -1,6 +1,7 @@
 """Parameters, FLOPs and memory of a batch against real models: counted by other means than ours."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.layout import build_layout
 from pipeline.model.config import ModelConfig
+from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import loss_sums
-from pipeline.planning.flops import step_flops
+from pipeline.objective.head_loss import head_loss
+from pipeline.objective.targets import Targets
+from pipeline.planning.flops import allowed_pairs, step_flops
 from pipeline.planning.memory import batch_memory, layer_row_bytes
 
 MODELS = sorted(Path(__file__).parents[3].glob("conf/model/*.yaml"))
@@ -45,12 +49,20 @@ def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: bool):
     ids = torch.randint(0, config.num_embeddings, (SEQUENCES, ROWS))
     labels = torch.randint(0, config.num_embeddings, (SEQUENCES * ROWS,))
     mask = torch.ones(SEQUENCES, 1, ROWS, ROWS, dtype=torch.bool)
-    rows = torch.arange(SEQUENCES * ROWS)
+    targets = Targets(
+        rows=torch.arange(SEQUENCES * ROWS),
+        labels=labels,
+        ar_labels=len(labels) // 2,
+        shares=torch.full((len(labels),), 1e-3),
+        verifiers=torch.zeros(0, dtype=torch.int64),
+        agreement="none",
+        agreement_weight=0.0,
+        smoothing=0.0,
+    )
 
     def step() -> None:
-        logits = model(ids, torch.arange(ROWS), mask, rows=rows)
-        sums = loss_sums(logits, labels, len(labels) // 2)
-        (sums.ar + sums.diffusion).backward()
+        loss, _ = model(ids, torch.arange(ROWS), mask, then=partial(head_loss, targets=targets))
+        loss.backward()
 
     step()  # makes the gradients, so that they are not counted below
     return step
@@ -64,7 +76,9 @@ def test_flops_are_those_that_are_executed(shape, checkpointing):
     # Torch counts attention only where it is made of matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
-    flops = step_flops(config, sequences=SEQUENCES, rows=ROWS, checkpointing=checkpointing)
+    flops = step_flops(
+        config, sequences=SEQUENCES, rows=ROWS, pairs=ROWS * ROWS, checkpointing=checkpointing
+    )
     assert counter.get_total_flops() == flops.model + flops.recomputed
     products = counter.get_flop_counts()["Global"]
     attention = products[torch.ops.aten.bmm]
@@ -128,3 +142,27 @@ def test_saved_tensors_of_a_layer_are_those_counted(shape):
     per_row = layer_row_bytes(SHAPES[shape], 4, fused_norm=False)
     mask_as_numbers = 4 * SEQUENCES * ROWS * ROWS
     assert saved[1] - saved[0] == SEQUENCES * ROWS * per_row + mask_as_numbers
+
+
+@pytest.mark.parametrize("coverage", [None, 1.0, 0.5])
+def test_pairs_are_those_of_the_dense_mask(coverage):
+    layout = build_layout([50], 8, coverage=coverage or 1.0)
+    mask = dense_mask([50], layout)
+    expected = mask if coverage is not None else mask[:50, :50]
+    assert allowed_pairs(50, 8, coverage) == int(expected.sum())
+
+
+def test_a_sparse_mask_takes_neither_scores_nor_a_mask():
+    kinds = {
+        kind: batch_memory(
+            CONFIG, precision="bf16", sequences=2, rows=4096, checkpointing=True, attention=kind
+        )
+        for kind in ("flex", "fused", "math")
+    }
+    assert kinds["flex"].mask < 0.01 * kinds["fused"].mask
+    assert kinds["flex"].peak < kinds["fused"].peak < kinds["math"].peak
+    # Twice the rows take twice the memory: 32k tokens can be planned for.
+    twice = batch_memory(
+        CONFIG, precision="bf16", sequences=2, rows=8192, checkpointing=True, attention="flex"
+    )
+    assert twice.activations + twice.work == 2 * (kinds["flex"].activations + kinds["flex"].work)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from workers import run_workers
 
+from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.planning.memory import checkpoint_bytes, static_memory
-from pipeline.training.distributed import World
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
 
 CONFIG = ModelConfig(

@@ -13,10 +13,10 @@ from workers import run_workers
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
+from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.training.distributed import World
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
 from pipeline.training.step import (
     accumulate,

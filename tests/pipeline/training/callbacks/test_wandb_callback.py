@@ -18,7 +18,8 @@ from wandb_file import history, records, run_record
 
 from pipeline.training.callbacks import Callbacks
 from pipeline.training.callbacks.metrics import MetricsFiles
-from pipeline.training.callbacks.wandb import Wandb, WandbConfig, flatten, run_id
+from pipeline.training.callbacks.naming import eval_values, flatten
+from pipeline.training.callbacks.wandb import TABLE, Wandb, WandbConfig, run_id
 from pipeline.training.state import TrainState
 
 RESOLVED = {"steps": 5, "optimizer": {"learning_rate": 0.1}}
@@ -57,18 +58,34 @@ def read(path: Path) -> list[dict]:
 
 def check_equal(run_dir: Path, logged: dict[int, dict]) -> None:
     """W&B's history holds every number of the metrics file and of the eval file, and no other."""
+    groups = {
+        "train": ("loss", "loss_ar", "loss_diffusion", "learning_rate", "grad_norm"),
+        "data": ("sequences_seen", "data_digest", "data_wait_seconds"),
+        "system": ("tokens_per_second", "step_seconds"),
+    }
     expected: dict[int, dict] = {}
     for row in read(run_dir / "metrics.jsonl"):
-        present = {key: value for key, value in row.items() if value is not None}
-        expected[row["step"]] = {f"train/{key}": value for key, value in present.items()}
+        values = {"step": row["step"], "tokens": row["tokens"]}
+        for group, keys in groups.items():
+            values |= {f"{group}/{key}": row[key] for key in keys if row[key] is not None}
+        assert len(values) == sum(value is not None for value in row.values()), "a key is nowhere"
+        expected[row["step"]] = values
     for row in read(run_dir / "evals" / "decode_speed.jsonl"):
-        prefix = f"decode_speed/{row['method']}/temperature_{row['temperature']:g}"
-        expected[row["step"]].update(flatten(prefix, row))
+        expected[row["step"]].update(eval_values(row))
     ours = {
-        step: {key: value for key, value in values.items() if not key.startswith("_")}
+        step: {
+            key: value
+            for key, value in values.items()
+            if not key.startswith("_") and not is_media(key)
+        }
         for step, values in logged.items()
     }
     assert ours == expected
+
+
+def is_media(key: str) -> bool:
+    """Whether a key of the history is one of a table's or a page's, such as decode/table/sha256."""
+    return key.startswith(("decode/table", "decode/acceptance_temperature", "decode/generation"))
 
 
 def test_offline_history_is_the_metrics_file(tmp_path):
@@ -93,6 +110,71 @@ def test_a_second_start_continues_the_same_run(tmp_path):
     before, after = history(first), history(second)
     assert (sorted(before), sorted(after)) == ([1, 2, 3], [4, 5])
     check_equal(tmp_path, before | after)
+
+
+def test_evals_are_a_table_a_heat_map_and_a_page(tmp_path):
+    (tmp_path / "evals").mkdir()
+    example = {"step": 3, "prompt": "a <b>", "method": "tidar", "temperature": 0.0,
+               "tokens": [{"text": "x&", "forward": 1}, {"text": "y", "forward": 1}]}  # fmt: skip
+    (tmp_path / "evals" / "example.json").write_text(json.dumps(example))
+    run(tmp_path, 1, 3)
+    (file,) = run_files(tmp_path, 1)
+    media = file.parent / "files" / "media"
+    (table,) = media.glob("table/decode/table*.json")
+    content = json.loads(table.read_text())
+    rows = read(tmp_path / "evals" / "decode_speed.jsonl")
+    assert content["columns"] == list(TABLE)
+    assert content["data"] == [[row[name] for name in TABLE] for row in rows]
+    (page,) = media.glob("html/decode/generation*.html")
+    assert "&lt;b&gt;" in page.read_text()
+    assert 'title="forward 1: 2 tokens"' in page.read_text()
+    maps = sorted(path.name.split("_")[2] for path in media.glob("html/decode/acceptance*.html"))
+    assert maps == ["0", "1"]
+    (at_0,) = media.glob("html/decode/acceptance_temperature_0_*.html")
+    assert "step 3, position 1: 62.5%" in at_0.read_text()
+    assert "position 2:" not in at_0.read_text(), "no step reached the second position"
+
+
+def test_panels_have_axes_and_the_run_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    run(tmp_path, 1, 2)
+    (file,) = run_files(tmp_path, 1)
+    metrics = [r.metric for r in records(file) if r.WhichOneof("record_type") == "metric"]
+    axes = {m.glob_name: m.step_metric for m in metrics if m.glob_name}
+    assert axes == {
+        "train/*": "tokens", "decode/*": "tokens", "data/*": "step", "system/*": "step",
+    }  # fmt: skip
+    updates = [r.config for r in records(file) if r.WhichOneof("record_type") == "config"]
+    updates += [run_record(file).config]
+    found = {item.key: item.value_json for config in updates for item in config.update}
+    environment = json.loads(found["environment"])
+    assert environment["host"] == socket.gethostname()
+    assert environment["slurm_nodes"] == "n[1-2]"
+    assert environment["packages"]["wandb"] == wandb.__version__
+    if (Path(__file__).parents[4] / ".git").exists():
+        assert len(environment["git_commit"]) == 40
+
+
+def test_alerts_for_what_is_out_of_the_ordinary_and_checkpoints_by_choice(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    mirror = Wandb(tmp_path, WandbConfig(checkpoints=True), RESOLVED, say_nothing)
+    mirror.on_start(TrainState())
+    for kind in ("started", "step_skipped"):
+        mirror.on_event({"event": kind, "step": 2, "message": f"{kind} it was"})
+    mirror.on_checkpoint(2, folder.name)
+    mirror.on_end(TrainState(step=2), finished=True)
+    (file,) = run_files(tmp_path, 1)
+    alerts = [r.alert for r in records(file) if r.WhichOneof("record_type") == "alert"]
+    assert [(a.title, a.text) for a in alerts] == [
+        (f"{tmp_path.name}: step skipped", "step_skipped it was")
+    ]
+    requests = [r.request.log_artifact for r in records(file) if r.request.HasField("log_artifact")]
+    artifacts = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
+    artifacts += [request.artifact for request in requests]
+    references = [e.ref for a in artifacts if a.type == "checkpoint" for e in a.manifest.contents]
+    assert any(str(folder) in reference for reference in references), artifacts
 
 
 def test_another_run_directory_is_another_run(tmp_path):
@@ -124,9 +206,22 @@ def test_a_start_that_fails_is_told_once_and_stops_nothing(tmp_path, monkeypatch
     assert len(read(tmp_path / "metrics.jsonl")) == 5
 
 
+class Config:
+    """Of a W&B run that takes everything."""
+
+    def update(self, values, allow_val_change):
+        pass
+
+
 @pytest.mark.parametrize("failing", ["log", "finish"])
 def test_a_failure_on_the_way_is_told_once_and_stops_nothing(tmp_path, monkeypatch, failing):
     class Run:
+        def __init__(self):
+            self.config = Config()
+
+        def define_metric(self, *arguments, **options):
+            pass
+
         def log(self, values, step):
             if failing == "log" and step == 2:
                 raise ConnectionError("service is gone")

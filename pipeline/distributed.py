@@ -13,6 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the run is gone, noticed in a collective."""
+
+
+LOST_SIGNS = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "connection was closed",
+    "remote process exited", "NCCL communicator was aborted", "Timed out waiting",
+)  # fmt: skip
+"""What gloo and NCCL say when a peer went away."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all, and a gloo group for small host-side messages.
@@ -86,6 +97,14 @@ def joined_world() -> Iterator[World]:
     control = dist.new_group(backend="gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device, control)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_SIGNS):
+            rank, host = dist.get_rank(), socket.gethostname()
+            raise LostProcessError(
+                f"rank {rank} on {host} lost another process of the run, which has ended or cannot "
+                "be reached (its own output says why)"
+            ) from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""`pipeline.train` with one fault built in, for tests: `TIDAR_TEST_FAULT=kind:number[:rank]`.
+
+The fault strikes at the `number`-th time (from 1) that its place is passed, on one rank or all.
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import train
+from pipeline.data.source import SequenceSource
+from pipeline.training import checkpoints, evaluation, file_writer, step
+
+KIND, NUMBER, RANK = (os.environ["TIDAR_TEST_FAULT"] + "::").split(":")[:3]
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(*_: Any) -> None:
+    time.sleep(3600)
+
+
+def fill_disk(*_: Any) -> None:
+    """From here on no file can be written beyond some bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def strike_before(owner: Any, name: str, strike: Callable[..., None]) -> None:
+    """Call `strike` ahead of the NUMBER-th call of `owner.name`."""
+    original, calls = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == int(NUMBER):
+            strike()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def spoil_losses() -> None:
+    """Gradients of the NUMBER-th micro-batch are NaN, with RANK `on` those of all after it too."""
+    original, calls = getattr(step, "head_loss"), 0  # noqa: B009
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, sums = original(*args, **kwargs)
+        spoilt = calls == int(NUMBER) or (RANK == "on" and calls > int(NUMBER))
+        return loss * float("nan") if spoilt else loss, sums
+
+    setattr(step, "head_loss", wrapped)  # noqa: B010 - mypy: step only imports it
+
+
+PLACES: dict[str, Callable[[], None]] = {
+    "nan": spoil_losses,
+    "hang_data": lambda: strike_before(SequenceSource, "__getitem__", hang),
+    "kill_data": lambda: strike_before(SequenceSource, "__getitem__", die),
+    "kill_step": lambda: strike_before(step, "head_loss", die),
+    "kill_writing": lambda: strike_before(file_writer, "entry_of", die),
+    "kill_before_rename": lambda: strike_before(checkpoints.Checkpoints, "_publish", die),
+    "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
+    "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
+    "full_disk": lambda: strike_before(checkpoints.Checkpoints, "save", fill_disk),
+}
+
+if __name__ == "__main__":
+    if RANK in ("", "on", os.environ.get("RANK", "0")):
+        PLACES[KIND]()
+    train.main()
+    sys.exit(0)

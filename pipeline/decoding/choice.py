@@ -1,0 +1,87 @@
+"""Which step pays: block length and mask blocks from the latency curve and the acceptance.
+
+With a_i the acceptance of draft position i where it is reached, a full step with K tokens in hand
+makes E = 1 + a_1 + a_1 a_2 + … tokens, and accepts exactly j of them with probability
+P_j = a_1 … a_{j-1} (1 - a_j), or a_1 … a_{K-1} for j = K. With the blocks J in the step, a short
+step of one token follows with probability 1 - P(J). So
+
+    tokens per second = (E + 1 - P(J)) / (T_full(J) + (1 - P(J)) · T_short)
+
+to be compared with 1 / T of a single token. The output is the same whatever is chosen.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.decoding.latency import LatencyCurve
+from pipeline.decoding.step import StepShape
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step and what it promises."""
+
+    shape: StepShape
+    """One token and no block where drafting does not pay."""
+    tokens_per_second: float
+    tokens_per_forward: float
+
+    @property
+    def method(self) -> str:
+        return "tidar" if self.shape.blocks else "ar"
+
+    def __str__(self) -> str:
+        rate = f"{self.tokens_per_second:.1f} tokens/s expected"
+        if not self.shape.blocks:
+            return f"plain steps ({rate}): drafting does not pay here"
+        blocks = ", ".join(map(str, self.shape.blocks))
+        return (
+            f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
+            f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
+        )
+
+
+def accepted_probabilities(acceptance: Sequence[float]) -> list[float]:
+    """P_1 … P_K for acceptances a_1 … a_{K-1}; their sum is 1."""
+    probabilities, reached = [], 1.0
+    for rate in acceptance:
+        probabilities.append(reached * (1.0 - rate))
+        reached *= rate
+    return [*probabilities, reached]
+
+
+def expected(
+    shape: StepShape, acceptance: Sequence[float], curve: LatencyCurve, cached: int
+) -> Choice:
+    """The `Choice` of a drafting step; `acceptance` has one entry for each draft at least."""
+    size = shape.block_size
+    probabilities = accepted_probabilities(acceptance[: size - 1])
+    tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
+    missing = max(0.0, 1.0 - sum(probabilities[block - 1] for block in shape.blocks))
+    full = curve.step_seconds(shape.num_queries, 2 * size - 1, cached)
+    short = curve.step_seconds(shape.short.num_queries, size, cached)
+    made, forwards = tokens + missing, 1.0 + missing
+    return Choice(shape, made / (full + missing * short), made / forwards)
+
+
+def choose(acceptance: Sequence[float], curve: LatencyCurve, cached: int) -> Choice:
+    """The fastest step at about `cached` tokens, by expectation.
+
+    Args:
+        acceptance: a_1 … a_{K-1} of the largest K to consider, each in [0, 1].
+        curve: of the model and device.
+        cached: tokens in the cache, for instance half of what a generation ends with.
+    """
+    plain = curve.step_seconds(1, 1, cached)
+    options = [Choice(StepShape(1), 1.0 / plain, 1.0)]
+    options += [expected(shape, acceptance, curve, cached) for shape in shapes(acceptance)]
+    return max(options, key=lambda option: option.tokens_per_second)
+
+
+def shapes(acceptance: Sequence[float]) -> Iterator[StepShape]:
+    """For each K from 2: block 1, then more blocks, the likeliest first, up to all."""
+    for size in range(2, len(acceptance) + 2):
+        probabilities = accepted_probabilities(acceptance[: size - 1])
+        order = sorted(range(2, size + 1), key=lambda block: -probabilities[block - 1])
+        for count in range(size):
+            yield StepShape(size, size, tuple(sorted([1, *order[:count]])))

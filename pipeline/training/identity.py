@@ -1,0 +1,59 @@
+"""What makes a run the same run, and how a checkpoint differs from what is asked now."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from data_prep.errors import UserError
+from pipeline.model.config import ModelConfig
+from pipeline.training.settings import TrainSettings
+
+
+def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
+    """What must not change between the starts of a run, by the name a user knows it by."""
+    tokenizer = settings.manifest.tokenizer
+    shape = {f"model.{key}": value for key, value in config.to_dict().items()}
+    return {
+        "data fingerprint": settings.manifest.fingerprint(),
+        "tokenizer": tokenizer.sha256,
+        **shape,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "global_batch_size": settings.global_batch_size,
+        "objective.name": settings.objective.name,
+    }
+
+
+def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:
+    """What decides how state is partitioned; a continued run may change it."""
+    return {
+        "processes": processes,
+        "deepspeed.stage": settings.deepspeed.stage,
+        "deepspeed.offload_optimizer": settings.deepspeed.offload_optimizer,
+        "precision": settings.precision,
+    }
+
+
+def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(saved, asked) of every key that is not the same in both."""
+    return {
+        key: (saved.get(key), asked.get(key))
+        for key in [*asked, *(key for key in saved if key not in asked)]
+        if saved.get(key) != asked.get(key)
+    }
+
+
+def refuse_changes(
+    name: str, changed: Mapping[str, tuple[Any, Any]], allowed: Collection[str]
+) -> None:
+    """Raise UserError with every difference that is not among the keys `allowed`."""
+    refused = {key: pair for key, pair in changed.items() if key not in allowed}
+    if not refused:
+        return
+    shown = "; ".join(
+        f"{key}={was}, this run has {key}={now}" for key, (was, now) in refused.items()
+    )
+    keys = ",".join(f"'{key}'" if " " in key else key for key in refused)
+    raise UserError(
+        f"run_dir: checkpoint {name} was made with {shown}; use the same value, start in a new "
+        f"run_dir, or continue all the same with checkpoint.allow_changes=[{keys}]"
+    )

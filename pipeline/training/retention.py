@@ -1,0 +1,91 @@
+"""Which checkpoints stay on disk."""
+
+import json
+import math
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+EVAL_LOSS = "ar_loss"
+"""Key of `evals/decode_speed.jsonl` by which `keep_best` chooses: the held-out AR loss."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Optimizer steps between checkpoints; one is always saved at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good; 0 keeps none so."""
+    keep_best: bool = False
+    """Keep the one with the lowest held-out AR loss of those that were evaluated at their step."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it in the background."""
+    on_failure: str = "stop"
+    """When a save fails: `stop` the run, or `go_on` and try again when the next is due."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys that may differ from the run so far, although it is then another run."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+        for key in ("keep_last", "keep_every"):
+            if (value := getattr(self, key)) < 0:
+                raise ValueError(f"{key} must be 0 or more, got {value}")
+        if self.on_failure not in ("stop", "go_on"):
+            raise ValueError(f"on_failure must be stop or go_on, got {self.on_failure!r}")
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name, `step-00000100`; -1 where there is none."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def steps_to_keep(
+    steps: Collection[int], config: CheckpointConfig, losses: Mapping[int, float]
+) -> set[int]:
+    """Of the checkpoints at `steps`, those that stay; `losses` holds eval losses by step."""
+    ordered = sorted(steps)
+    if not config.keep_last:
+        return set(ordered)
+    kept = set(ordered[-config.keep_last :])
+    if config.keep_every:
+        kept |= {step for step in ordered if step % config.keep_every == 0}
+    evaluated = [step for step in ordered if math.isfinite(losses.get(step, math.nan))]
+    if config.keep_best and evaluated:
+        kept.add(min(evaluated, key=lambda step: losses[step]))
+    return kept
+
+
+def eval_losses(run_dir: Path) -> dict[int, float]:
+    """Held-out AR loss by step, as far as evals have been written."""
+    path = run_dir / "evals" / "decode_speed.jsonl"
+    losses: dict[int, float] = {}
+    if not path.exists():
+        return losses
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            losses[int(row["step"])] = float(row[EVAL_LOSS])
+        except (ValueError, KeyError, TypeError):
+            continue  # the torn end of a crash; a resume cuts it
+    return losses
+
+
+def delete_old(folder: Path, config: CheckpointConfig) -> None:
+    """Delete what `config` does not keep of `folder`, a run's `checkpoints`."""
+    by_step = {step_of(path): path for path in complete_checkpoints(folder)}
+    for step in set(by_step) - steps_to_keep(by_step, config, eval_losses(folder.parent)):
+        # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
+        doomed = folder / f".deleting-{by_step[step].name}"
+        by_step[step].rename(doomed)
+        shutil.rmtree(doomed)

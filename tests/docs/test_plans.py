@@ -1,0 +1,29 @@
+"""The plans in docs/plans are what tidar-plan says today, one for each experiment but the demo."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    spec = importlib.util.spec_from_file_location("plans", ROOT / "docs" / "plans.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_experiment_for_gpus_has_a_plan(plans):
+    assert sorted([*plans.EXPERIMENTS, "demo"]) == SHIPPED
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "demo"])
+def test_a_plan_is_current(plans, name):
+    kept = (ROOT / "docs" / "plans" / f"{name}.txt").read_text(encoding="utf-8")
+    assert kept == plans.text(name), "out of date; run python docs/plans.py"

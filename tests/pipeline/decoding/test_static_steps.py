@@ -1,0 +1,97 @@
+"""What a captured step needs, checked where nothing can be captured.
+
+A CUDA graph replays the same kernels on the same memory. So a step may not ask the device for a
+value, its width may not follow the lengths, and what it carries on must stay where it was.
+"""
+
+import pytest
+import torch
+from decoding_models import VOCABULARY, make_model, random_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.decoding import Sampling, generate_batch
+from pipeline.decoding.cache import RaggedCache
+from pipeline.decoding.engine import WIDTH_STEP, StepEngine
+from pipeline.decoding.generate import finish_each
+from pipeline.decoding.step import StepShape
+
+ASKING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, top_k=5, top_p=0.9, repetition_penalty=1.2),
+    Sampling(temperature=1.0, trust=0.5),
+]
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def static_engine(model, sampling, batch_size: int, keys: list) -> StepEngine:
+    """An engine that goes the way of captured steps; every step is run as it is."""
+    shape = StepShape.full(4) if sampling.trust < 1 else StepShape(4, 4, (1, 2, 4))
+    engine = StepEngine(model, sampling, shape, batch_size=batch_size, capacity=300)
+
+    def run_each(key, run):
+        keys.append(key)
+        return run()
+
+    engine._graphs = run_each
+    return engine
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_steps_of_fixed_width_give_the_same_tokens(sampling):
+    model, keys = make_model(), []
+    prompts = random_prompts(0, (3, 245, 9, 30), VOCABULARY)
+    engine = static_engine(model, sampling, 2, keys)
+    runs = dict(finish_each(engine, prompts, max_new_tokens=30))
+    blocks = None if sampling.trust < 1 else [1, 2, 4]
+    expected = generate_batch(model, prompts, sampling=sampling, blocks=blocks, max_new_tokens=30)
+    assert [runs[n].tokens for n in range(4)] == [run.tokens for run in expected]
+    widths = {width for _, width in keys}
+    assert WIDTH_STEP in widths
+    assert widths <= {WIDTH_STEP, engine.cache.capacity}
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling):
+    model = make_model()
+    engine = static_engine(model, sampling, 2, [])
+    for row, prompt in enumerate(random_prompts(0, (5, 11), VOCABULARY)):
+        engine.admit(row, prompt, row)
+    engine.step()  # builds its tables
+    assert isinstance(engine.cache, RaggedCache)
+    state = {name: x for name, x in vars(engine.state).items() if isinstance(x, torch.Tensor)}
+    places = {name: x.data_ptr() for name, x in state.items()}
+    lengths = engine.cache.lengths
+    with torch.inference_mode(), Recorded() as recorded:
+        engine._advance(engine.shape, engine._table(engine.shape))
+    assert "index_put_" in recorded.names  # the recorder sees what runs
+    assert not {name for name in recorded.names if name.lstrip("_").startswith(ASKING)}
+    assert "_local_scalar_dense" not in recorded.names
+    for name, place in places.items():
+        assert getattr(engine.state, name).data_ptr() == place, name
+    assert engine.cache.lengths is lengths
+
+
+def test_idle_rows_stay_as_they_are():
+    model = make_model()
+    engine = static_engine(model, Sampling(), 3, [])
+    (prompt,) = random_prompts(1, (6,), VOCABULARY)
+    engine.admit(1, prompt, 0)
+    for _ in range(3):
+        made = engine.step()
+        assert made[0] == made[2] == []
+        assert made[1]
+    assert engine.lengths[0] == engine.lengths[2] == 0
+    assert engine.cache.lengths[[0, 2]].tolist() == [0, 0]
+    assert int(engine.cache.lengths[1]) == engine.lengths[1] > 6

@@ -17,6 +17,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from data_prep.bpe_lines import SPACE_SIGN, boundary_of, is_bpe, plain_pieces, runs_of_lines
 from data_prep.errors import UserError
 from data_prep.files import sha256_of, write_text_atomic, written_atomically
 from data_prep.manifest import TokenizerInfo
@@ -26,8 +27,6 @@ HUGGINGFACE_FILE = "tokenizer.json"
 HUGGINGFACE_CONFIG = "tokenizer_config.json"
 MASK_PIECE = "<mask>"
 HUGGINGFACE_MASK = "<|mask|>"
-SPACE_SIGN = "\u2581"
-"""What SentencePiece writes for a space; in a text of its own it must not become one."""
 HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 CHUNK_BYTES = 2000
@@ -36,8 +35,6 @@ LONGEST_LINE = 1000
 """Characters after which a longer line is cut for training: in UTF-8 at most 4,000 bytes."""
 LONGEST_SENTENCE_BYTES = CHUNK_BYTES + 4 * LONGEST_LINE
 """What SentencePiece must take; it drops longer sentences in silence, from 4,192 by default."""
-LINE_END = re.compile(r"(?<=\n)(?=[^\n])")
-"""Between a run of line ends and what follows it: pieces may hold several line ends."""
 
 
 class Tokenizer(ABC):
@@ -118,13 +115,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, source: str) -> None:
         self._content = content
+        self._boundary: re.Pattern[str] | None = None
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"{source}: not a SentencePiece model") from error
         self.vocab_size = self._model.vocab_size()
-        if _is_bpe(content):
+        if is_bpe(content):
             self.encoders = ("lines", "batch", "plain")
+            self._boundary = boundary_of(plain_pieces(self._model))
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         self.mask_id = self._model.piece_to_id(MASK_PIECE)
         pad = self._model.pad_id()
@@ -162,13 +161,14 @@ class SentencePieceTokenizer(Tokenizer):
         return encoded
 
     def _encode_lines(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Encode each line by itself: merging takes time n log n in the length of what it gets."""
-        lines = [LINE_END.split(text) for text in texts]
+        """Encode runs of lines by themselves: merging takes n log n in the length of a text."""
+        assert self._boundary is not None, "set for BPE, which alone has this encoder"
+        runs = [runs_of_lines(self._boundary.split(text)) for text in texts]
         flat = self._model.encode(
-            [line for own in lines for line in own], return_type="numpy", num_threads=1
+            [run for own in runs for run in own], return_type="numpy", num_threads=1
         )
         encoded, first = [], 0
-        for own in lines:
+        for own in runs:
             encoded.append(np.concatenate(flat[first : first + len(own)]))
             first += len(own)
         return encoded
@@ -245,14 +245,6 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         write_text_atomic(folder / HUGGINGFACE_CONFIG, json.dumps(names, indent=2) + "\n")
         return super().save(folder)
-
-
-def _is_bpe(content: bytes) -> bool:
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(content)
-    return bool(model.trainer_spec.model_type == model.trainer_spec.BPE)
 
 
 def load_encoder(path: Path, encoder: str) -> Tokenizer:

@@ -51,8 +51,11 @@ def bpe(mixed) -> SentencePieceTokenizer:
 
 
 def test_lines_give_the_ids_of_the_whole_text(bpe, mixed):
-    """Not for every model: this one is trained on runs of lines, and has pieces with line ends."""
+    """A text is divided only where no piece of the model reaches across, and it is divided."""
     assert bpe.encoders[0] == "lines"
+    assert len(bpe._boundary.split(mixed[0])) > 50
+    pieces = [bpe._model.id_to_piece(i) for i in range(bpe.vocab_size)]
+    assert any("\n" in piece and len(piece) > 1 for piece in pieces)
     bpe.encoder = "lines"
     for ids, text in zip(bpe.encode_batch(mixed), mixed, strict=True):
         assert ids.tolist() == bpe.encode(text)

@@ -21,7 +21,7 @@ def model() -> Transformer:
 
 @pytest.mark.parametrize("block_size", range(1, 17))
 def test_greedy_tidar_equals_greedy_ar(block_size):
-    """Also with an untied, random head, where hardly any draft is accepted; 240 prompts in all."""
+    """Also with an untied, random head, where hardly any draft is accepted; 192 prompts in all."""
     for tied in (True, False):
         model = make_model(block_size, vocabulary=40, tie_embeddings=tied)
         prompts = random_prompts(block_size, (1, 2, 5, 9, 17, 30), 40)

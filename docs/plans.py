@@ -24,6 +24,8 @@ EXPERIMENTS = {
     "tidar_1p5b": ["plan.sequence_length=4096"],
     "tidar_8b": ["plan.sequence_length=4096"],
     "ablation": ["plan.sequence_length=4096"],
+    "two_stage_1": ["plan.sequence_length=4096"],
+    "two_stage_2": ["plan.sequence_length=4096"],
 }
 GPUS = ("h100_80gb", "h200")
 NODES = {"tidar_100m": (1,), "ablation": (1, 8)}

@@ -30,7 +30,7 @@ def test_events_are_written_and_alerted(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [list(row)[:4] for row in rows] == [["time", "event", "step", "message"]] * 2
     assert [row["event"] for row in rows] == ["checkpoint_saved", "step_skipped"]
-    assert wandb.run.alerts == ["TiDAR step_skipped: loss is not finite"]
+    assert wandb.run.alerts == [f"{tmp_path.name}: step skipped: loss is not finite"]
     assert wandb.run.logged == [
         (4, {"events/checkpoint_saved/held_s": 0.5}),
         (5, {"events/step_skipped/first_sequence": 32}),

@@ -54,7 +54,7 @@ def _trained(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
         if json.loads(note.read_text()) == known:
             return load_tokenizer(path)
     except (OSError, ValueError):
-        pass
+        pass  # nothing of an earlier start that can be used
     config = settings.tokenizer
     print(f"training a SentencePiece model with {config.vocab_size} pieces ...", flush=True)
     texts = (document.text for document in _training_documents(settings, corpus))

@@ -41,7 +41,7 @@ def expand(overrides: list[str]) -> list[list[str]]:
                 swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
             else:
                 fixed.append(text)
-        except (HydraException, NotImplementedError) as error:
+        except (HydraException, RuntimeError) as error:  # the latter for a kind it cannot list
             raise UserError(f"{text}: {one_line(error)}") from error
     if not swept:
         return [fixed]

@@ -21,7 +21,7 @@ LAYOUTS = [
 
 
 def rule(document_lengths: list[int], layout: Layout) -> torch.Tensor:
-    """METHOD's table, one pair of rows at a time."""
+    """The method's table, one pair of rows at a time."""
     document = [d for d, length in enumerate(document_lengths) for _ in range(length)]
     rows: list[tuple[str, int, int]] = [("clean", i, -1) for i in range(len(document))]
     for block in range(layout.num_blocks):

@@ -47,6 +47,10 @@ class MixCorpus(Corpus):
             source.corpus.refused = self.refused
 
     @property
+    def has_prompts(self) -> bool:
+        return any(source.corpus.has_prompts for source in self.sources.values())
+
+    @property
     def total_bytes(self) -> int:
         wanted = self.wanted_epochs()
         return sum(int(wanted[n] * one.corpus.total_bytes) for n, one in self.sources.items())

@@ -40,12 +40,19 @@ def allowed_pairs(sequence_length: int, block_size: int, coverage: float | None)
 
 
 def step_flops(
-    config: ModelConfig, *, sequences: int, rows: int, pairs: int, checkpointing: bool
+    config: ModelConfig,
+    *,
+    sequences: int,
+    rows: int,
+    pairs: int,
+    checkpointing: bool,
+    teacher_rows: int = 0,
 ) -> StepFlops:
     """FLOPs of a step over `sequences` of `rows` rows each, both sections together.
 
     `pairs` of query and key meet in attention in each sequence. The LM head counts every row: all
-    but a few carry a label.
+    but a few carry a label. `teacher_rows` of each sequence go through the head once more, forward
+    only: the AR distributions that an agreement loss compares slots with.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim
@@ -59,7 +66,7 @@ def step_flops(
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
     return StepFlops(
-        weights=3 * (forward_layers + forward_head),
+        weights=3 * (forward_layers + forward_head) + 2 * head * sequences * teacher_rows,
         attention=3 * forward_attention,
         recomputed=repeated if checkpointing else 0,
     )

@@ -132,7 +132,7 @@ class Study:
     @staticmethod
     def read_scores(words: list[str]) -> dict[str, Any]:
         (output,) = (word.partition("=")[2] for word in words if word.startswith("output="))
-        return json.loads((ROOT / output).read_text())  # type: ignore[no-any-return]
+        return json.loads((ROOT / output).read_text())
 
 
 def execute(module: str, words: list[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpora import Document
+from data_prep.corpora import Document, utf8_bytes
 from data_prep.tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 200_000
@@ -32,10 +32,10 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     so that no token reaches from one into the other.
     """
     for batch in _batches(documents):
-        pieces = [piece for one in batch for piece in ((one.prompt, one.text)[not one.prompt :])]
+        pieces = [piece for document in batch for piece in document.pieces]
         encoded = iter(tokenizer.encode_batch(pieces))
         for document in batch:
-            size = len(document.whole.encode())
+            size = utf8_bytes(document.whole)
             prompt = next(encoded) if document.prompt else None
             ids = next(encoded)
             if prompt is None:

@@ -27,6 +27,11 @@ class Document:
     """What stands before `text` and need not be learnt, where the corpus tells the two apart."""
 
     @property
+    def pieces(self) -> tuple[str, ...]:
+        """What is encoded by itself: the text, behind its prompt if it has one."""
+        return (self.prompt, self.text) if self.prompt else (self.text,)
+
+    @property
     def whole(self) -> str:
         """Prompt and text."""
         return self.prompt + self.text
@@ -97,8 +102,15 @@ class Corpus(ABC):
         """Every document of one part; adds to `refused` what it cannot read."""
 
 
+def utf8_bytes(text: str) -> int:
+    """Length of `text` in UTF-8; Python knows of each text whether it is ASCII."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _is_utf8(text: str) -> bool:
     """Whether `text` can be stored: JSON can spell out halves of surrogate pairs."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -63,8 +63,8 @@ class MixCorpus(Corpus):
             for part in parts[:: max(len(parts) // SAMPLED_PARTS, 1)]:
                 texts, length = [], 0
                 for document in source.corpus.documents([part]):
-                    texts.append(document.text)
-                    length += len(document.text.encode())
+                    texts.append(document.whole)
+                    length += len(document.whole.encode())
                     if length > 2 * SAMPLED_PART_BYTES:
                         break  # a file that cannot be divided; what is stored is taken for text
                 else:

@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
 from data_prep.manifest import Manifest, Split
 from data_prep.shards import PackedSequence, ShardReader
+from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard
@@ -40,6 +41,12 @@ class LayoutChoice:
     """Values of K up to `block_size`, of which each sequence draws one."""
     block_shares: list[float] | None = None
     """How often each is drawn, of any sum; None draws all alike."""
+    block_shares_end: list[float] | None = None
+    """How often in the end; None keeps `block_shares`."""
+    block_shares_from_step: int = 0
+    """Optimizer steps before the shares begin to move."""
+    block_shares_ramp_steps: int = 0
+    """Optimizer steps over which they then do, linearly."""
     loss_span: str | None = None
     """`document`, or `response`: only what stands behind prompts, which the data must have."""
 
@@ -54,9 +61,14 @@ class LayoutChoice:
             raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
         self.mixed(self.block_size)
 
-    def mixed(self, largest: int | None) -> BlockSizes | None:
+    def mixed(self, largest: int | None) -> BlockCurriculum | None:
         """The choice of block sizes, None where all sequences have the same."""
-        return BlockSizes.checked(self.block_sizes, self.block_shares, largest)
+        return BlockCurriculum.checked(
+            BlockSizes.checked(self.block_sizes, self.block_shares, largest),
+            self.block_shares_end,
+            self.block_shares_from_step,
+            self.block_shares_ramp_steps,
+        )
 
     @property
     def stored(self) -> bool:
@@ -102,7 +114,9 @@ class SequenceSource:
         seed: int,
         choice: LayoutChoice | None = None,
         data: DataConfig | None = None,
+        sequences_per_step: int = 1,
     ) -> None:
+        """`sequences_per_step` of the whole run are what a curriculum of block sizes counts in."""
         self.manifest = manifest
         self.split = split
         self.order = SequenceOrder(
@@ -116,6 +130,7 @@ class SequenceSource:
                 "layout.loss_span=response and corpus.prompt_field"
             )
         self._with_prompts = (self.choice.loss_span or manifest.loss_span) == RESPONSE
+        self._sequences_per_step = sequences_per_step
         self.damaged: dict[str, str] = {}
         """Shards left out so far, with the reason."""
         self._data = data or DataConfig()
@@ -153,7 +168,9 @@ class SequenceSource:
         if self.choice.stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
-        return replace(sequence, layout=self._lay_out(sequence, np.random.default_rng(key)))
+        step = n // self._sequences_per_step
+        layout = self._lay_out(sequence, step, np.random.default_rng(key))
+        return replace(sequence, layout=layout)
 
     @property
     def block_size(self) -> int:
@@ -169,9 +186,9 @@ class SequenceSource:
         tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
         return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
 
-    def _lay_out(self, sequence: Sequence, rng: np.random.Generator) -> Layout:
+    def _lay_out(self, sequence: Sequence, step: int, rng: np.random.Generator) -> Layout:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
-        size = self._mixed.draw(rng) if self._mixed else self.block_size
+        size = self._mixed.at(step).draw(rng) if self._mixed else self.block_size
         return build_layout(
             sequence.real_lengths,
             size,

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from pipeline.data.batch import Batch, make_batch, section_length
-from pipeline.data.source import SequenceSource
+from pipeline.data.source import Source
 
 READ_AHEAD_STEPS = 2
 
@@ -37,7 +37,7 @@ class Share:
 
 
 def step_batches(
-    source: SequenceSource, share: Share, sequences_seen: int, *, with_slots: bool
+    source: Source, share: Share, sequences_seen: int, *, with_slots: bool
 ) -> Generator[list[Batch]]:
     """Yield, without end, the micro-batches of one optimizer step after another.
 

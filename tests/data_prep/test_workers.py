@@ -12,6 +12,7 @@ from data_prep import workers
 from data_prep.corpora import open_corpus
 from data_prep.errors import UserError
 from data_prep.plan import make_tasks
+from data_prep.tasks import run_task
 from data_prep.workers import Worker, run_tasks
 
 
@@ -57,7 +58,7 @@ def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path, monkey
         os.kill(made[1].pid, signal.SIGKILL)
 
     with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
-        run_tasks(tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+        run_tasks(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
     assert all(not process.is_alive() for process in made), "the others must not stay behind"
 
 
@@ -70,7 +71,7 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+        run_tasks(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
     assert time.monotonic() - started[0] < 5
     assert multiprocessing.active_children() == []
 

@@ -79,7 +79,7 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
 def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
     """As the system closes it when the main process is killed."""
     settings, corpus, tasks = job
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     while worker.receive()[0] != "done":
         pass
@@ -93,7 +93,7 @@ def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
 
 def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
     settings, corpus, _ = job
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(3)
     with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
         worker.receive()
@@ -110,13 +110,13 @@ def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_pa
     settings, corpus, tasks = job
     settings.output_dir.mkdir()
     (settings.output_dir / "tasks").write_text("a file where a folder goes")
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     with pytest.raises(FileExistsError):
         ending(worker)
     worker.stop()
     corpus.config = type(corpus.config)(path=corpus.config.path, text_field="body")
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
         ending(worker)

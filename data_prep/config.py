@@ -49,7 +49,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
 
 
 def refuse_non_finite(section: DictConfig, prefix: str) -> None:
-    """NaN and infinity pass every comparison with a bound that they should not, so no key takes them.
+    """NaN and infinity get past bounds that they should not, so no key takes them.
 
     Raises:
         UserError: naming the first such key.

@@ -54,7 +54,8 @@ def refuse_non_finite(section: DictConfig, prefix: str) -> None:
     Raises:
         UserError: naming the first such key.
     """
-    for name, value in section.items_ex(resolve=False):
+    plain: dict[str, Any] = OmegaConf.to_container(section)  # type: ignore[assignment]
+    for name, value in plain.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name}: must be a finite number, got {value}")
 

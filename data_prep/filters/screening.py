@@ -90,12 +90,13 @@ def screen_task(
         if part.epoch:
             continue
         for place, document in enumerate(corpus.documents([part])):
-            since, size = since + 1, size + utf8_bytes(document.text)
+            text = document.whole
+            since, size = since + 1, size + utf8_bytes(text)
             if since == REPORT_EVERY_DOCUMENTS:
                 report(since, size, 0)
                 since = size = 0
-            rule = screen.rule_of(document.text)
-            match = None if rule else screen.evals.found_in(document.text)
+            rule = screen.rule_of(text)
+            match = None if rule else screen.evals.found_in(text)
             if match:
                 rule = f"contaminated: {match[0]}"
                 found.contaminated.append(
@@ -104,7 +105,7 @@ def screen_task(
             if rule:
                 found.removed.append([number, place, rule])
             elif settings.dedup.any:
-                own, has_minhash = screen.signer.keys(document.text)
+                own, has_minhash = screen.signer.keys(text)
                 places.append((number, place))
                 keys.append(own)
                 signed.append(has_minhash)

@@ -21,6 +21,7 @@ from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.calibration import describe
 
 
 def evaluate_decode_speed(
@@ -154,6 +155,7 @@ def _scoring_part(
         "unigram_expected_tokens_per_forward": 1 + sum(share or 0.0 for share in unigram_survival)
         if scored
         else None,
+        **describe(scores.calibration),
     }
 
 

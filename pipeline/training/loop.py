@@ -12,12 +12,20 @@ from pipeline.training.anomalies import Anomalies
 from pipeline.training.callbacks import Callback, Event, StepMetrics, make_event
 from pipeline.training.checkpoints import Checkpoints, Failed, Saved
 from pipeline.training.evaluation import PeriodicEval
+from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.signals import StopRequest
 from pipeline.training.slow_ranks import SlowRanks
+from pipeline.training.speed import SpeedMeter
 from pipeline.training.state import TrainState
-from pipeline.training.step import StepResult, count_globally, digests_in_order, train_step
+from pipeline.training.step import (
+    GlobalCounts,
+    StepResult,
+    count_globally,
+    digests_in_order,
+    train_step,
+)
 from pipeline.training.watchdog import DATA, Watchdog
 
 
@@ -40,6 +48,8 @@ class Trainer:
     watchdog: Watchdog
     slow_ranks: SlowRanks
     anomalies: Anomalies
+    meter: SpeedMeter
+    mask_embedding: MaskEmbedding
     notes: list[Event] = field(default_factory=list)
     """What happened before the first step."""
 
@@ -74,13 +84,16 @@ class Trainer:
                 self._save_before_leaving()
                 return False
             rate = self._learning_rate()
-            result = train_step(self.engine, batches, counts, objective, self.world, rate)
+            self.meter.begin()
+            result = train_step(
+                self.engine, batches, counts, objective, self.world, rate, self.settings.attention
+            )
             self.state.step += 1
             self.state.tokens += counts.clean_tokens
             self.state.consume(digests_in_order(batches, self.world))
             if result.finite:
                 seconds = time.perf_counter() - started
-                self._tell_step(result, rate, counts.clean_tokens, seconds, waited)
+                self._tell_step(result, rate, counts, seconds, waited)
             else:
                 self._tell_skipped(result)
             self._do_what_is_due(waited)
@@ -99,8 +112,15 @@ class Trainer:
             self._evaluate()
 
     def _tell_step(
-        self, result: StepResult, rate: float, tokens: int, seconds: float, waited: float
+        self,
+        result: StepResult,
+        rate: float,
+        counts: GlobalCounts,
+        seconds: float,
+        waited: float,
     ) -> None:
+        speed = self.meter.measure(counts, seconds)
+        mask = self.mask_embedding.read()
         self.callbacks.on_step(
             StepMetrics(
                 step=self.state.step,
@@ -110,13 +130,19 @@ class Trainer:
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
                 tokens=self.state.tokens,
-                tokens_per_second=tokens / seconds,
+                tokens_per_second=counts.clean_tokens / seconds,
                 sequences_seen=self.state.sequences_seen,
                 data_digest=self.state.data_digest,
                 step_seconds=seconds,
                 data_wait_seconds=waited,
+                model_tflops=speed.model_tflops,
+                mfu=speed.mfu,
+                peak_memory_bytes=speed.peak_memory_bytes,
+                mask_embedding_norm=mask.norm if mask else None,
             )
         )
+        if mask is not None and (text := self.mask_embedding.left(mask)):
+            self._tell("mask_embedding", text, norm=mask.norm, share=mask.share)
         spikes = self.anomalies.spikes(loss=result.loss, grad_norm=result.grad_norm)
         for name, score in spikes.items():
             value = getattr(result, name)

@@ -20,7 +20,9 @@ OVER_STEPS = ("data/*", "system/*")
 """The axis each group of panels has at first; both axes are in every row."""
 TABLE = (
     "step", "method", "temperature", "block_size", "tokens_per_forward", "tokens_per_second",
-    "speedup_over_ar", "exact_match_ar", "ar_loss", "diffusion_loss",
+    "speedup_over_ar", "conversion", "queries_per_forward", "seconds_per_decoding_forward",
+    "exact_match_ar", "divergences", "largest_divergence_gap", "distinct_4grams",
+    "peak_memory_bytes", "ar_loss", "diffusion_loss",
 )  # fmt: skip
 """Columns of the decode-speed table."""
 
@@ -53,11 +55,14 @@ class Wandb(Callback):
         config: WandbConfig,
         resolved: dict[str, Any],
         say: Callable[[str], None],
+        ranks: list[dict[str, str]],
     ) -> None:
+        """`ranks`: where each process runs, by `environment.describe_rank`."""
         self.run_dir = run_dir
         self.config = config
         self.resolved = resolved
         self.say = say
+        self.ranks = ranks
         self.run: Any = None
         self.tokens = 0
 
@@ -115,8 +120,8 @@ class Wandb(Callback):
             config=self.resolved,
             settings=wandb.Settings(silent=True, console="off"),
         )
-
-        self.run.config.update({"environment": describe_environment()}, allow_val_change=True)
+        environment = describe_environment(self.ranks)
+        self.run.config.update({"environment": environment}, allow_val_change=True)
         for axis in ("step", "tokens"):
             self.run.define_metric(axis, hidden=True)
         for axis, groups in (("tokens", OVER_TOKENS), ("step", OVER_STEPS)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import train
 from pipeline.data.source import SequenceSource
+from pipeline.evals import decoding_runs
 from pipeline.training import checkpoints, evaluation, file_writer, step
 
 KIND, NUMBER, RANK = (os.environ["TIDAR_TEST_FAULT"] + "::").split(":")[:3]
@@ -20,6 +21,11 @@ KIND, NUMBER, RANK = (os.environ["TIDAR_TEST_FAULT"] + "::").split(":")[:3]
 
 def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop(*_: Any) -> None:
+    """This process alone is asked, which all ranks have to follow."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def hang(*_: Any) -> None:
@@ -69,6 +75,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "kill_before_rename": lambda: strike_before(checkpoints.Checkpoints, "_publish", die),
     "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
     "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
+    "stop_eval": lambda: strike_before(decoding_runs.Decoder, "run", ask_to_stop),
     "full_disk": lambda: strike_before(checkpoints.Checkpoints, "save", fill_disk),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
+from pipeline.evals.interruption import EvalInterruptedError
 from pipeline.training.anomalies import Anomalies
 from pipeline.training.callbacks import Callback, Event, StepMetrics, make_event
 from pipeline.training.checkpoints import Checkpoints, Failed, Saved
@@ -45,22 +46,23 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.saved_at = self.state.step
+        self.stop = StopRequest()
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
-        self.watchdog.enter("in an eval")
-        self.periodic_eval.measure_base(self.engine, self.state.step)
+        self.stop = stop
         self.callbacks.on_start(self.state)
         for event in self.notes:
             self.callbacks.on_event(event)
         with contextlib.closing(self.batches):
-            finished = self._run_steps(stop)
+            finished = self._measure_base() and self._run_steps(stop)
         self.callbacks.on_end(self.state, finished)
         return finished
 
     def _run_steps(self, stop: StopRequest) -> bool:
+        evaluated = True
         if self.periodic_eval.missing(self.state.step, self.settings.steps):
-            self._evaluate()  # a run that ended between a save and the eval after it
+            evaluated = self._evaluate()  # a run that ended between a save and the eval after it
         while self.state.step < self.settings.steps:
             started = time.perf_counter()
             self.watchdog.enter(DATA)
@@ -83,11 +85,12 @@ class Trainer:
                 self._tell_step(result, rate, counts.clean_tokens, seconds, waited)
             else:
                 self._tell_skipped(result)
-            self._do_what_is_due(waited)
+            evaluated = self._do_what_is_due(waited)
         self._save_before_leaving()
-        return True
+        return evaluated
 
-    def _do_what_is_due(self, waited: float) -> None:
+    def _do_what_is_due(self, waited: float) -> bool:
+        """What follows a step; returns whether an eval that was due came to its end."""
         self.slow_ranks.waited(waited)
         for event in self.slow_ranks.compare(self.state.step):
             self.callbacks.on_event(event)
@@ -95,8 +98,8 @@ class Trainer:
         last = self.state.step == self.settings.steps
         if last or self.state.step % self.settings.checkpoint.every == 0:
             self._save(must=last)
-        if self.periodic_eval.due(self.state.step, self.settings.steps):
-            self._evaluate()
+        due = self.periodic_eval.due(self.state.step, self.settings.steps)
+        return self._evaluate() if due else True
 
     def _tell_step(
         self, result: StepResult, rate: float, tokens: int, seconds: float, waited: float
@@ -151,9 +154,23 @@ class Trainer:
         peak = settings.optimizer.learning_rate
         return learning_rate(self.state.step, settings.steps, peak, settings.schedule)
 
-    def _evaluate(self) -> None:
+    def _measure_base(self) -> bool:
         self.watchdog.enter("in an eval")
-        self.callbacks.on_eval(self.periodic_eval.run(self.engine, self.state.step))
+        try:
+            self.periodic_eval.measure_base(self.engine, self.state.step, self.stop)
+        except EvalInterruptedError:
+            return False
+        return True
+
+    def _evaluate(self) -> bool:
+        """Evaluate, unless asked to stop meanwhile: the next start then does it from its start."""
+        self.watchdog.enter("in an eval")
+        try:
+            rows = self.periodic_eval.run(self.engine, self.state.step, self.stop)
+        except EvalInterruptedError:
+            return False
+        self.callbacks.on_eval(rows)
+        return True
 
     def _save_before_leaving(self) -> None:
         """Whatever is not on disk yet has to be now."""

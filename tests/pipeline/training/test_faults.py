@@ -100,6 +100,29 @@ def test_other_processes_and_stages_continue_the_same_run(data_dir, trained_run,
     assert keys == ["processes", "deepspeed.stage"] * 2
 
 
+def test_a_stop_in_an_eval_leaves_it_at_once_and_the_next_start_repeats_it(
+    data_dir, trained_run, tmp_path
+):
+    """One of two ranks is asked in the last eval, whose step is saved; without another sign of it
+    the run would count as finished."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained_run, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    values = (f"data.dir={data_dir}", f"run_dir={run_dir}", *SMALL_RUN, "wandb.mode=disabled")
+    done = run("bench.faulty_train", *values, processes=2, TIDAR_TEST_FAULT="stop_eval:6:1")
+    assert done.returncode == 0, done.stderr
+    assert "after step 12 and saved" in done.stdout
+    assert (run_dir / "interrupted").exists()
+    assert {row["step"] for row in rows(run_dir, "evals/decode_speed.jsonl")} == {6}
+    assert exact(run_dir) == exact(trained_run)
+    done = train_small(data_dir, run_dir, "wandb.mode=disabled", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert not (run_dir / "interrupted").exists()
+    found, expected = (rows(path, "evals/decode_speed.jsonl") for path in (run_dir, trained_run))
+    for name in ("step", "method", "temperature", "tokens", "forwards", "ar_loss"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
+
+
 @pytest.mark.long
 def test_many_bad_steps_in_a_row_end_the_run(data_dir, tmp_path):
     done = faulty(data_dir, tmp_path, "nan:17:on", "anomalies.max_skipped_in_a_row=2")

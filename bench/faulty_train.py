@@ -3,6 +3,7 @@
 The fault strikes at the `number`-th time (from 1) that its place is passed, on one rank or all.
 """
 
+import math
 import os
 import resource
 import signal
@@ -52,8 +53,9 @@ def strike_before(owner: Any, name: str, strike: Callable[..., None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def spoil_losses() -> None:
-    """Gradients of the NUMBER-th micro-batch are NaN, with RANK `on` those of all after it too."""
+def scale_losses(factor: float) -> None:
+    """Loss and gradients of the NUMBER-th micro-batch times `factor`, with RANK `on` those of all
+    after it too. Of a NaN the loss that is told stays as it was."""
     original, calls = getattr(step, "head_loss"), 0  # noqa: B009
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -61,13 +63,16 @@ def spoil_losses() -> None:
         calls += 1
         loss, sums = original(*args, **kwargs)
         spoilt = calls == int(NUMBER) or (RANK == "on" and calls > int(NUMBER))
-        return loss * float("nan") if spoilt else loss, sums
+        if not spoilt:
+            return loss, sums
+        return loss * factor, sums if math.isnan(factor) else sums * factor
 
     setattr(step, "head_loss", wrapped)  # noqa: B010 - mypy: step only imports it
 
 
 PLACES: dict[str, Callable[[], None]] = {
-    "nan": spoil_losses,
+    "nan": lambda: scale_losses(math.nan),
+    "spike": lambda: scale_losses(50.0),
     "hang_data": lambda: strike_before(SequenceSource, "__getitem__", hang),
     "kill_data": lambda: strike_before(SequenceSource, "__getitem__", die),
     "kill_step": lambda: strike_before(step, "head_loss", die),

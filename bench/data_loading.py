@@ -73,7 +73,7 @@ def measure(
     config = model_config(options.model, manifest.tokenizer.vocab_size, options.block_size)
     model = new_model(config, options.precision, device)
     batches = step_batches(anew, share, 0, with_slots=True)
-    step = training_step(model, next(batches)[0].to(device), device)
+    step = training_step(model, next(batches)[0], device)
     samples = interleaved(
         {
             # The step comes right after: the thread makes its next batch meanwhile, as in a run.

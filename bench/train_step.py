@@ -40,8 +40,12 @@ class Options:
     """mean length of the packed documents, in tokens"""
     precision: str = "fp32"
     """fp32 or bf16"""
-    activation_checkpointing: bool = False
-    """recompute activations in the backward pass"""
+    activation_checkpointing: str = "none"
+    """none, selective or full"""
+    compile: bool = False
+    """torch.compile of the layers"""
+    attention: str = "auto"
+    """auto, flex, tiles or dense"""
 
 
 class PlainEngine:
@@ -60,7 +64,9 @@ class PlainEngine:
         return True
 
 
-def training_step(model: Transformer, batch: Batch, device: torch.device) -> Callable[[], None]:
+def training_step(
+    model: Transformer, batch: Batch, device: torch.device, attention: str = "auto"
+) -> Callable[[], None]:
     """Forward and backward of `batch`, which has a mask section or not; gradients are dropped."""
     objective = ObjectiveConfig("tidar" if batch.diffusion_labels else "ar")
     counts = GlobalCounts(
@@ -71,7 +77,7 @@ def training_step(model: Transformer, batch: Batch, device: torch.device) -> Cal
     world = World(0, 1, device, cast(Any, None))
 
     def step() -> None:
-        accumulate(engine, [batch], counts, objective, world)
+        accumulate(engine, [batch], counts, objective, world, attention)
         model.zero_grad(set_to_none=True)
 
     return step
@@ -80,14 +86,16 @@ def training_step(model: Transformer, batch: Batch, device: torch.device) -> Cal
 def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
     config = model_config(options.model, options.vocab_size, options.block_size)
     model = new_model(config, options.precision, device)
-    model.model.activation_checkpointing = options.activation_checkpointing
+    model.checkpoint_activations(options.activation_checkpointing)
+    if options.compile:
+        model.compile_layers()
     steps = {}
     for coverage in (*COVERAGES, None):
         name = "ar" if coverage is None else f"tidar, coverage {coverage:g}"
         batch = random_batch(
             config, options.micro_batch_size, options.length, options.document_tokens, coverage
         )
-        steps[name] = training_step(model, batch.to(device), device)
+        steps[name] = training_step(model, batch, device, options.attention)
     samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)
     outcome = Outcome()
     outcome.add(samples)

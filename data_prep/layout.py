@@ -9,7 +9,7 @@ One row per diffusion block, in the columns of `COLUMNS`:
 
 Attention, position ids, labels and loss weights all follow from the tokens, the document lengths
 and this table, so one trainer serves every layout. numpy only. Source: TiDAR (arXiv 2511.08923),
-section 3.1, for the aligned full-coverage layout; the shifted grid and partial coverage are ours.
+section 3.1, for the aligned full-coverage layout; other layouts are additions.
 """
 
 from collections.abc import Sequence
@@ -85,8 +85,9 @@ def build_layout(
     coverage: float = 1.0,
     shift: bool = False,
     rng: np.random.Generator | None = None,
+    prompt_lengths: Sequence[int] | NDArray[np.integer] | None = None,
 ) -> Layout:
-    """Lay a grid of blocks of `block_size` positions over every document.
+    """Lay blocks of `block_size` positions over every document.
 
     Args:
         document_lengths: tokens of each document, in order, [documents]. Leave the padding out:
@@ -95,16 +96,21 @@ def build_layout(
         coverage: share of the positions that are drafted, in (0, 1]. Below 1, blocks are drawn by
             `rng`, or evenly spread without one, until the next would exceed the share;
             there is always at least one.
-        shift: move each document's grid by a random 0 … K-1 positions (which shortens its first
-            block), so that training starts blocks everywhere, as decoding does.
+        shift: let blocks start everywhere, as decoding does. At full coverage each document's grid
+            is moved by a random 0 … K-1 positions, which shortens its first block. Below that
+            every block is put at a position of its own, on no grid; blocks never overlap, and one
+            that starts fewer than K positions before its document's end is short.
         rng: source of randomness; needed for `shift`.
+        prompt_lengths: tokens at the start of each document that no block drafts, [documents]; 0
+            everywhere by default. Blocks condition on them as on all text before; grids start
+            behind them, and `coverage` is a share of the positions behind them.
 
     Returns:
         Layout: blocks in order of position, slots numbered in the same order without gaps.
 
     Raises:
-        ValueError: for a length below 1, a block size below 1, a coverage outside (0, 1], or
-            `shift` without `rng`.
+        ValueError: for a length below 1, a prompt longer than its document, a block size below 1,
+            a coverage outside (0, 1], or `shift` without `rng`.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64).reshape(-1)
     if (lengths < 1).any():
@@ -115,49 +121,104 @@ def build_layout(
         raise ValueError(f"coverage must be in (0, 1], got {coverage}")
     if shift and rng is None:
         raise ValueError("shift=True needs rng: pass a numpy Generator with a known seed")
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    begins = starts
+    if prompt_lengths is not None:
+        begins = starts + _checked_prompts(prompt_lengths, lengths)
+        drafted = begins < ends
+        starts, begins, ends = starts[drafted], begins[drafted], ends[drafted]
 
-    first = np.full(len(lengths), block_size, dtype=np.int64)
-    if shift and rng is not None:
-        first = rng.integers(1, block_size, size=len(lengths), endpoint=True)
-    prefix_start, prefix_end, draft_end = _grid(lengths, first, block_size)
+    if coverage < 1.0 and shift and rng is not None:
+        document, block_start, block_end = scatter_blocks(begins, ends, block_size, coverage, rng)
+    else:
+        first = np.full(len(ends), block_size, dtype=np.int64)
+        if shift and rng is not None:
+            first = rng.integers(1, block_size, size=len(ends), endpoint=True)
+        document, block_start, block_end = _grid(begins, ends, first, block_size)
     if coverage < 1.0:
-        chosen = _choose(draft_end - prefix_end, coverage, rng)
-        prefix_start, prefix_end, draft_end = (
-            column[chosen] for column in (prefix_start, prefix_end, draft_end)
-        )
-    drafted = draft_end - prefix_end
-    slot_start = np.cumsum(drafted) - drafted
-    columns = (prefix_start, prefix_end, draft_end, slot_start)
+        budget = coverage * float((ends - begins).sum())
+        kept = _within(block_end - block_start, budget, _order(len(document), coverage, rng))
+        document, block_start, block_end = document[kept], block_start[kept], block_end[kept]
+    drafts = block_end - block_start
+    columns = (starts[document], block_start, block_end, np.cumsum(drafts) - drafts)
     return Layout(*(column.astype(np.int32) for column in columns))
 
 
+def _checked_prompts(
+    prompt_lengths: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    prompts = np.asarray(prompt_lengths, dtype=np.int64).reshape(-1)
+    if prompts.shape != lengths.shape or (prompts < 0).any() or (prompts > lengths).any():
+        raise ValueError("prompt_lengths needs 0 … length for each document")
+    return prompts
+
+
+Blocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Of each block: the number of its document, its first position, and the one behind its last."""
+
+
 def _grid(
-    lengths: NDArray[np.int64], first: NDArray[np.int64], block_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Every block of every document; `first` [documents] is the length of a document's first."""
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    blocks = 1 + np.maximum(0, -(-(lengths - first) // block_size))
-    document = np.repeat(np.arange(len(lengths)), blocks)
+    begins: NDArray[np.int64], ends: NDArray[np.int64], first: NDArray[np.int64], block_size: int
+) -> Blocks:
+    """Every block of the spans `begins … ends - 1`; `first` is the length of a span's first."""
+    blocks = 1 + np.maximum(0, -(-(ends - begins - first) // block_size))
+    span = np.repeat(np.arange(len(ends)), blocks)
     number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-    prefix_start = starts[document]
-    draft_end = np.minimum(prefix_start + first[document] + number * block_size, ends[document])
-    offset = np.where(number == 0, 0, first[document] + (number - 1) * block_size)
-    return prefix_start, prefix_start + offset, draft_end
+    block_end = np.minimum(begins[span] + first[span] + number * block_size, ends[span])
+    offset = np.where(number == 0, 0, first[span] + (number - 1) * block_size)
+    return span, begins[span] + offset, block_end
 
 
-def _choose(
-    drafted: NDArray[np.int64], coverage: float, rng: np.random.Generator | None
-) -> NDArray[np.intp]:
-    """Sorted indexes of the blocks to keep; they draft at most `coverage` of the positions."""
-    budget = coverage * drafted.sum()
-    if rng is None:
-        # A block is kept where the running target steps over another whole block.
-        target = np.floor(np.arange(1, len(drafted) + 1) * coverage).astype(np.int64)
-        order = np.flatnonzero(np.diff(target, prepend=0))
-    else:
-        order = rng.permutation(len(drafted))
-    kept = order[np.cumsum(drafted[order]) <= budget]
+def scatter_blocks(
+    begins: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    block_size: int,
+    coverage: float,
+    rng: np.random.Generator,
+) -> Blocks:
+    """Disjoint blocks that start at any position of the spans, at least as many as `coverage` asks
+    for on average. Within a span all places of its number of blocks are equally likely.
+
+    n blocks that do not overlap, of which the last may reach over the span's end, are n different
+    cells out of `length - (n - 1) (K - 1)`: take K - 1 positions away behind each but the last.
+    """
+    lengths = ends - begins
+    if len(lengths) == 0:
+        return lengths, lengths, lengths
+    total, reach = int(lengths.sum()), block_size - 1
+    # A block that starts anywhere in a span drafts this much of it on average.
+    inside = np.minimum(lengths, block_size)
+    average = inside - inside * (inside - 1) / (2 * lengths)
+    wanted = max(1, int(np.ceil(coverage * total * total / (lengths * average).sum())))
+    # A span gets its share of the blocks, rounded up or down by one number for all.
+    counts = np.diff(np.floor(wanted * np.cumsum(lengths) / total + rng.random()), prepend=0)
+    counts = np.minimum(counts.astype(np.int64), -(-lengths // block_size))
+    used = np.flatnonzero(counts)
+    counts = counts[used]
+    cells = lengths[used] - (counts - 1) * reach
+    owner = np.repeat(np.arange(len(used)), cells)
+    cell = np.arange(len(owner)) - np.repeat(np.cumsum(cells) - cells, cells)
+    drawn = np.lexsort((rng.random(len(owner)), owner))  # the cells of each span in random order
+    drawn = np.sort(drawn[cell < np.repeat(counts, cells)])
+    number = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)
+    span = used[owner[drawn]]
+    block_start = begins[span] + cell[drawn] + number * reach
+    return span, block_start, np.minimum(block_start + block_size, ends[span])
+
+
+def _order(blocks: int, coverage: float, rng: np.random.Generator | None) -> NDArray[np.intp]:
+    """The order in which blocks may use up the share of the positions."""
+    if rng is not None:
+        return rng.permutation(blocks)
+    # A block is taken where the running target steps over another whole block.
+    target = np.floor(np.arange(1, blocks + 1) * coverage).astype(np.int64)
+    return np.flatnonzero(np.diff(target, prepend=0))
+
+
+def _within(drafts: NDArray[np.int64], budget: float, order: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Sorted indexes of the blocks to keep: in `order`, until they draft `budget` positions."""
+    kept = order[np.cumsum(drafts[order]) <= budget]
     if len(kept) == 0:
-        kept = (order if len(order) else np.arange(len(drafted)))[:1]
+        kept = (order if len(order) else np.arange(len(drafts)))[:1]
     return np.sort(kept)

@@ -15,10 +15,9 @@ from data_prep.cli import EXIT_BAD_INPUT, report_mistake
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 from pipeline.report.svg import Chart, Series
+from pipeline.training.callbacks import CLOCK
 
 EXIT_DIFFERENT = 1
-CLOCK = ("tokens_per_second", "step_seconds", "data_wait_seconds")
-"""Keys of `metrics.jsonl` that tell how fast a run was, not what it did."""
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 14px sans-serif; margin: 2em }} svg {{ max-width: 60em }}
 .grid, .tick {{ stroke: #ccc; fill: #555 }} path, polyline {{ fill: none; stroke: #06c }}

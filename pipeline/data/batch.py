@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.layout import Layout
 from pipeline.data.source import NO_BLOCKS, Sequence
 from pipeline.model.mask import Spans, layout_spans
 
@@ -35,6 +36,8 @@ class Batch:
     """How many of the N rows belong to the AR loss; the rest to the diffusion loss."""
     clean_tokens: int
     """Tokens of the clean sections without padding."""
+    attention_pairs: int
+    """Pairs of query and key that the rule allows, padding and spare slots left out."""
     digests: bytes
     """32 bytes a sequence (SHA-256 of its tokens and document lengths), concatenated."""
 
@@ -73,6 +76,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
     position_ids = np.zeros((len(sequences), width), dtype=np.int64)
     spans = np.empty((3, len(sequences), width), dtype=np.int32)
     ar_rows, ar_labels, slot_rows, slot_labels = [], [], [], []
+    pairs = 0
     for number, sequence in enumerate(sequences):
         layout = sequence.layout if num_slots else NO_BLOCKS
         tokens = sequence.tokens.astype(np.int64)
@@ -81,6 +85,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
         position_ids[number, :length] = np.arange(length)
         position_ids[number, length : length + layout.num_slots] = layout.slot_position
         spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
+        pairs += allowed_pairs(sequence.real_lengths, layout)
         predicting = positions_that_predict(sequence.real_lengths)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
@@ -94,8 +99,17 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
         labels=torch.from_numpy(np.concatenate([*ar_labels, *slot_labels])),
         ar_labels=sum(map(len, ar_labels)),
         clean_tokens=sum(int(sequence.real_lengths.sum()) for sequence in sequences),
+        attention_pairs=pairs,
         digests=b"".join(map(sequence_digest, sequences)),
     )
+
+
+def allowed_pairs(document_lengths: NDArray[np.integer], layout: Layout) -> int:
+    """Pairs of query and key that the attention rule allows over these documents and blocks."""
+    lengths = document_lengths.astype(np.int64)
+    drafted = layout.draft_lengths.astype(np.int64)
+    prefix = layout.prefix_end - layout.prefix_start
+    return int((lengths * (lengths + 1) // 2).sum() + (drafted * (prefix + drafted)).sum())
 
 
 def positions_that_predict(document_lengths: NDArray[np.integer]) -> NDArray[np.int64]:

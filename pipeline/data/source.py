@@ -35,7 +35,7 @@ class LayoutChoice:
     coverage: float | None = None
     """Share of the positions that are drafted, in (0, 1]."""
     shift: bool | None = None
-    """Move each document's grid by a random 0 … K-1 positions."""
+    """Let blocks start anywhere; see `build_layout`."""
     block_sizes: list[int] | None = None
     """Values of K up to `block_size`, of which each sequence draws one."""
     block_shares: list[float] | None = None

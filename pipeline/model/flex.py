@@ -98,7 +98,9 @@ def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, mask: FlexMask) ->
     On a GPU forward and backward are compiled; elsewhere the kernel's reference runs, which holds
     all scores and is there to be tested against.
     """
-    kernel = _compiled() if query.device.type == "cuda" else flex_attention
+    kernel = flex_attention
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
+        kernel = _compiled()
     shared = query.shape[1] != key.shape[1]
     return kernel(query, key, value, block_mask=mask.tiles, enable_gqa=shared)
 

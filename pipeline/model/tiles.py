@@ -75,6 +75,7 @@ class TiledMask:
         return replace(self, tiles=tuple(moved))
 
 
+@torch.compiler.disable  # cuts depend on the batch: each would be compiled anew
 def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:
     """Attention of `query` [B, H, S + M, D] over `key`, `value` [B, H_kv, S + M, D]; shaped as
     `query`."""

@@ -30,6 +30,20 @@ class Cache(Protocol):
         """Write new keys and values [B, H_kv, L, D] behind the kept ones; return all of them."""
 
 
+CHECKPOINTING = ("none", "selective", "full")
+"""What is computed again in the backward pass: nothing, the feed-forward layers' activations (no
+matrix product), or whole layers."""
+
+
+def again_in_backward(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call `function`, keeping only `args` for the backward pass.
+
+    It stops where the last saved tensor is there again, so a matrix product at the end is not
+    repeated. Nothing in a model draws random numbers, so their state is not kept.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -64,12 +78,19 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.recompute = False
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.recompute and self.training:
+            return again_in_backward(self._down, gate, up)
+        return self._down(gate, up)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -97,7 +118,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.activation_checkpointing = False
+        self.recompute = False
         self.rope_theta = config.rope_theta
         self.rope_scaling = config.rope_scaling
         self.head_dim = config.head_dim
@@ -114,8 +135,8 @@ class Decoder(nn.Module):
             position_ids, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling
         )
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            if self.recompute and self.training:
+                x = again_in_backward(layer, x, rotary, mask, cache)
             else:
                 x = layer(x, rotary, mask, cache)
         return self.norm(x)
@@ -194,6 +215,26 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache)
+
+    def checkpoint_activations(self, how: str) -> "Transformer":
+        """Hold less for the backward pass, one of `CHECKPOINTING`; returns self."""
+        if how not in CHECKPOINTING:
+            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {how}")
+        self.model.recompute = how == "full"
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.mlp.recompute = how == "selective"
+        return self
+
+    def compile_layers(self) -> "Transformer":
+        """Have layers compiled at their first forward, for the shapes they then see; returns self.
+
+        A layer at a time: all share one compiled function, so the time does not grow with their
+        number, and activation checkpointing stays around them.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+        return self
 
     def initialize(self, seed: int, opened: Opening = whole) -> "Transformer":
         """Draw all weights anew from `seed`, the same on every rank; returns self.

@@ -151,11 +151,12 @@ def batch_memory(
     precision: str,
     sequences: int,
     rows: int,
-    checkpointing: bool,
+    checkpointing: str,
     attention: str,
     fused_norm: bool = True,
 ) -> BatchMemory:
-    """Memory of `sequences` of `rows` rows each, all of them labelled.
+    """Memory of `sequences` of `rows` rows each, all of them labelled, with a kind of
+    `checkpointing`.
 
     `attention=math` holds scores [sequences, H, rows, rows] in fp32: it saves the softmax, and has
     gradients beside it while a layer goes backward. `fused` holds the mask in the weights' type in
@@ -170,13 +171,16 @@ def batch_memory(
     layer = total * layer_row_bytes(config, size, fused_norm=fused_norm) + size * pairs + scores
     norm = size if fused_norm else 2 * 4
     activations = total * ((norm + size) * config.hidden_size + 4)
-    if checkpointing:
+    # Of the feed-forward layer the SiLU and the product with it.
+    product = 2 * total * size * config.intermediate_size
+    again = {"none": 0, "selective": product, "full": layer}[checkpointing]
+    if checkpointing == "full":
         activations += config.num_layers * total * size * config.hidden_size
     else:
-        activations += config.num_layers * layer
+        activations += config.num_layers * (layer - again)
     return BatchMemory(
         activations=activations,
-        work=gradients + (layer if checkpointing else 0),
+        work=gradients + again,
         logits=head_bytes(config, size, total),
         # A dense one with one more while it is put together; else three integers a row.
         mask=2 * pairs if pairs else 3 * 4 * total,

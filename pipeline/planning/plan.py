@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.data.batch import section_length
-from pipeline.planning.flops import StepFlops, allowed_pairs, step_flops
-from pipeline.planning.hardware import GPUS, Gpu, find_gpu
+from pipeline.hardware import GPUS, Gpu, find_gpu
+from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
+from pipeline.model.transformer import CHECKPOINTING
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
     BatchMemory,
@@ -227,18 +228,25 @@ def judge(plan: Plan) -> None:
         )
 
 
+def more_checkpointing(how: str) -> str | None:
+    """The next kind of activation checkpointing; None after the last."""
+    left = CHECKPOINTING[CHECKPOINTING.index(how) + 1 :]
+    return f"activation_checkpointing={left[0]}" if left else None
+
+
 def remedy(plan: Plan) -> str:
     """The next knob to turn, the one that costs least speed first."""
     train, memory = plan.planned.train, plan.memory
     if memory.batch.peak > max(memory.static.total, memory.evaluation):
-        if not train.activation_checkpointing and memory.batch.activations > memory.batch.logits:
-            return "activation_checkpointing=true"
+        kept = memory.batch.activations > memory.batch.logits
+        if kept and (more := more_checkpointing(train.activation_checkpointing)):
+            return more
         if train.micro_batch_size > 1:
             return f"micro_batch_size={train.micro_batch_size // 2}"
     if train.deepspeed.stage < 3 and plan.planned.cluster.processes > 1:
         return f"deepspeed=zero{train.deepspeed.stage + 1}"
-    if not train.activation_checkpointing:
-        return "activation_checkpointing=true"
+    if more := more_checkpointing(train.activation_checkpointing):
+        return more
     if train.micro_batch_size > 1:
         return f"micro_batch_size={train.micro_batch_size // 2}"
     if not train.deepspeed.offload_optimizer and train.deepspeed.stage > 0:

@@ -60,8 +60,7 @@ def run_rows(plan: Plan) -> Rows:
 
 def memory_rows(plan: Plan) -> Rows:
     train, static, batch = plan.planned.train, plan.memory.static, plan.memory.batch
-    stage = f"ZeRO {train.deepspeed.stage}"
-    checkpointing = "with" if train.activation_checkpointing else "without"
+    stage, checkpointing = f"ZeRO {train.deepspeed.stage}", train.activation_checkpointing
     offloaded = ", on the host" if train.deepspeed.offload_optimizer else ""
     node = plan.planned.cluster.gpus_per_node
     host = f"per node: {gib(plan.memory.host_start * node)} while {node} processes fill the model"
@@ -72,7 +71,11 @@ def memory_rows(plan: Plan) -> Rows:
         ("gradients", gib(static.gradients), stage),
         ("optimizer states", gib(static.optimizer), f"fp32, {stage}{offloaded}"),
         ("communication buffers", gib(static.buffers), "reduce_bucket_size"),
-        ("activations", gib(batch.activations), f"saved, {checkpointing} checkpointing"),
+        (
+            "activations",
+            gib(batch.activations),
+            f"saved, checkpointing {checkpointing}",
+        ),
         ("one layer going back", gib(batch.work), f"attention {plan.planned.plan.attention}"),
         (
             "LM head and loss",

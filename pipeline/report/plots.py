@@ -134,7 +134,7 @@ def decode_charts(run: Run) -> list[Chart]:
 
 
 def training_charts(run: Run) -> list[Chart]:
-    """Throughput, gradient norm and learning rate by step."""
+    """Throughput, gradient norm, learning rate, use of the machine and the mask token by step."""
     throughput = run.column("tokens_per_second")
     waiting = share_waiting(run)
     note = "" if waiting is None else f"Waiting for data: {percent(waiting, 1)} of the time."
@@ -167,8 +167,48 @@ def training_charts(run: Run) -> list[Chart]:
             small=True,
             x_end=last_step(run),
         ),
+        *machine_charts(run),
+        Chart(
+            "Mask token's embedding",
+            [Series("norm", thin(run.column("mask_embedding_norm")), "diffusion")],
+            "step",
+            "L2 norm",
+            small=True,
+            x_end=last_step(run),
+        ),
     ]
     return _with_values(charts)
+
+
+def machine_charts(run: Run) -> list[Chart]:
+    """Rate of model FLOPs, as a share of the peak where that is known, and memory."""
+    utilisation = run.column("mfu")
+    known = any(value is not None for _, value in utilisation)
+    rate = utilisation if known else run.column("model_tflops")
+    memory = [
+        (step, None if value is None else value / 2**30)
+        for step, value in run.column("peak_memory_bytes")
+    ]
+    return [
+        Chart(
+            "Model FLOPs utilisation" if known else "Model FLOPs a second",
+            smoothed("a process", rate, "ar"),
+            "step",
+            "share of the peak" if known else "TFLOP/s",
+            y_range=(0.0, None),
+            small=True,
+            x_end=last_step(run),
+        ),
+        Chart(
+            "Peak memory",
+            [Series("rank 0", thin(memory), "ar")],
+            "step",
+            "GiB",
+            y_range=(0.0, None),
+            small=True,
+            x_end=last_step(run),
+        ),
+    ]
 
 
 def _with_values(charts: list[Chart]) -> list[Chart]:

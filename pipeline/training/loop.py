@@ -14,11 +14,13 @@ from pipeline.training.callbacks import Callback, Event, StepMetrics, make_event
 from pipeline.training.checkpoints import Checkpoints, Failed, Saved
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.left_out import LeftOut, LeftOutFile
+from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.retention import step_in_name
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.signals import StopRequest
 from pipeline.training.slow_ranks import SlowRanks
+from pipeline.training.speed import SpeedMeter
 from pipeline.training.state import TrainState
 from pipeline.training.step import (
     GlobalCounts,
@@ -53,6 +55,8 @@ class Trainer:
     left_out: LeftOutFile
     say: Callable[[str], None]
     """Tells the user something, on rank 0."""
+    meter: SpeedMeter
+    mask_embedding: MaskEmbedding
     notes: list[Event] = field(default_factory=list)
     """What happened before the first step."""
 
@@ -92,14 +96,23 @@ class Trainer:
                 self._save_before_leaving()
                 return False
             rate = self._learning_rate()
-            judge = self.anomalies.judge
-            result = train_step(self.engine, batches, counts, objective, self.world, rate, judge)
+            self.meter.begin()
+            result = train_step(
+                self.engine,
+                batches,
+                counts,
+                objective,
+                self.world,
+                rate,
+                self.settings.attention,
+                self.anomalies.judge,
+            )
             self._count(batches, counts)
             if result.refused is not None and self._rolled_back(result):
                 continue
             if result.finite and result.refused is None:
                 seconds = time.perf_counter() - started
-                self._tell_step(result, rate, counts.clean_tokens, seconds, waited)
+                self._tell_step(result, rate, counts, seconds, waited)
             else:
                 self._tell_skipped(result)
             evaluated = self._do_what_is_due(waited)
@@ -128,8 +141,15 @@ class Trainer:
         return self._evaluate() if due else True
 
     def _tell_step(
-        self, result: StepResult, rate: float, tokens: int, seconds: float, waited: float
+        self,
+        result: StepResult,
+        rate: float,
+        counts: GlobalCounts,
+        seconds: float,
+        waited: float,
     ) -> None:
+        speed = self.meter.measure(counts, seconds)
+        mask = self.mask_embedding.read()
         self.callbacks.on_step(
             StepMetrics(
                 step=self.state.step,
@@ -139,13 +159,19 @@ class Trainer:
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
                 tokens=self.state.tokens,
-                tokens_per_second=tokens / seconds,
+                tokens_per_second=counts.clean_tokens / seconds,
                 sequences_seen=self.state.sequences_seen,
                 data_digest=self.state.data_digest,
                 step_seconds=seconds,
                 data_wait_seconds=waited,
+                model_tflops=speed.model_tflops,
+                mfu=speed.mfu,
+                peak_memory_bytes=speed.peak_memory_bytes,
+                mask_embedding_norm=mask.norm if mask else None,
             )
         )
+        if mask is not None and (text := self.mask_embedding.left(mask)):
+            self._tell("mask_embedding", text, norm=mask.norm, share=mask.share)
         spikes = self.anomalies.spikes(loss=result.loss, grad_norm=result.grad_norm)
         for name, score in spikes.items():
             value = getattr(result, name)

@@ -178,7 +178,7 @@ def try_step(
     started = time.perf_counter()
     micro_steps = engine.micro_steps
     engine.set_gradient_accumulation_boundary(True)
-    accumulate(engine, batches, counts, objective, world)
+    accumulate(engine, batches, counts, objective, world, settings.attention)
     discard_step(engine)
     engine._is_gradient_accumulation_boundary = None  # by the count again
     engine.micro_steps = micro_steps

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.config import existing_path, parse
@@ -12,19 +13,24 @@ from data_prep.manifest import Manifest
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
+from pipeline.model.transformer import CHECKPOINTING
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.training.anomalies import AnomalyConfig
 from pipeline.training.callbacks.ar_guard import ArGuardConfig
 from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
+from pipeline.training.mask_embedding import MaskGuardConfig
 from pipeline.training.retention import CheckpointConfig
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.watchdog import WatchConfig
 
 PRECISIONS = ("bf16", "fp32")
 PREFLIGHT = ("auto", "true", "false")
+SPOKEN = {"true": "full", "false": "none"}
+"""Other words for kinds of activation checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class PlainKeys:
     global_batch_size: int
     micro_batch_size: int
     precision: str
-    activation_checkpointing: bool
+    activation_checkpointing: str
+    compile: bool
+    attention: str
+    peak_tflops: float | None
     deterministic: bool
     preflight: str
     stop_before: str | None
@@ -47,16 +56,18 @@ class PlainKeys:
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        if self.preflight not in PREFLIGHT:
-            known = ", ".join(PREFLIGHT)
-            raise UserError(f"preflight: unknown value {self.preflight!r}; known are {known}")
-        if self.precision not in PRECISIONS:
-            known = " and ".join(PRECISIONS)
-            raise UserError(f"precision: unknown value {self.precision!r}; known are {known}")
+        for key, known in (("preflight", PREFLIGHT), ("precision", PRECISIONS),
+                           ("activation_checkpointing", CHECKPOINTING),
+                           ("attention", BACKENDS)):  # fmt: skip
+            if (value := getattr(self, key)) not in known:
+                shown = ", ".join(known)
+                raise UserError(f"{key}: unknown value {value!r}; known are {shown}")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"peak_tflops: must be above 0, got {self.peak_tflops}")
         for key, least in (("steps", 1), ("seed", 0), ("global_batch_size", 1),
                            ("micro_batch_size", 1)):  # fmt: skip
-            if (value := getattr(self, key)) < least:
-                raise UserError(f"{key}: must be at least {least}, got {value}")
+            if (number := getattr(self, key)) < least:
+                raise UserError(f"{key}: must be at least {least}, got {number}")
         if self.stop_margin_s < 0:
             raise UserError(f"stop_margin_s: must be 0 or more, got {self.stop_margin_s}")
         check_tensorboard(self.tensorboard)
@@ -89,6 +100,7 @@ class TrainSettings(PlainKeys):
     decode_speed: DecodeSpeedConfig
     wandb: WandbConfig
     ar_guard: ArGuardConfig
+    mask_guard: MaskGuardConfig
     resolved: dict[str, Any]
     """The whole resolved config, for `config.yaml` and W&B."""
 
@@ -103,6 +115,8 @@ class TrainSettings(PlainKeys):
             data_dir = open_data_dir(cfg)
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
         plain.preflight = str(plain.preflight).lower()  # true and false are YAML's own, too
+        spoken = str(plain.activation_checkpointing).lower()
+        plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
         values = dict(vars(parse(PlainKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
         if cfg.init_from is not None and manifest is None:
@@ -126,8 +140,25 @@ class TrainSettings(PlainKeys):
             decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
             ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
+            mask_guard=parse(MaskGuardConfig, cfg.mask_guard, "mask_guard"),
             resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.deepspeed.stage == 3:
+            raise UserError(
+                "compile: not with deepspeed=zero3, which gathers weights inside of every layer; "
+                "set compile=false, or deepspeed=zero2"
+            )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises UserError for what cannot be done on `device`."""
+        if self.attention == "flex" and device.type == "cpu":
+            raise UserError(
+                "attention: flex has no backward pass on a CPU; set attention=auto, which takes "
+                "tiles there"
+            )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches a rank goes through in an optimizer step.

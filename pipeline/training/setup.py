@@ -28,9 +28,11 @@ from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.identity import run_identity, run_topology
 from pipeline.training.left_out import LeftOutFile
 from pipeline.training.loop import Trainer
+from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.run_dir import write_config
 from pipeline.training.settings import TrainSettings
 from pipeline.training.slow_ranks import SlowRanks
+from pipeline.training.speed import SpeedMeter
 from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
 from pipeline.training.watchdog import Watchdog
@@ -53,6 +55,7 @@ def build_trainer(
     settings: TrainSettings, world: World, watchdog: Watchdog, say: Callable[[str], None]
 ) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
+    settings.check_device(world.device)
     accumulation_steps = settings.accumulation_steps(world.size)
     manifest = settings.manifest
     source = SequenceSource(
@@ -109,6 +112,16 @@ def build_trainer(
         anomalies=Anomalies(settings.anomalies),
         left_out=left_out,
         say=say,
+        meter=SpeedMeter(
+            model.config,
+            world.device,
+            world.size,
+            precision=settings.precision,
+            peak_tflops=settings.peak_tflops,
+        ),
+        mask_embedding=MaskEmbedding(
+            model.model.embed_tokens, model.config.mask_token_id, settings.mask_guard
+        ),
         notes=notes_of_start(state, told, checkpoints.load_s, world),
     )
 

@@ -39,8 +39,8 @@ def build_model(
         mask = load_into(model, source, opened)
         if mask is not None:
             say(f"mask token {config.mask_token_id}: embedding with {mask}")
-    model.model.activation_checkpointing = settings.activation_checkpointing
-    return model
+    model.checkpoint_activations(settings.activation_checkpointing)
+    return model.compile_layers() if settings.compile else model
 
 
 def allocate(

@@ -34,6 +34,8 @@ class GlobalCounts:
     """Ranks that were asked to stop."""
     draft_weight: float
     """Summed weights of the mask slots; their number, where all count alike."""
+    attention_pairs: int = 0
+    """Pairs of query and key that the rule allows."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ def count_globally(
         sum(batch.clean_tokens for batch in batches),
         int(stop_requested),
         sum(float(draft_weights(batch, objective).double().sum()) for batch in batches),
+        sum(batch.attention_pairs for batch in batches),
     ]
-    ar, diffusion, clean, stops, weight = world.sum([float(value) for value in own])
-    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight)
+    ar, diffusion, clean, stops, weight, pairs = world.sum([float(value) for value in own])
+    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight, int(pairs))
 
 
 def digests_in_order(batches: list[Batch], world: World) -> list[bytes]:
@@ -90,6 +93,7 @@ def train_step(
     objective: ObjectiveConfig,
     world: World,
     learning_rate: float,
+    attention: str = "auto",
     refuses: Judge | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
@@ -98,7 +102,7 @@ def train_step(
     gradient is not finite, or when `refuses` says so of one of them.
     """
     started = time.perf_counter()
-    own = accumulate(engine, batches, counts, objective, world)
+    own = accumulate(engine, batches, counts, objective, world, attention)
     loss, ar_total, diffusion_total, _ = world.sum(own)
     loss_ar = ar_total / max(counts.ar_labels, 1)
     loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
@@ -126,13 +130,16 @@ def accumulate(
     counts: GlobalCounts,
     objective: ObjectiveConfig,
     world: World,
+    attention: str = "auto",
 ) -> list[float]:
-    """Gradients of the global loss into `engine`; returns this rank's `head_loss.SUMS`."""
+    """Gradients of the global loss into `engine`, by the backend `attention`; returns this rank's
+    `head_loss.SUMS`."""
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
     for batch in batches:
-        mask = training_mask(batch.spans, world.device)  # from the host's copy of the rule
+        # From the host's copy of the rule.
+        mask = training_mask(batch.spans, world.device, attention)
         batch = batch.to(world.device)
         targets = make_targets(batch, objective, counts.ar_labels, counts.draft_weight)
         loss, sums = engine(

@@ -36,8 +36,8 @@ def texts_of(folder: Path, split: str) -> list[str]:
     return found
 
 
-def test_two_runs_and_three_workers_give_the_same_bytes(command, overrides, prepared, tmp_path):
-    for name, workers in (("again", 1), ("three", 3)):
+def test_one_two_and_three_workers_give_the_same_bytes(command, overrides, prepared, tmp_path):
+    for name, workers in (("again", 1), ("two", 2), ("three", 3)):
         result = command(*overrides, f"output_dir={tmp_path / name}", f"workers={workers}")
         assert result.code == 0, result.err
         assert content(tmp_path / name) == content(prepared), "also the manifest, wherever it is"

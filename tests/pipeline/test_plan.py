@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused_with_the_knob_to_turn(planning):
 @pytest.mark.parametrize("overrides", [
     ("deepspeed=zero0",),
     ("deepspeed=zero3", "micro_batch_size=8"),
-    ("deepspeed=zero3", "micro_batch_size=4", "activation_checkpointing=false"),
+    ("deepspeed=zero3", "micro_batch_size=4", "activation_checkpointing=none"),
     ("deepspeed=zero2", "cluster.gpu=a100_40gb"),
 ])  # fmt: skip
 def test_each_remedy_takes_less_memory(planned, overrides):

@@ -19,6 +19,13 @@ def make_event(kind: str, step: int, message: str, **details: Any) -> Event:
     return {"time": now, "event": kind, "step": step, "message": message, **details}
 
 
+CLOCK = (
+    "tokens_per_second", "step_seconds", "data_wait_seconds", "model_tflops", "mfu",
+    "peak_memory_bytes",
+)  # fmt: skip
+"""Keys of `metrics.jsonl` that tell how fast a run was and what it took, not what it did."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of `metrics.jsonl`."""
@@ -37,6 +44,14 @@ class StepMetrics:
     step_seconds: float
     """Wall time of the step, waiting for data included."""
     data_wait_seconds: float
+    model_tflops: float
+    """TFLOP/s of one process that the batch needed."""
+    mfu: float | None
+    """Their share of the device's peak rate, where that is known."""
+    peak_memory_bytes: int
+    """Of rank 0; see `pipeline.training.speed.Speed`."""
+    mask_embedding_norm: float | None
+    """Before the step's update; None without a mask section."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

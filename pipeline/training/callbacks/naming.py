@@ -12,6 +12,9 @@ GROUPS = {
     "data_wait_seconds": "data",
     "tokens_per_second": "system",
     "step_seconds": "system",
+    "model_tflops": "system",
+    "mfu": "system",
+    "peak_memory_bytes": "system",
 }
 """Group of a key of `metrics.jsonl`; all others are of training."""
 

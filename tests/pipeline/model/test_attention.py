@@ -11,7 +11,7 @@ from pipeline.model.flex import TILE as FLEX_TILE
 from pipeline.model.flex import FlexMask, tile_table
 from pipeline.model.mask import Spans, layout_spans
 from pipeline.model.tiles import TILE, TiledMask
-from pipeline.model.transformer import Transformer
+from pipeline.model.transformer import CHECKPOINTING, Transformer
 
 BATCHES = {
     "one document": ([[256]], 8, {}),
@@ -173,7 +173,7 @@ def test_tiles_compute_less_than_half_of_the_dense_mask():
     assert entries + 1024 * 1024 // 2 < 0.35 * spans.dense().numel()
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", CHECKPOINTING)
 def test_a_model_takes_either_form(activation_checkpointing):
     spans = make_spans(*BATCHES["packed"])
     config = ModelConfig(
@@ -181,7 +181,7 @@ def test_a_model_takes_either_form(activation_checkpointing):
         head_dim=8, vocab_size=11,
     )  # fmt: skip
     model = Transformer(config).initialize(0).double().train()
-    model.model.activation_checkpointing = activation_checkpointing
+    model.checkpoint_activations(activation_checkpointing)
     tokens = torch.randint(0, 11, spans.block.shape, generator=torch.Generator().manual_seed(0))
     losses = []
     for mask in (spans.dense().unsqueeze(1), training_mask(spans, CPU)):

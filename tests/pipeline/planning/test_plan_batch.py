@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.layout import build_layout
 from pipeline.model.config import ModelConfig
+from pipeline.model.flops import allowed_pairs, step_flops
 from pipeline.model.mask import dense_mask
-from pipeline.model.transformer import Transformer
+from pipeline.model.transformer import CHECKPOINTING, Transformer
 from pipeline.objective.head_loss import head_loss
 from pipeline.objective.targets import Targets
-from pipeline.planning.flops import allowed_pairs, step_flops
 from pipeline.planning.memory import batch_memory, layer_row_bytes
 
 MODELS = sorted(Path(__file__).parents[3].glob("conf/model/*.yaml"))
@@ -42,10 +42,10 @@ def test_parameters_are_those_of_the_real_model(path):
     assert config.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: bool):
+def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: str):
     """A function that runs forward, loss and backward as training does, every row labelled."""
     model = Transformer(config).initialize(0).to(dtype)
-    model.model.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     ids = torch.randint(0, config.num_embeddings, (SEQUENCES, ROWS))
     labels = torch.randint(0, config.num_embeddings, (SEQUENCES * ROWS,))
     mask = torch.ones(SEQUENCES, 1, ROWS, ROWS, dtype=torch.bool)
@@ -68,7 +68,7 @@ def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: bool):
     return step
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flops_are_those_that_are_executed(shape, checkpointing):
     config = SHAPES[shape]
@@ -82,11 +82,11 @@ def test_flops_are_those_that_are_executed(shape, checkpointing):
     assert counter.get_total_flops() == flops.model + flops.recomputed
     products = counter.get_flop_counts()["Global"]
     attention = products[torch.ops.aten.bmm]
-    assert attention == flops.attention * (4 if checkpointing else 3) // 3
+    assert attention == flops.attention * (4 if checkpointing == "full" else 3) // 3
 
 
 @pytest.mark.parametrize("attention", ["fused", "math"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
     ("shape", "precision"), [*((shape, "fp32") for shape in SHAPES), ("plain", "bf16")]
 )
@@ -155,7 +155,7 @@ def test_pairs_are_those_of_the_dense_mask(coverage):
 def test_a_sparse_mask_takes_neither_scores_nor_a_mask():
     kinds = {
         kind: batch_memory(
-            CONFIG, precision="bf16", sequences=2, rows=4096, checkpointing=True, attention=kind
+            CONFIG, precision="bf16", sequences=2, rows=4096, checkpointing="full", attention=kind
         )
         for kind in ("flex", "fused", "math")
     }
@@ -163,6 +163,6 @@ def test_a_sparse_mask_takes_neither_scores_nor_a_mask():
     assert kinds["flex"].peak < kinds["fused"].peak < kinds["math"].peak
     # Twice the rows take twice the memory: 32k tokens can be planned for.
     twice = batch_memory(
-        CONFIG, precision="bf16", sequences=2, rows=8192, checkpointing=True, attention="flex"
+        CONFIG, precision="bf16", sequences=2, rows=8192, checkpointing="full", attention="flex"
     )
     assert twice.activations + twice.work == 2 * (kinds["flex"].activations + kinds["flex"].work)

@@ -67,6 +67,10 @@ def metric(step: int, objective: str, rng: random.Random) -> dict[str, Any]:
         "data_digest": f"{rng.getrandbits(64):016x}",
         "step_seconds": 1.4,
         "data_wait_seconds": 0.004,
+        "model_tflops": 0.02 + rng.gauss(0, 0.001),
+        "mfu": None,
+        "peak_memory_bytes": 3 * 2**28 + 2**20 * step,
+        "mask_embedding_norm": 0.45 + step / 4000 if tidar else None,
     }
 
 
@@ -223,10 +227,13 @@ def test_all_sections_are_there(tmp_path: Path) -> None:
         "Training loss",
         "Held-out loss",
         "Training throughput",
+        "Model FLOPs a second",
+        "Peak memory",
+        "Mask token's embedding",
         "Eval at step 300",
     ):
         assert heading in page.headings
-    assert sum(tag == "svg" and "aria-label" in a for tag, a in page.tags) == 3 + 2 + 2 + 3 + 1
+    assert sum(tag == "svg" and "aria-label" in a for tag, a in page.tags) == 3 + 2 + 2 + 6 + 1
     for said in ("300 of 400 steps", "1.83M parameters", "stage: 2", "of 16 prompts", "100 %"):
         assert said in page.text
     assert "nan" not in page.text.lower().split()

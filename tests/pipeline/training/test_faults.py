@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMALL_RUN, command, run, train_small
 
+from pipeline.training.callbacks import CLOCK
+
 QUICK = ("steps=8", "checkpoint.every=3", "evals.decode_speed.every=0", "wandb.mode=disabled")
 SECRET = "0123456789abcdef" * 2 + "01234567"
-CLOCK = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 
 
 def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -5,10 +5,10 @@ import json
 import pytest
 from commands import train_small
 
+from pipeline.training.callbacks import CLOCK
 from pipeline.training.preflight import find_problems, table
 
 QUICK = ("steps=3", "evals.decode_speed.every=0", "wandb.mode=disabled", "checkpoint.every=3")
-CLOCK = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 
 
 def report(rank: int, **changes) -> dict:

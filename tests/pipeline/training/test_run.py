@@ -12,7 +12,7 @@ from commands import ROOT, SMALL_RUN, command, train_small
 
 from data_prep import cli
 from pipeline.train import train
-from pipeline.training.callbacks import StepMetrics
+from pipeline.training.callbacks import CLOCK, StepMetrics
 
 LONGER = ("steps=40", "checkpoint.every=5", "evals.decode_speed.every=0")
 QUICK = ("steps=4", "evals.decode_speed.every=0", "wandb.mode=disabled")
@@ -24,8 +24,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def exact(rows: list[dict]) -> list[dict]:
     """Rows without what the clock says."""
-    timed = ("tokens_per_second", "step_seconds", "data_wait_seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def only_error(done: subprocess.CompletedProcess) -> str:

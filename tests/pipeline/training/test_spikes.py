@@ -8,13 +8,13 @@ import pytest
 from commands import SMALL_RUN, run
 
 from data_prep.errors import UserError
+from pipeline.compare import CLOCK
 from pipeline.data.order import numbers_after
 from pipeline.distributed import World
 from pipeline.training.anomalies import Anomalies, AnomalyConfig
 from pipeline.training.left_out import LEFT_OUT, LeftOut, LeftOutFile, merged
 from pipeline.training.state import TrainState
 
-CLOCK = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 SPIKING = (
     "steps=26", "checkpoint.every=6", "checkpoint.keep_last=0", "evals.decode_speed.every=0",
     "wandb.mode=disabled", "anomalies.spike_score=20", "deepspeed=zero2",
@@ -40,29 +40,37 @@ def spike(data_dir: Path, run_dir: Path, choice: str, environment: dict[str, str
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_goes_back_and_on_without_the_sequences_of_a_spike(data_dir, tmp_path):
-    """It equals a run that never met them, line by line; and so it does when, after the rollback,
-    everything since the checkpoint is lost and only the record of it is left."""
-    spiked, never = tmp_path / "spiked", tmp_path / "never"
-    spike(data_dir, spiked, "rollback", SPIKE)
+@pytest.fixture(scope="module")
+def spiked(data_dir, tmp_path_factory) -> Path:
+    """A run that went back from its spike."""
+    run_dir = tmp_path_factory.mktemp("spikes") / "spiked"
+    spike(data_dir, run_dir, "rollback", SPIKE)
+    return run_dir
+
+
+def test_a_run_goes_back_and_on_without_the_sequences_of_a_spike(data_dir, spiked, tmp_path):
+    """It equals a run that never met them, line by line."""
     (event,) = events(spiked, "rolled_back")
     assert (event["step"], event["to_step"], event["quantity"]) == (22, 18, "loss")
     assert (event["first_sequence"], event["last_sequence"]) == (168, 175)
     assert event["score"] > 20
-    never.mkdir()
-    shutil.copy(spiked / LEFT_OUT, never)
-    spike(data_dir, never, "rollback", HARMLESS)
-    assert rows(spiked) == rows(never)
+    shutil.copy(spiked / LEFT_OUT, tmp_path)
+    spike(data_dir, tmp_path, "rollback", HARMLESS)
+    assert rows(spiked) == rows(tmp_path)
     assert [row["step"] for row in rows(spiked)] == list(range(1, 27))
     seen = [row["sequences_seen"] for row in rows(spiked)]
     assert seen[20:23] == [168, 184, 192]  # the step after 168 takes 176 to 183
 
+
+@pytest.mark.long
+def test_a_rollback_survives_the_loss_of_everything_after_it(data_dir, spiked, tmp_path):
+    """Only the record in the run directory is left: the checkpoint is older, the window as well."""
     lost = tmp_path / "lost"
     shutil.copytree(spiked, lost)
     for step in (24, 26):
         shutil.rmtree(lost / "checkpoints" / f"step-{step:08d}")
     spike(data_dir, lost, "rollback", HARMLESS)
-    assert rows(lost) == rows(never)
+    assert rows(lost) == rows(spiked)
     saved = json.loads((lost / "checkpoints" / "step-00000024" / "state.json").read_text())
     assert saved["left_out"] == [[168, 176]]
     assert len(saved["anomalies"]["recent"]["loss"]) == 24

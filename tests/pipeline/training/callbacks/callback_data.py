@@ -34,4 +34,8 @@ def steps(first: int, last: int) -> Iterator[StepMetrics]:
             data_digest=f"{step:064x}",
             step_seconds=2.0,
             data_wait_seconds=0.01,
+            model_tflops=0.25,
+            mfu=0.5 if step % 2 else None,
+            peak_memory_bytes=2**30 + step,
+            mask_embedding_norm=0.75 + step if step % 2 else None,
         )

@@ -59,10 +59,15 @@ def read(path: Path) -> list[dict]:
 def check_equal(run_dir: Path, logged: dict[int, dict]) -> None:
     """W&B's history holds every number of the metrics file and of the eval file, and no other."""
     groups = {
-        "train": ("loss", "loss_ar", "loss_diffusion", "learning_rate", "grad_norm"),
+        "train": (
+            "loss", "loss_ar", "loss_diffusion", "learning_rate", "grad_norm",
+            "mask_embedding_norm",
+        ),
         "data": ("sequences_seen", "data_digest", "data_wait_seconds"),
-        "system": ("tokens_per_second", "step_seconds"),
-    }
+        "system": (
+            "tokens_per_second", "step_seconds", "model_tflops", "mfu", "peak_memory_bytes",
+        ),
+    }  # fmt: skip
     expected: dict[int, dict] = {}
     for row in read(run_dir / "metrics.jsonl"):
         values = {"step": row["step"], "tokens": row["tokens"]}

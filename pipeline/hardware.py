@@ -32,6 +32,23 @@ GPUS = {
 }
 
 
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100_40gb",
+    "NVIDIA A100-PCIE-40GB": "a100_40gb",
+    "NVIDIA A100-SXM4-80GB": "a100_80gb",
+    "NVIDIA A100 80GB PCIe": "a100_80gb",
+    "NVIDIA H100 80GB HBM3": "h100_80gb",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""What CUDA calls them. Other forms of a chip (H100 PCIe, NVL) run at other rates."""
+
+
+def recognise(device_name: str) -> Gpu | None:
+    """The table's entry for what CUDA calls a device; None where it has none."""
+    return GPUS.get(DEVICE_NAMES.get(device_name, ""))
+
+
 def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:
     """The table's entry for `name`, with what the user states himself in its place."""
     known = GPUS.get(name or "", Gpu(name or "not given", None, None, None))

@@ -40,12 +40,23 @@ def allowed_pairs(sequence_length: int, block_size: int, coverage: float | None)
 
 
 def step_flops(
-    config: ModelConfig, *, sequences: int, rows: int, pairs: int, checkpointing: bool
+    config: ModelConfig,
+    *,
+    sequences: int,
+    rows: int,
+    pairs: int,
+    labelled: int | None = None,
+    checkpointing: str = "none",
 ) -> StepFlops:
-    """FLOPs of a step over `sequences` of `rows` rows each, both sections together.
+    """FLOPs of a step.
 
-    `pairs` of query and key meet in attention in each sequence. The LM head counts every row: all
-    but a few carry a label.
+    Args:
+        config: the model's shape.
+        sequences: how many there are.
+        rows: of each, both sections together.
+        pairs: of query and key that meet in attention in each.
+        labelled: rows of each that go through the LM head; None takes all, which all but a few do.
+        checkpointing: `full` computes layers again; `selective` repeats no matrix product.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim
@@ -54,12 +65,12 @@ def step_flops(
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
     total = sequences * rows
     forward_layers = 2 * layers * total
-    forward_head = 2 * head * total
+    forward_head = 2 * head * sequences * (rows if labelled is None else labelled)
     forward_attention = 4 * config.num_layers * width * sequences * pairs
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
     return StepFlops(
         weights=3 * (forward_layers + forward_head),
         attention=3 * forward_attention,
-        recomputed=repeated if checkpointing else 0,
+        recomputed=repeated if checkpointing == "full" else 0,
     )

@@ -1,0 +1,81 @@
+"""Watches the mask token's embedding, the one weight that every draft starts from.
+
+It is read off the forward pass: the last row of a joint forward is always a mask slot, so nothing
+is gathered under ZeRO 3 and nothing waits for the device before the step does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MaskGuardConfig:
+    least_share: float = 1e-3
+    """Report the mask embedding when its norm is below this share of the text's mean norm."""
+    most_share: float = 10.0
+    """Or above this."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.least_share < self.most_share:
+            raise ValueError(
+                f"least_share must be 0 or more and below most_share, got {self.least_share} and "
+                f"{self.most_share}"
+            )
+
+
+@dataclass(frozen=True)
+class MaskNorm:
+    """Of the mask token's embedding, as the last forward used it."""
+
+    norm: float
+    text: float
+    """Mean norm over the text tokens of one sequence of that forward."""
+
+    @property
+    def share(self) -> float:
+        return self.norm / self.text if self.text else float("inf")
+
+
+class MaskEmbedding:
+    """Looks at every training forward of a model with a mask token."""
+
+    def __init__(
+        self, embedding: nn.Module, mask_token_id: int | None, config: MaskGuardConfig
+    ) -> None:
+        self.config = config
+        self._mask_token_id = mask_token_id
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._outside = False
+        if mask_token_id is not None:
+            embedding.register_forward_hook(self._look)
+
+    def read(self) -> MaskNorm | None:
+        """The last forward's; None without a mask section. Waits for the device."""
+        if self._seen is None:
+            return None
+        norm, text = (float(value) for value in self._seen)
+        return MaskNorm(norm, text)
+
+    def left(self, found: MaskNorm) -> str | None:
+        """What to tell when the norm has just left its bounds, and not again before it was back."""
+        was_outside = self._outside
+        low, high = self.config.least_share, self.config.most_share
+        self._outside = not low <= found.share <= high
+        if was_outside or not self._outside:
+            return None
+        bound, key = (low, "least_share") if found.share < low else (high, "most_share")
+        return (
+            f"the mask token's embedding has norm {found.norm:.3g}, {found.share:.3g} of the "
+            f"text's {found.text:.3g}, beyond mask_guard.{key}={bound:g}: drafts start from it; "
+            "look at optimizer.learning_rate and weight_decay"
+        )
+
+    def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        is_text = inputs[0][0] != self._mask_token_id
+        norms = torch.linalg.vector_norm(output.detach()[0], dim=-1, dtype=torch.float32)
+        # A mean by hand: picking rows out would wait for the device to count them.
+        text = (norms * is_text).sum() / is_text.sum().clamp(min=1)
+        self._seen = norms[-1], text

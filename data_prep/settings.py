@@ -12,6 +12,7 @@ from data_prep.block_sizes import BlockSizes
 from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
 from data_prep.packing import PACKINGS
+from data_prep.secrets import without_secrets
 
 GROUPS = ("corpus", "tokenizer", "layout")
 IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
@@ -141,7 +142,7 @@ class PrepareSettings(PlainKeys):
             **values,
             tokenizer=parse(TokenizerConfig, cfg.tokenizer, "tokenizer"),
             layout=parse(LayoutConfig, cfg.layout, "layout"),
-            resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            resolved=without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         )
 
     @property

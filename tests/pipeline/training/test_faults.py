@@ -39,7 +39,8 @@ def faulty(
 
 def test_a_step_that_is_not_finite_is_skipped_and_recorded(data_dir, tmp_path):
     """Global batch 8, micro-batch 2: the 10th loss is in step 3, of sequences 16 to 23."""
-    choices = ("anomalies.max_skipped_in_a_row=1", "wandb.mode=offline")
+    choices = ("anomalies.max_skipped_in_a_row=1", "wandb.mode=offline",
+               "data.cache_dir=/nowhere/${oc.env:HF_TOKEN}")  # fmt: skip
     done = faulty(data_dir, tmp_path, "nan:10", *choices, WANDB_API_KEY=SECRET, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4, 5, 6, 7, 8]
@@ -55,6 +56,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_recorded(data_dir, tmp_path):
     for path in files:  # secrets of the environment stay there
         assert SECRET.encode() not in path.read_bytes(), path
     assert SECRET not in done.stdout + done.stderr
+    assert "/nowhere/${oc.env:" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_second_run_in_the_same_place_is_refused_and_a_crash_frees_it(data_dir, tmp_path):

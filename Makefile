@@ -1,7 +1,7 @@
 # One command each; `make help` lists them. Everything is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-eval demo test test-long lint format bench clean
+.PHONY: help setup setup-eval demo test test-long lint format bench experiments clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -48,6 +48,9 @@ format: setup ## rewrite the code in the project's style
 
 bench: setup ## measure and write bench/results/*.json
 	$(BIN)/python -m bench
+
+experiments: setup ## train and score the recipes that docs/results.md compares (about two hours of one core)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.experiments
 
 clean: ## remove what the demo wrote (not .venv)
 	rm -rf runs/demo data/demo

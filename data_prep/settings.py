@@ -157,7 +157,12 @@ class PrepareSettings(PlainKeys):
 
     def split_of(self, document_id: str) -> str:
         """`train` or `heldout`, by a hash of the id: the same whatever else is in the corpus."""
-        # Ids from file names and JSON may hold lone surrogates, which plain UTF-8 refuses.
-        key = f"{self.seed}\n{document_id}".encode(errors="surrogatepass")
-        share = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
-        return "heldout" if share < self.heldout_fraction else "train"
+        held_out = in_heldout(document_id, seed=self.seed, fraction=self.heldout_fraction)
+        return "heldout" if held_out else "train"
+
+
+def in_heldout(document_id: str, *, seed: int, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split, about `fraction` of all."""
+    # Ids from file names and JSON may hold lone surrogates, which plain UTF-8 refuses.
+    key = f"{seed}\n{document_id}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < fraction

@@ -158,6 +158,7 @@ def _scoring_part(
     # Sampling is scored at temperature 1 only; at others the sum of minima differs.
     scored = drafts and temperature in (0, 1)
     survival = _shares(scores.survived[row], scores.drafts)
+    unigram_survival = _shares(scores.unigram_survived[row], scores.drafts)
     return {
         "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
         "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
@@ -173,6 +174,9 @@ def _scoring_part(
         if scored
         else None,
         "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts)
+        if scored
+        else None,
+        "unigram_expected_tokens_per_forward": 1 + sum(share or 0.0 for share in unigram_survival)
         if scored
         else None,
     }

@@ -92,6 +92,7 @@ def evaluate_likelihood(
     diffusion_tokens = int(total.diffusion_tokens.sum())
     diffusion_loss = float(total.diffusion_loss.sum()) / max(diffusion_tokens, 1)
     bits = (total.ar_loss + total.first_loss) / math.log(2)
+    diffusion_bits = float(total.diffusion_loss.sum()) / math.log(2)
     places = zip(total.diffusion_loss.tolist(), total.diffusion_tokens.tolist(), strict=True)
     return {
         "sequences": total.sequences,
@@ -107,6 +108,8 @@ def evaluate_likelihood(
         "block_size": block_size if drafts else None,
         "diffusion_tokens": diffusion_tokens,
         "diffusion_loss": diffusion_loss if drafts else None,
+        "diffusion_perplexity": math.exp(diffusion_loss) if drafts else None,
+        "diffusion_bits_per_byte": diffusion_bits / max(text_bytes, 1) if drafts else None,
         "diffusion_loss_by_place": [loss / count if count else None for loss, count in places]
         if drafts
         else None,

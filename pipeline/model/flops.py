@@ -47,6 +47,7 @@ def step_flops(
     pairs: int,
     labelled: int | None = None,
     checkpointing: str = "none",
+    teacher_rows: int = 0,
 ) -> StepFlops:
     """FLOPs of a step.
 
@@ -57,6 +58,8 @@ def step_flops(
         pairs: of query and key that meet in attention in each.
         labelled: rows of each that go through the LM head; None takes all, which all but a few do.
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
+        teacher_rows: rows of each that go through the head once more, forward only: the AR
+            distributions that an agreement loss compares slots with.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim
@@ -70,7 +73,7 @@ def step_flops(
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
     return StepFlops(
-        weights=3 * (forward_layers + forward_head),
+        weights=3 * (forward_layers + forward_head) + 2 * head * sequences * teacher_rows,
         attention=3 * forward_attention,
         recomputed=repeated if checkpointing == "full" else 0,
     )

@@ -36,11 +36,13 @@ class DraftScores:
     acceptances. Rows as in `accepted`, fp64 [2, K - 1]."""
     unigram_accepted: Tensor
     """As `accepted`, for a draft that knows no context, fp64 [2, K - 1]."""
+    unigram_survived: Tensor
+    """As `survived`, for that draft, fp64 [2, K - 1]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
         rates = torch.zeros(2, block_size - 1, dtype=torch.float64)
-        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates)
+        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates, rates)
 
     def __add__(self, other: "DraftScores") -> "DraftScores":
         return DraftScores(
@@ -73,9 +75,7 @@ def score_drafts(
 def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Tensor) -> DraftScores:
     scored = score_sequence(model, sequence)
     batch = scored.batch
-    drafts, accepted, survived, unigram_accepted = _acceptance(
-        model, sequence, scored, block_size, unigram
-    )
+    drafts, accepted, survived = _acceptance(model, sequence, scored, block_size, unigram)
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
         ar_tokens=batch.ar_labels,
@@ -83,20 +83,22 @@ def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Ten
         diffusion_tokens=batch.diffusion_labels,
         unigram_loss=float(-unigram[batch.labels[: batch.ar_labels]].double().log().sum()),
         drafts=drafts,
-        accepted=accepted,
-        survived=survived,
-        unigram_accepted=unigram_accepted,
+        accepted=accepted[0],
+        survived=survived[0],
+        unigram_accepted=accepted[1],
+        unigram_survived=survived[1],
     )
 
 
 def _acceptance(
     model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`drafts`, `accepted`, `survived` and `unigram_accepted` of `DraftScores` for one sequence."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`drafts` [K - 1], `accepted` and `survived` of `DraftScores` for one sequence, these two
+    [2, 2, K - 1]: of the model's own draft, then of the unigram's."""
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
-    nothing = drafts.expand(2, -1)
+    nothing = drafts.expand(2, 2, -1)
     if scored.batch.diffusion_labels == 0:
-        return drafts, nothing, nothing, nothing
+        return drafts, nothing, nothing
     slot, offset, clean = _scored_slots(sequence)
     drafts = drafts.index_add(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
     clean_hidden = scored.hidden[: len(sequence.tokens)]
@@ -114,8 +116,7 @@ def _acceptance(
     block = torch.from_numpy(sequence.layout.slot_block.astype("int64"))[slot]
     by_block = torch.zeros(2, 2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
     by_block[:, :, block, offset - 1] = rates
-    accepted, survived = by_block.sum(2), by_block.cumprod(3).sum(2)
-    return drafts, accepted[0], survived[0], accepted[1]
+    return drafts, by_block.sum(2), by_block.cumprod(3).sum(2)
 
 
 def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:

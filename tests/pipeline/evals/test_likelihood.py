@@ -60,6 +60,9 @@ def test_losses_are_those_of_loops(data, model, result):
     assert result["perplexity"] == pytest.approx(math.exp(np.mean(ar)), rel=1e-4)
     assert result["diffusion_tokens"] == sum(map(len, by_place)) == data.manifest.heldout.tokens
     assert result["diffusion_loss"] == pytest.approx(np.mean(list(chain(*by_place))), rel=1e-5)
+    bits = sum(chain(*by_place)) / math.log(2) / result["text_bytes"]
+    assert result["diffusion_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert result["diffusion_perplexity"] == pytest.approx(math.exp(result["diffusion_loss"]))
     expected = [np.mean(place) for place in by_place]
     assert result["diffusion_loss_by_place"] == pytest.approx(expected, rel=1e-5)
 

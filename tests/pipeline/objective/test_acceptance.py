@@ -87,6 +87,7 @@ def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram)
         "accepted": [[0.0] * (block_size - 1) for _ in range(2)],
         "survived": [[0.0] * (block_size - 1) for _ in range(2)],
         "unigram_accepted": [[0.0] * (block_size - 1) for _ in range(2)],
+        "unigram_survived": [[0.0] * (block_size - 1) for _ in range(2)],
     }  # fmt: skip
     base = [float(p) for p in unigram] + [0.0] * (VOCABULARY - len(unigram))
     for sequence in chosen:
@@ -101,7 +102,7 @@ def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram)
                 sums["ar_tokens"] += 1
         for document, first, end in blocks_of(sequence):
             drafts = drafted(model, document[:first], end - first)
-            alive = [1.0, 1.0]
+            alive = {"survived": [1.0, 1.0], "unigram_survived": [1.0, 1.0]}
             for place in range(end - first):
                 position = first + place
                 sums["diffusion_loss"] -= math.log(float(drafts[place][document[position]]))
@@ -117,10 +118,10 @@ def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram)
                     sums[name][0][place - 1] += agrees
                     overlap = sum(map(min, zip(p, q, strict=True)))
                     sums[name][1][place - 1] += overlap
-                    if name == "accepted":
-                        alive = [alive[0] * agrees, alive[1] * overlap]
-                        for row in range(2):
-                            sums["survived"][row][place - 1] += alive[row]
+                    lasting = name.replace("accepted", "survived")
+                    for row, chance in enumerate((agrees, overlap)):
+                        alive[lasting][row] *= chance
+                        sums[lasting][row][place - 1] += alive[lasting][row]
     return sums
 
 
@@ -129,7 +130,7 @@ def check(scores: DraftScores, expected: dict) -> None:
         assert getattr(scores, name) == expected[name]
     for name in ("ar_loss", "unigram_loss", "diffusion_loss"):
         assert getattr(scores, name) == pytest.approx(expected[name], rel=1e-4)
-    for name in ("drafts", "accepted", "survived", "unigram_accepted"):
+    for name in ("drafts", "accepted", "survived", "unigram_accepted", "unigram_survived"):
         wanted = torch.tensor(expected[name], dtype=torch.float64)
         torch.testing.assert_close(getattr(scores, name), wanted, rtol=1e-3, atol=1e-4)
 

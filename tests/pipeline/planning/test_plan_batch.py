@@ -42,7 +42,9 @@ def test_parameters_are_those_of_the_real_model(path):
     assert config.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: str):
+def training_step(
+    config: ModelConfig, dtype: torch.dtype, checkpointing: str, agreement: str = "none"
+):
     """A function that runs forward, loss and backward as training does, every row labelled."""
     model = Transformer(config).initialize(0).to(dtype)
     model.checkpoint_activations(checkpointing)
@@ -54,9 +56,9 @@ def training_step(config: ModelConfig, dtype: torch.dtype, checkpointing: str):
         labels=labels,
         ar_labels=len(labels) // 2,
         shares=torch.full((len(labels),), 1e-3),
-        verifiers=torch.zeros(0, dtype=torch.int64),
-        agreement="none",
-        agreement_weight=0.0,
+        verifiers=torch.arange(len(labels) // 2 if agreement != "none" else 0),
+        agreement=agreement,
+        agreement_weight=0.5 if agreement != "none" else 0.0,
         smoothing=0.0,
     )
 
@@ -83,6 +85,20 @@ def test_flops_are_those_that_are_executed(shape, checkpointing):
     products = counter.get_flop_counts()["Global"]
     attention = products[torch.ops.aten.bmm]
     assert attention == flops.attention * (4 if checkpointing == "full" else 3) // 3
+
+
+def test_an_agreement_loss_takes_the_head_once_more_for_every_slot():
+    """Half of the rows are slots, each compared with one AR distribution."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training_step(CONFIG, torch.float32, "none", agreement="kl")()
+    flops = step_flops(
+        CONFIG,
+        sequences=SEQUENCES,
+        rows=ROWS,
+        pairs=ROWS * ROWS,
+        teacher_rows=ROWS // 2,
+    )
+    assert counter.get_total_flops() == flops.model
 
 
 @pytest.mark.parametrize("attention", ["fused", "math"])

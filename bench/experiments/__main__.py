@@ -1,0 +1,72 @@
+"""`python -m bench.experiments`: train and score the runs that are not done yet."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.__main__ import Parser
+from bench.experiments.corpus import CORPORA
+from bench.experiments.runs import HEADLINE_SEEDS, RUNS, Run, find_run
+from bench.experiments.study import Study
+from bench.results import RESULTS
+from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.errors import UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m bench.experiments", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--corpus", default="stdlib", choices=CORPORA,
+        help="Python's standard library, or it and all Python sources installed beside the project",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs and no others")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these seeds for every run chosen")
+    parser.add_argument("--list", action="store_true", help="print the runs, train nothing")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"),
+                        help="folder for text, data and runs (runs/experiments)")  # fmt: skip
+    parser.add_argument("--results", type=Path, default=RESULTS / "experiments",
+                        help="folder for the JSON files")  # fmt: skip
+    parser.add_argument("--scale", type=float, default=1.0, help="length of all runs (1)")
+    return parser
+
+
+def jobs(only: list[str] | None, seeds: list[int] | None) -> list[tuple[Run, int]]:
+    """The pairs of run and seed asked for: every run with the first seed, then the headline again
+    with the others."""
+    chosen = RUNS if only is None else tuple(map(find_run, only))
+    if seeds is not None:
+        return [(run, seed) for seed in seeds for run in chosen]
+    first = [(run, HEADLINE_SEEDS[0]) for run in chosen]
+    again = [(run, seed) for seed in HEADLINE_SEEDS[1:] for run in chosen if run.headline]
+    return first + again
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Do what the command line asks for; raises UserError for a bad argument or a failed run."""
+    given = make_parser().parse_args(arguments)
+    if given.scale <= 0:
+        raise UserError(f"--scale: must be above 0, got {given.scale:g}")
+    study = Study(CORPORA[given.corpus], given.work, given.results, scale=given.scale)
+    wanted = jobs(given.only, given.seeds)
+    if given.list:
+        for one, seed in wanted:
+            words = study.train_command(one, seed, steps=1)
+            shown = shlex.join(word for word in words if not word.startswith("steps="))
+            print(f"{one.name}, seed {seed}: {one.about}\n  tidar-train {shown}")
+        return
+    study.perform(wanted, lambda text: print(text, flush=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        report_mistake(str(error))
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

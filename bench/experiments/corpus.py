@@ -1,0 +1,126 @@
+"""Text of the experiments: Python sources, and held-out files that the training text does not hold.
+
+A held-out file leaves when too many of its n-grams of words stand in a training file: a copy of a
+module, or one of many tables made by the same script, would be recited and not predicted.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpora.base import Document
+from data_prep.corpora.files import local_file
+from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
+from data_prep.corpora.text_folder import FilesCorpus
+from data_prep.files import write_text_atomic, written_atomically
+from data_prep.settings import in_heldout
+
+WORD = re.compile(r"\w+|[^\w\s]")
+NGRAM = 13
+MOST_SHARED = 0.1
+"""Share of a held-out file's n-grams that may stand in training text."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class CorpusChoice:
+    """Which text, and how it is prepared."""
+
+    name: str
+    heldout_fraction: float
+    sequence_length: int = 256
+    vocab_size: int = 1024
+    max_bytes: int | None = None
+    """Stop after this much text; None takes all of it."""
+
+
+CORPORA = {
+    "stdlib": CorpusChoice("stdlib", heldout_fraction=0.03),
+    "installed": CorpusChoice("installed", heldout_fraction=0.003),
+}
+"""The standard library; the same with all Python sources that are installed beside this project."""
+
+
+def prepare(choice: CorpusChoice, folder: Path) -> Path:
+    """Write the deduplicated text and prepare it; returns the data folder. Does nothing twice.
+
+    `folder/text.json` says what was dropped and what is still shared.
+    """
+    text, about, data = folder / "text.jsonl", folder / "text.json", folder / "data"
+    if not about.is_file():
+        write_text_atomic(about, json.dumps(write_corpus(choice, text), indent=1) + "\n")
+    if not (data / "manifest.json").is_file():
+        subprocess.run(
+            [sys.executable, "-m", "data_prep.prepare", "corpus=jsonl", f"corpus.path={text}",
+             "corpus.id_field=id", f"output_dir={data}",
+             f"sequence_length={choice.sequence_length}", "layout.block_size=8",
+             f"tokenizer.vocab_size={choice.vocab_size}",
+             f"heldout_fraction={choice.heldout_fraction}"],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
+    return data
+
+
+def write_corpus(choice: CorpusChoice, path: Path) -> dict[str, Any]:
+    """Write the documents that stay as JSON lines, each with `id` and `text`; returns counts."""
+    corpus = open_sources(choice)
+    wanted = ngrams_of_heldout(corpus, choice.heldout_fraction)
+    seen = {gram for grams in wanted.values() for gram in grams}
+    found: set[int] = set()
+    for document in corpus.documents():
+        if document.id not in wanted:
+            found |= seen & ngrams(document.text)
+    shared = {name: len(grams & found) / max(len(grams), 1) for name, grams in wanted.items()}
+    dropped = {name for name, share in shared.items() if share > MOST_SHARED}
+    kept = 0
+    with written_atomically(path) as file:
+        for document in corpus.documents():
+            if document.id not in dropped:
+                kept += 1
+                file.write(json.dumps({"id": document.id, "text": document.text}).encode() + b"\n")
+    left = [wanted[name] for name in wanted if name not in dropped]
+    grams = {gram for own in left for gram in own}
+    return {
+        "corpus": asdict(choice),
+        "python": sys.version.split()[0],
+        "documents": kept,
+        "ngram": NGRAM,
+        "most_shared": MOST_SHARED,
+        "heldout_documents": len(left),
+        "heldout_dropped": len(dropped),
+        "heldout_ngrams_shared": len(grams & found) / max(len(grams), 1),
+    }
+
+
+def open_sources(choice: CorpusChoice) -> FilesCorpus:
+    """Python sources: the standard library, or it and everything in `site-packages`."""
+    stdlib = StdlibCorpus(StdlibConfig(max_bytes=choice.max_bytes))
+    if choice.name == "stdlib":
+        return stdlib
+    root = Path(sysconfig.get_path("purelib"))
+    paths = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(root).parts)]
+    beside = [local_file(p, f"site-packages/{p.relative_to(root).as_posix()}") for p in paths]
+    return FilesCorpus([*stdlib.files, *beside])
+
+
+def ngrams_of_heldout(corpus: FilesCorpus, fraction: float) -> dict[str, set[int]]:
+    """By id, the n-grams of the documents that `tidar-prepare` (seed 0) will hold out."""
+    return {
+        document.id: ngrams(document.text) for document in heldout_of(corpus.documents(), fraction)
+    }
+
+
+def heldout_of(documents: Iterator[Document], fraction: float) -> Iterator[Document]:
+    return (d for d in documents if in_heldout(d.id, seed=0, fraction=fraction))
+
+
+def ngrams(text: str) -> set[int]:
+    """Hashes of the runs of `NGRAM` words and signs in `text`, equal within one process."""
+    words = [hash(word) for word in WORD.findall(text)]
+    return {hash(tuple(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}

@@ -1,0 +1,120 @@
+"""The runs: what each differs in, where it starts, and how much it may compute.
+
+Continual training is what was published: every run but `base` and those from scratch starts from
+an AR model. `published` sets the budget; other runs get as many steps as cost the same FLOPs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from bench.experiments.corpus import ROOT
+from data_prep.errors import UserError
+from pipeline.planning.plan import make_plan
+from pipeline.planning.settings import Planned
+
+BASE_STEPS = 1600
+STEPS = 400
+"""Of `published`, and of every run that sees the same clean tokens."""
+HEADLINE_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and how it is scored."""
+
+    name: str
+    about: str
+    """What it is, for a table."""
+    question: str
+    """The comparison it belongs to."""
+    overrides: tuple[str, ...]
+    start: str | None = "base"
+    """The run whose weights it starts from; None draws them anew."""
+    budget: str = "compute"
+    """`compute`: the FLOPs of `published`; `tokens`: its steps; `total`: the FLOPs of `base` and
+    `published` together; `base`: BASE_STEPS."""
+    headline: bool = False
+    """Repeated with every seed, each from its own base."""
+    score_at: tuple[int, ...] = ()
+    """Block lengths to decode with; empty takes the one trained with."""
+
+
+TIDAR = "objective=tidar"
+KL = (
+    "objective=tidar_kl", "objective.agreement_from_step=0", "objective.agreement_ramp_steps=100",
+)  # fmt: skip
+TV = (
+    "objective=tidar_tv", "objective.agreement_from_step=0", "objective.agreement_ramp_steps=100",
+)  # fmt: skip
+
+RUNS = (
+    Run("base", "AR model that the others start from", "start", ("objective=ar",
+        "optimizer.learning_rate=3e-3"), start=None, budget="base", headline=True),
+    Run("ar_tokens", "AR twin, equal clean tokens", "twin", ("objective=ar",),
+        budget="tokens", headline=True),
+    Run("ar_compute", "AR twin, equal compute", "twin", ("objective=ar",), headline=True),
+    Run("published", "TiDAR as published: K = 8, full coverage, aligned grid, α = 1", "twin",
+        (TIDAR,), budget="tokens", headline=True),
+    Run("coverage_50", "half of the positions drafted", "coverage",
+        (TIDAR, "layout.coverage=0.5")),
+    Run("coverage_25", "a quarter of the positions drafted", "coverage",
+        (TIDAR, "layout.coverage=0.25")),
+    Run("shift", "grid shifted at random", "grid", (TIDAR, "layout.shift=true")),
+    Run("tv", "acceptance-aligned loss, total variation", "agreement", TV),
+    Run("kl", "acceptance-aligned loss, AR head as teacher (KL)", "agreement", KL),
+    Run("alpha_03", "α = 0.3", "alpha", (TIDAR, "objective.alpha=0.3")),
+    Run("k4", "K = 4", "block length", (TIDAR, "layout.block_size=4")),
+    Run("k16", "K = 16", "block length", (TIDAR, "layout.block_size=16")),
+    Run("mixed", "K = 4, 8 and 16 in one run", "block length",
+        (TIDAR, "layout.block_size=16", "layout.block_sizes=[4,8,16]"), score_at=(4, 8, 16)),
+    Run("scratch", "TiDAR as published, from scratch", "start",
+        (TIDAR, "optimizer.learning_rate=3e-3"), start=None, budget="total"),
+    Run("ar_scratch", "AR twin in one run from scratch", "start",
+        ("objective=ar", "optimizer.learning_rate=3e-3"), start=None, budget="total"),
+)  # fmt: skip
+BY_NAME = {run.name: run for run in RUNS}
+
+
+def find_run(name: str) -> Run:
+    if name not in BY_NAME:
+        raise UserError(f"--only: no run named {name!r}; known are {', '.join(BY_NAME)}")
+    return BY_NAME[name]
+
+
+class Budgets:
+    """Steps of every run on prepared data, from the planner's FLOPs."""
+
+    def __init__(self, data_dir: Path, shared: tuple[str, ...] = (), scale: float = 1.0) -> None:
+        """`scale` shortens or lengthens all runs alike; `shared` overrides come to every run."""
+        self.data_dir = data_dir
+        self.shared = shared
+        self.base_steps = max(1, round(BASE_STEPS * scale))
+        self.reference_steps = max(1, round(STEPS * scale))
+        self._flops: dict[str, int] = {}
+
+    def flops_per_step(self, run: Run) -> int:
+        """By `tidar-plan`, forward and backward of both sections."""
+        if run.name not in self._flops:
+            self._flops[run.name] = self._planned_flops(run)
+        return self._flops[run.name]
+
+    def _planned_flops(self, run: Run) -> int:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose(
+                "plan",
+                ["experiment=study", f"data.dir={self.data_dir}", "cluster.nodes=1",
+                 "cluster.gpus_per_node=1", *run.overrides, *self.shared],
+            )  # fmt: skip
+            return make_plan(Planned.from_config(cfg)).flops.model
+
+    def steps(self, run: Run) -> int:
+        if run.budget == "base":
+            return self.base_steps
+        if run.budget == "tokens":
+            return self.reference_steps
+        allowed = self.flops_per_step(BY_NAME["published"]) * self.reference_steps
+        if run.budget == "total":
+            allowed += self.flops_per_step(BY_NAME["base"]) * self.base_steps
+        return max(1, round(allowed / self.flops_per_step(run)))

@@ -1,0 +1,148 @@
+"""Train and score the runs one after the other; what is done stays done, what was killed goes on.
+
+Each run is an ordinary `tidar-train`, then an ordinary `tidar-evaluate`; their commands are part of
+the result, and anybody can repeat one by hand.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.corpus import ROOT, CorpusChoice, prepare
+from bench.experiments.record import make_result
+from bench.experiments.runs import BY_NAME, Budgets, Run
+from data_prep.errors import UserError
+from data_prep.files import write_text_atomic
+
+SCORING = (
+    "evals=[decode_speed,likelihood]", "dtype=fp32", "evals.decode_speed.prompts=8",
+    "evals.decode_speed.prompt_tokens=32", "evals.decode_speed.max_new_tokens=64",
+    "evals.decode_speed.repeats=1", "evals.decode_speed.score_sequences=1000000",
+)  # fmt: skip
+"""Greedy and temperature 1 on few prompts; losses and acceptance on the whole held-out split. In
+fp32, where greedy TiDAR decoding gives AR's tokens."""
+DONE = "commands.json"
+"""File of a run directory, there once the run is trained, scored and its result written."""
+KEEP_BUFFERS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+"""glibc hands large tensors back to the system after every use: slower by 7 %."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the runs of one corpus live, and how long they are."""
+
+    choice: CorpusChoice
+    work: Path
+    """Folder for text, data and runs."""
+    results: Path
+    """Folder for the JSON files."""
+    shared: tuple[str, ...] = ()
+    """Overrides for every training run."""
+    scoring: tuple[str, ...] = ()
+    """Overrides for every evaluation."""
+    scale: float = 1.0
+    """Length of all runs."""
+
+    @property
+    def folder(self) -> Path:
+        return self.work / self.choice.name
+
+    def run_dir(self, run: Run, seed: int) -> Path:
+        return self.folder / f"{run.name}-seed{seed}"
+
+    def train_command(self, run: Run, seed: int, steps: int) -> list[str]:
+        """The words behind `tidar-train`."""
+        words = [
+            "experiment=study", f"data.dir={self.folder / 'data'}",
+            f"run_dir={self.run_dir(run, seed)}", f"seed={seed}", f"steps={steps}",
+            *run.overrides, *self.shared,
+        ]  # fmt: skip
+        if run.start is not None:
+            words.append(f"init_from={self.run_dir(BY_NAME[run.start], seed)}")
+        return words
+
+    def score_command(self, run: Run, seed: int, block_size: int | None) -> list[str]:
+        """The words behind `tidar-evaluate`; `block_size` None takes the one trained with."""
+        run_dir = self.run_dir(run, seed)
+        own = []
+        if block_size is not None:
+            own = [
+                f"evals.{name}.block_size={block_size}" for name in ("decode_speed", "likelihood")
+            ]
+        output = run_dir / f"scores{'' if block_size is None else f'-k{block_size}'}.json"
+        return [
+            f"checkpoint={run_dir}", f"data.dir={self.folder / 'data'}", f"output={output}",
+            *SCORING, *own, *self.scoring,
+        ]  # fmt: skip
+
+    def perform(self, jobs: Iterable[tuple[Run, int]], say: Callable[[str], None]) -> list[Path]:
+        """Do the (run, seed) pairs that are not done, in order; returns the result files.
+
+        Raises:
+            UserError: when a command fails or is interrupted; the same call goes on from there.
+        """
+        prepare(self.choice, self.folder)
+        budgets = Budgets(self.folder / "data", self.shared, self.scale)
+        written = []
+        for run, seed in jobs:
+            if run.start is not None:
+                start = self.run_dir(BY_NAME[run.start], seed) / DONE
+                if not start.is_file():
+                    raise UserError(
+                        f"{run.name}: starts from {run.start} with seed {seed}, which is not done; "
+                        f"run that first (--only {run.start} --seeds {seed})"
+                    )
+            written.append(self.do(run, seed, budgets, say))
+        return written
+
+    def do(self, run: Run, seed: int, budgets: Budgets, say: Callable[[str], None]) -> Path:
+        """Train, score, write the result; each only if it was not done by the same command."""
+        path = self.results / f"{self.choice.name}-{run.name}-seed{seed}.json"
+        steps = budgets.steps(run)
+        train = self.train_command(run, seed, steps)
+        scores = [self.score_command(run, seed, size) for size in run.score_at or (None,)]
+        commands = [f"tidar-train {shlex.join(train)}"]
+        commands += [f"tidar-evaluate {shlex.join(words)}" for words in scores]
+        mark = self.run_dir(run, seed) / DONE
+        if mark.is_file() and json.loads(mark.read_text()) == commands and path.is_file():
+            say(f"{path.stem}: done before")
+            return path
+        say(f"{path.stem}: {steps} steps")
+        execute("pipeline.train", train)
+        for words in scores:
+            execute("pipeline.evaluate", words)
+        result = make_result(
+            run, seed, steps, commands,
+            flops=steps * budgets.flops_per_step(run),
+            run_dir=self.run_dir(run, seed),
+            scores=[self.read_scores(words) for words in scores],
+            text=json.loads((self.folder / "text.json").read_text()),
+        )  # fmt: skip
+        write_text_atomic(path, json.dumps(result, indent=1) + "\n")
+        write_text_atomic(mark, json.dumps(commands, indent=1) + "\n")
+        say(f"{path.stem}: written")
+        return path
+
+    @staticmethod
+    def read_scores(words: list[str]) -> dict[str, Any]:
+        (output,) = (word.partition("=")[2] for word in words if word.startswith("output="))
+        return json.loads((ROOT / output).read_text())
+
+
+def execute(module: str, words: list[str]) -> None:
+    """Run one command of the project to its end, from the repository's folder."""
+    environment = {**os.environ, **KEEP_BUFFERS}
+    code = subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment, check=False
+    ).returncode
+    if code:
+        raise UserError(
+            f"{module}: ended with code {code}; the messages above say why, and the same command "
+            "goes on from here"
+        )

@@ -6,6 +6,7 @@ The fault strikes at the `number`-th time (from 1) that its place is passed, on 
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +38,18 @@ def fill_disk(*_: Any) -> None:
     """From here on no file can be written beyond some bytes, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def fill_real_disk(*_: Any) -> None:
+    """Leave some bytes on the disk of the folder `TIDAR_TEST_DISK`, and no more."""
+    folder = os.environ["TIDAR_TEST_DISK"]
+    with open(os.path.join(folder, "filler"), "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - 20_000)
+
+
+def slow_down(*_: Any) -> None:
+    """A step that takes longer than torchrun waits after a signal."""
+    time.sleep(60)
 
 
 def strike_before(owner: Any, name: str, strike: Callable[..., None]) -> None:
@@ -81,6 +94,8 @@ PLACES: dict[str, Callable[[], None]] = {
     "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
     "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
     "stop_eval": lambda: strike_before(decoding_runs.Decoder, "run", ask_to_stop),
+    "slow_step": lambda: strike_before(step, "head_loss", slow_down),
+    "real_full_disk": lambda: strike_before(file_writer.FileWriter, "begin", fill_real_disk),
     "full_disk": lambda: strike_before(checkpoints.Checkpoints, "save", fill_disk),
 }
 

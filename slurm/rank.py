@@ -1,8 +1,9 @@
 """One rank of train.sbatch: `pipeline.train`, and its exit code left where the job script finds it.
 
 torchrun leaves with 1 whatever code a rank ended with, and with 0 both for a run that is done and
-for one that was stopped and saved. `$TIDAR_START_DIR/exit-code` keeps them apart: the code of the
-first rank whose code is not 0, 75 for saved.
+for one that was stopped and saved; srun would end the other ranks for a code that is not 0, also
+those that still write the last of a save. `$TIDAR_START_DIR/exit-code` keeps them apart: the code
+of the first rank whose code is not 0, 75 for saved.
 """
 
 import contextlib
@@ -36,14 +37,14 @@ def link_logs(folder: Path, rank: str) -> None:
 def train_and_tell() -> int:
     from data_prep.cli import run
     from pipeline.train import train
-    from pipeline.training.signals import EXIT_CODE_FILE, code_for_launcher, leave_code
+    from pipeline.training.signals import EXIT_CODE_FILE, EXIT_SAVED, leave_code
 
     # Also for the watchdog, which ends the process by itself.
     os.environ[EXIT_CODE_FILE] = str(Path(os.environ["TIDAR_START_DIR"]) / "exit-code")
     code = run("train", train)
     if code:
         leave_code(code)
-    return code_for_launcher(code)
+    return 0 if code == EXIT_SAVED else code
 
 
 if __name__ == "__main__":

@@ -46,14 +46,20 @@ def wanted(choice: str, world: World) -> bool:
 
 def check_hosts(
     settings: TrainSettings, source: SequenceSource, world: World, say: Callable[[str], None]
-) -> None:
-    """Compare what the ranks find; raises UserError on all of them naming hosts that stand out."""
+) -> float:
+    """Compare what the ranks find; raises UserError on all of them naming hosts that stand out.
+
+    Returns:
+        float: the seconds it took.
+    """
+    started = time.perf_counter()
     world.barrier()
     reports = world.gather(look_around(settings, source, world))
     say(table(reports))
     problems = find_problems(reports)
     if problems:
         raise UserError(f"preflight: {'; '.join(problems)} (preflight=false skips this check)")
+    return time.perf_counter() - started
 
 
 def look_around(settings: TrainSettings, source: SequenceSource, world: World) -> dict[str, Any]:
@@ -161,11 +167,15 @@ def try_step(
     source: SequenceSource,
     world: World,
     say: Callable[[str], None],
-) -> None:
+) -> float:
     """Time an all-reduce, and a forward and backward of a real batch that is then dropped.
 
     Weights, optimizer state and the place in the data stay as they were.
+
+    Returns:
+        float: the seconds that all of it took.
     """
+    began = time.perf_counter()
     seconds, bandwidth = time_all_reduce(world)
     drafts = settings.objective.drafts
     length, coverage = source.manifest.sequence_length, source.coverage
@@ -189,6 +199,7 @@ def try_step(
         f"{1e3 * seconds:.1f} ms ({bandwidth:.2f} GB/s), one forward and backward in "
         f"{time.perf_counter() - started:.2f} s"
     )
+    return time.perf_counter() - began
 
 
 def time_all_reduce(world: World) -> tuple[float, float]:

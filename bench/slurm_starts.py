@@ -95,7 +95,7 @@ def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
 
-def measure_start(jobs: Jobs, overrides: list[str], run_dir: Path) -> dict[str, Any]:
+def measure_start(jobs: Jobs, overrides: list[str], run_dir: Path, nodes: int) -> dict[str, Any]:
     """From the command to the first step of a run, with every check at its default."""
     run = [*overrides, f"run_dir={run_dir}", f"steps={STEPS}"]
     started = time.time()
@@ -104,7 +104,8 @@ def measure_start(jobs: Jobs, overrides: list[str], run_dir: Path) -> dict[str, 
     if refused.returncode != EXIT_BAD_INPUT:
         raise UserError(f"a misspelt key was not refused: {refused.stdout}{refused.stderr}")
     started = time.time()
-    planned = jobs.run(sys.executable, "-m", "pipeline.plan", *run)
+    cluster = [f"cluster.nodes={nodes}", "cluster.gpus_per_node=1"]
+    planned = jobs.run(sys.executable, "-m", "pipeline.plan", *run, *cluster)
     plan_s = time.time() - started
     if planned.returncode:
         raise UserError(f"tidar-plan: {planned.stderr.strip()}")
@@ -187,7 +188,7 @@ def measure(jobs: Jobs, options: Options) -> Outcome:
     overrides = [f"data.dir={prepare(jobs.folder / 'data')}", *RUN]
     version = jobs.run("sinfo", "--version").stdout.strip()
     outcome = Outcome(figures={"slurm": version, "nodes": options.nodes})
-    outcome.figures |= measure_start(jobs, overrides, jobs.folder / "start")
+    outcome.figures |= measure_start(jobs, overrides, jobs.folder / "start", options.nodes)
     outcome.figures |= measure_requeues(jobs, overrides, jobs.folder / "requeues", options.requeues)
     outcome.figures["load_average_at_the_end"] = round(os.getloadavg()[0], 1)
     return outcome

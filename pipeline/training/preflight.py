@@ -5,13 +5,15 @@ prints one table, and names the hosts that stand out. Then all ranks together me
 and go once forward and backward through the real model.
 """
 
+import logging
 import os
 import platform
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +191,8 @@ def try_step(
     micro_steps = engine.micro_steps
     engine.set_gradient_accumulation_boundary(True)
     accumulate(engine, batches, counts, objective, world, settings.attention)
-    discard_step(engine)
+    with quiet_deepspeed():  # which would warn of the gradients that this step drops
+        discard_step(engine)
     engine._is_gradient_accumulation_boundary = None  # by the count again
     engine.micro_steps = micro_steps
     if world.device.type == "cuda":
@@ -200,6 +203,19 @@ def try_step(
         f"{time.perf_counter() - started:.2f} s"
     )
     return time.perf_counter() - began
+
+
+@contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """Within the context DeepSpeed's own log has errors only."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def time_all_reduce(world: World) -> tuple[float, float]:

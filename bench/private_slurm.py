@@ -9,6 +9,7 @@ Debian's slurm-wlm and munge, and changes nothing outside its folder.
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -195,6 +196,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="tidar-slurm-") as name:
         cluster = Cluster(Path(name))
         try:

@@ -17,6 +17,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
 SHARD_INDEX = "shard_index.npy"
+CONTAMINATED = "contaminated.jsonl"
+"""Documents that were removed for holding an eval's text; only where they were looked for."""
 CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
 
@@ -93,7 +95,7 @@ class Manifest:
     train: Split
     heldout: Split
     documents: dict[str, Any]
-    """Documents read, packed, and refused by reason."""
+    """Documents read, packed, refused by reason, and filtered by rule."""
     shard_index_sha256: str = ""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits, and
@@ -103,6 +105,10 @@ class Manifest:
     whose lengths then stand in the shards."""
     encoder: str = ""
     """How text was encoded, and on how much of it that was compared with the plain way."""
+
+    filters: dict[str, Any] = field(default_factory=dict)
+    """Where documents were filtered: datatrove's version, the evals looked for, and the hash of
+    the list of what held them."""
 
     @property
     def splits(self) -> dict[str, Split]:

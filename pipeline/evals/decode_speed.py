@@ -22,6 +22,7 @@ from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.calibration import describe
 
 NEED_A_MASK = ("tidar", "tidar_chosen", "block_diffusion")
 
@@ -180,6 +181,7 @@ def _scoring_part(
         "unigram_expected_tokens_per_forward": 1 + sum(share or 0.0 for share in unigram_survival)
         if scored
         else None,
+        **describe(scores.calibration),
     }
 
 

@@ -45,9 +45,15 @@ def model(data):
 
 def flat(row: dict) -> dict:
     """Lists spread over several keys, so that numbers can be compared with a tolerance."""
-    lists = {key: value for key, value in row.items() if isinstance(value, list)}
-    spread = {f"{key} {n}": v for key, values in lists.items() for n, v in enumerate(values)}
-    return {key: value for key, value in row.items() if key not in lists} | spread
+    spread = {}
+    for key, value in row.items():
+        if isinstance(value, list):
+            spread |= {f"{key} {n}": v for n, v in enumerate(value)}
+        elif isinstance(value, dict) and key not in CLOCK:
+            spread |= {f"{key}.{name}": v for name, v in flat(value).items()}
+        else:
+            spread[key] = value
+    return spread
 
 
 def test_two_ranks_say_what_one_says(data, model, two_ranks):
@@ -99,6 +105,12 @@ def test_scores_stand_in_every_row_and_acceptance_where_it_is_defined(data, mode
     assert len(greedy["unigram_acceptance"]) == BLOCK_SIZE - 1
     assert rows["tidar", 0.5]["teacher_forced_acceptance"] is None
     assert rows["tidar", 0.5]["unigram_acceptance"] is None
+    bins = greedy["draft_calibration"]
+    assert all(len(values) == 10 for values in bins.values())
+    pairs = zip(bins["drafts"], bins["verified"], strict=True)
+    verified = sum(count * share for count, share in pairs if count)
+    accepted = greedy["teacher_forced_acceptance"]
+    assert min(accepted) <= verified / sum(bins["drafts"]) <= max(accepted)
 
 
 def test_scores_are_taken_on_shifted_grids(data, model):

@@ -31,7 +31,9 @@ def build_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    page = render(read_run(run_dir), read_starts(run_dir), checkpoint)
+    run = read_run(run_dir)
+    updated = (run_dir / "metrics.jsonl").stat().st_mtime
+    page = render(run, read_starts(run_dir), checkpoint, updated)
     target = run_dir / FILE_NAME
     partial = run_dir / f".{FILE_NAME}.{os.getpid()}"
     try:
@@ -42,9 +44,17 @@ def build_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: Run, starts: Starts | None = None, checkpoint: str | None = None) -> str:
-    """The whole page as HTML; `checkpoint` names the newest one."""
-    standing = standing_section(run, starts, checkpoint)
+def render(
+    run: Run,
+    starts: Starts | None = None,
+    checkpoint: str | None = None,
+    updated: float | None = None,
+) -> str:
+    """The whole page as HTML, with the run's starts and the name of its newest checkpoint.
+
+    `updated` is when the last step was recorded, in seconds since the epoch.
+    """
+    standing = standing_section(run, starts, checkpoint, updated)
     package = resources.files("pipeline.report")
     parts = {
         "title": escape(f"{run.name}: TiDAR training report"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_prep.config import config_hash
 from data_prep.errors import UserError
-from data_prep.files import write_text_atomic
+from data_prep.files import read_text_checked, write_text_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -21,6 +22,10 @@ CONTAMINATED = "contaminated.jsonl"
 """Documents that were removed for holding an eval's text; only where they were looked for."""
 CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
+MAX_BYTES = 512 << 20
+"""Of a manifest: some two million shards."""
+SHARD_NAME = re.compile(r"(train|heldout)/[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Manifest:
                 "interrupted preparation by running it again"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text_checked(path, MAX_BYTES))
             version = values.get("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
@@ -142,11 +147,22 @@ class Manifest:
             for split in SPLITS:
                 shards = tuple(ShardInfo(**shard) for shard in values[split]["shards"])
                 values[split] = Split(**{**values[split], "shards": shards})
-            return cls(**values)
+            manifest = cls(**values)
+            manifest.check_names()
+            return manifest
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: damaged ({error}); prepare the data again") from error
+
+    def check_names(self) -> None:
+        """Raise ValueError for a name that would lead out of the data folder."""
+        names = [shard.name for split in self.splits.values() for shard in split.shards]
+        odd = [name for name in names if not SHARD_NAME.fullmatch(name)]
+        if not FILE_NAME.fullmatch(self.tokenizer.file):
+            odd.append(self.tokenizer.file)
+        if odd:
+            raise ValueError(f"{odd[0]!r} is no name of a file in it")
 
     def save(self, data_dir: Path) -> None:
         """Write `data_dir/manifest.json`, with a checksum over its values as the last entry."""

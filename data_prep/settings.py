@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
 from data_prep.layout import LOSS_SPANS
 from data_prep.packing import PACKINGS
+from data_prep.secrets import without_secrets
 
 GROUPS = ("corpus", "filters", "dedup", "decontaminate", "tokenizer", "layout")
 IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
@@ -155,7 +156,7 @@ class PrepareSettings(PlainKeys):
             decontaminate=parse(DecontaminateConfig, cfg.decontaminate, "decontaminate"),
             tokenizer=parse(TokenizerConfig, cfg.tokenizer, "tokenizer"),
             layout=parse(LayoutConfig, cfg.layout, "layout"),
-            resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            resolved=without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         )
 
     @property

@@ -27,6 +27,7 @@ from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.identity import run_identity, run_topology
+from pipeline.training.left_out import LeftOutFile
 from pipeline.training.loop import Trainer
 from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.run_dir import write_config
@@ -92,6 +93,8 @@ def build_trainer(
     if state is not None:
         say(f"continuing {settings.run_dir} after step {state.step}")
     state = state or TrainState()
+    left_out = LeftOutFile(settings.run_dir, world)
+    state.left_out = left_out.ranges(state.left_out)
     if checked:
         preflight_s += preflight.try_step(engine, settings, source, world, say)
     share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
@@ -99,8 +102,12 @@ def build_trainer(
         settings=settings,
         engine=engine,
         state=state,
-        batches=step_batches(
-            source, share, state.sequences_seen, with_slots=settings.objective.drafts
+        open_batches=lambda state: step_batches(
+            source,
+            share,
+            state.sequences_seen,
+            with_slots=settings.objective.drafts,
+            left_out=state.left_out,
         ),
         world=world,
         checkpoints=checkpoints,
@@ -109,6 +116,8 @@ def build_trainer(
         watchdog=watchdog,
         slow_ranks=SlowRanks(engine.module, world, settings.watch),
         anomalies=Anomalies(settings.anomalies),
+        left_out=left_out,
+        say=say,
         meter=SpeedMeter(
             model.config,
             world.device,

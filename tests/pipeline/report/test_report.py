@@ -344,8 +344,10 @@ def test_run_without_evals_yet(tmp_path: Path) -> None:
 def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "demo")
     path = run_dir / "metrics.jsonl"
+    os.utime(path, (5000.0, 5000.0))  # the expected end counts from it
     whole = page_of(run_dir).source
     path.write_text(path.read_text() + '{"step": 301, "loss": 4.')
+    os.utime(path, (5000.0, 5000.0))
     assert page_of(run_dir).source == whole
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:7], "garbage\n", *lines[8:]]))

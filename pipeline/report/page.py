@@ -20,8 +20,8 @@ FILE_NAME = "report.html"
 def build_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run; works at any moment of a run.
 
-    The page needs no network. The same files, with their times, give the same bytes. The old page stays in place
-    until the new one is complete.
+    The page needs no network. The same files, with their times, give the same bytes. The old page
+    stays in place until the new one is complete.
 
     Returns:
         Path: the page.

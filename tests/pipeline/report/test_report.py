@@ -320,6 +320,33 @@ def test_warns_of_what_looks_better_than_it_is(
     assert said in page_of(run_dir).text
 
 
+def test_other_decoders_stand_in_the_table_and_the_chosen_step_answers_a_slow_one(
+    tmp_path: Path,
+) -> None:
+    run_dir = write_run(tmp_path / "demo")
+    path = run_dir / "evals" / "decode_speed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    slow = [{**row, "speedup_over_ar": 0.6} if row["method"] == "tidar" else row for row in rows]
+    of_tidar = [row for row in rows if row["method"] == "tidar"]
+    measured = {
+        "queries_per_forward": 12, "seconds_per_decoding_forward": 0.0125,
+        "largest_divergence_gap": 0.03, "peak_memory_bytes": 3 * 2**30, "speedup_over_ar": 1.25,
+    }  # fmt: skip
+    others = [
+        {**row, **measured, "method": method}
+        for row in of_tidar
+        for method in ("tidar_chosen", "block_diffusion", "speculative")
+    ]
+    write_lines(path, slow + others)
+    text = page_of(run_dir).text
+    assert "The step chosen for this machine decoded at 1.25× the speed of AR." in text
+    for shown in (
+        "TiDAR, chosen step", "block diffusion (not lossless)", "speculative", "12.5", "3.00 GiB",
+        "0.03",
+    ):  # fmt: skip
+        assert shown in text
+
+
 def test_ar_run_shows_no_diffusion(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "twin", objective="ar"))
     assert "Training loss" in page.headings

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -254,11 +255,16 @@ def test_it_says_where_the_run_stands(tmp_path: Path) -> None:
         {"event": "start", "job": "7", "start": 2, "time": 4900.0, "nodes": "n[1,3]"},
     ]  # fmt: skip
     write_lines(run_dir / "starts.jsonl", lines)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run_dir / "metrics.jsonl", [{**row, "step_seconds": 2.0} for row in rows])
+    os.utime(run_dir / "metrics.jsonl", (5000.0, 5000.0))
     page = page_of(run_dir)
     assert "Where the run stands" in page.headings
     for said in (
         "300 of 400", "step-00000290", "3: 1 saved and requeued, 1 crashed", "1 h 2 min", "12 s",
-        "1970-01-01 00:16:40 UTC", "crash 1 <b> (first on n2)", "n[1,3]", "no end recorded",
+        "1970-01-01 00:16:40 UTC", "3 min 20 s",
+        "1970-01-01 01:26:40 UTC, without", "crash 1 <b> (first on n2)", "n[1,3]",
+        "no end recorded",
     ):  # fmt: skip
         assert said in page.text, said
 
@@ -365,8 +371,10 @@ def test_run_without_evals_yet(tmp_path: Path) -> None:
 def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "demo")
     path = run_dir / "metrics.jsonl"
+    os.utime(path, (5000.0, 5000.0))  # the expected end counts from it
     whole = page_of(run_dir).source
     path.write_text(path.read_text() + '{"step": 301, "loss": 4.')
+    os.utime(path, (5000.0, 5000.0))
     assert page_of(run_dir).source == whole
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:7], "garbage\n", *lines[8:]]))

@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-setup-eval: $(VENV)/.installed-eval ## what evals=tasks needs as well (lm-eval); its tests skip without
+setup-eval: $(VENV)/.installed-eval ## what evals=tasks and evals=code need as well; their tests skip without
 
 $(VENV)/.installed-eval: $(STAMP)
-	$(PIP) --editable '.[dev,eval]'
+	$(PIP) --editable '.[dev,eval,code]'
 	@touch $@
 
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)

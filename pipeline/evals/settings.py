@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.evals.code.sandbox import Limits
+from pipeline.evals.decoders import check_decoders
+
+BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
 EVAL_METHODS = ("ar", "tidar", "tidar_chosen", "prompt_lookup")
 
 
@@ -107,6 +111,61 @@ class TasksConfig:
         for name in ("limit", "block_size", "max_new_tokens", "batch_size"):
             _at_least(1, name, getattr(self, name))
         _at_least(0, "num_fewshot", self.num_fewshot)
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """Code benchmarks; see `conf/evals/code.yaml`."""
+
+    benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
+    humaneval_file: str | None = None
+    mbpp_file: str | None = None
+    humaneval_plus_file: str | None = None
+    mbpp_plus_file: str | None = None
+    decoders: list[str] = field(default_factory=lambda: ["ar", "tidar", "tidar_diffusion"])
+    trust: float = 0.5
+    """Of `tidar_diffusion`."""
+    block_size: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    k: list[int] = field(default_factory=lambda: [1])
+    max_new_tokens: int = 512
+    limit: int | None = None
+    seed: int = 0
+    workers: int = 1
+    timeout_s: float = 60.0
+    test_seconds: float = 3.0
+    memory_gib: float = 4.0
+    all_guards: bool = True
+    confirm_run_unsafe_code: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
+        if unknown or not self.benchmarks:
+            known = ", ".join(BENCHMARKS)
+            raise ValueError(f"benchmarks must be some of {known}, got {self.benchmarks}")
+        check_decoders(self.decoders)
+        if not 0.0 <= self.trust < 1.0:
+            raise ValueError(f"trust must be in [0, 1), got {self.trust}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        for name in ("samples", "max_new_tokens", "workers", "block_size", "limit"):
+            _at_least(1, name, getattr(self, name))
+        if not self.k or not 1 <= min(self.k) <= max(self.k) <= self.samples:
+            raise ValueError(f"k must be from 1 to samples ({self.samples}), got {self.k}")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("samples must be 1 at temperature 0: all greedy answers are the same")
+        for name in ("timeout_s", "test_seconds", "memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def file_of(self, benchmark: str) -> str | None:
+        path: str | None = getattr(self, f"{benchmark}_file")
+        return path
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.timeout_s, self.test_seconds, self.memory_gib, self.all_guards)
 
 
 def _at_least(least: int, name: str, value: int | None) -> None:

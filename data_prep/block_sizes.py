@@ -42,13 +42,18 @@ class BlockSizes:
                 f"layout.block_sizes: {max(sizes)} is above layout.block_size {largest}, the most "
                 "that a block drafts; raise that"
             )
-        weights = list(shares) if shares else [1.0] * len(sizes)
-        if len(weights) != len(sizes) or min(weights) <= 0:
+        alike = cls(tuple(sizes), (1 / len(sizes),) * len(sizes))
+        return alike.with_shares(shares, "layout.block_shares") if shares else alike
+
+    def with_shares(self, shares: Sequence[float], key: str) -> "BlockSizes":
+        """The same sizes drawn by `shares` of any sum; raises UserError naming `key`."""
+        total = sum(shares)
+        if len(shares) != len(self.sizes) or min(shares) < 0 or total <= 0:
             raise UserError(
-                f"layout.block_shares: needs a number above 0 for each of {len(sizes)} block sizes"
+                f"{key}: needs a number for each of {len(self.sizes)} block sizes, none below 0 "
+                "and one above"
             )
-        total = sum(weights)
-        return cls(tuple(sizes), tuple(weight / total for weight in weights))
+        return BlockSizes(self.sizes, tuple(share / total for share in shares))
 
     def draw(self, rng: np.random.Generator) -> int:
         """One of the sizes."""

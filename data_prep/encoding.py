@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpora import Document
+from data_prep.corpora import Document, utf8_bytes
 from data_prep.tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 200_000
@@ -28,7 +28,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     for batch in _batches(documents):
         encoded = tokenizer.encode_batch([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
-            yield Encoded(document.id, ids, len(document.text.encode()), document.source)
+            yield Encoded(document.id, ids, utf8_bytes(document.text), document.source)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

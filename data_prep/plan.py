@@ -6,7 +6,7 @@ jobs or machines share the tasks, in what order they end, or how often they are 
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from data_prep.config import config_hash
 from data_prep.corpora import Corpus, Part
@@ -55,7 +55,7 @@ def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer) 
     for number, part in enumerate(parts, 1):
         own.append(part)
         if number == len(parts) or sum(one.bytes for one in own) + parts[number].bytes > size:
-            described = [{**asdict(one), "paths": None} for one in own]
+            described = [{**vars(one), "paths": None} for one in own]
             task_key = config_hash([*key, len(tasks), described])
             tasks.append(Task(len(tasks), tuple(own), task_key))
             own = []

@@ -23,8 +23,9 @@ from data_prep.tokenizers import (
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
 TRAINED = "tokenizer.json"
 """In the tasks' folder: from what text the tokenizer beside it was trained."""
-COMPARED_BYTES = 1_000_000
-"""Text on which a fast encoder has to give what the plain one gives."""
+COMPARED_BYTES, COMPARED_SHARE = 1_000_000, 100
+"""Text on which a fast encoder has to give what the plain one gives; of a corpus that is small a
+hundredth part, or comparing would take longer than what it saves."""
 
 
 def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
@@ -81,17 +82,18 @@ def _training_documents(settings: PrepareSettings, corpus: Corpus) -> Iterator[D
 
 
 def choose_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: Sequence[Task]) -> None:
-    """Set the tokenizer to its fastest encoder that gives the ids of the plain one on about a
+    """Set the tokenizer to its fastest encoder that gives the ids of the plain one on up to a
     megabyte of this corpus, from all over it; prints a line about one that does not."""
     texts, size = [], 0
+    enough = min(COMPARED_BYTES, max(corpus.total_bytes // COMPARED_SHARE, COMPARED_BYTES // 10))
     for task in tasks:
         # Parts are in an order drawn by the seed: the first few stand for all.
         for document in corpus.documents(task.parts):
             texts.append(document.text)
             size += len(document.text.encode())
-            if size >= COMPARED_BYTES:
+            if size >= enough:
                 break
-        if size >= COMPARED_BYTES:
+        if size >= enough:
             break
     expected = [tokenizer.encode(text) for text in texts]
     for encoder in tokenizer.encoders:

@@ -56,17 +56,20 @@ def write_shard(
     offsets = []
     with written_atomically(path) as file:
         hashed.file = file
-        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for number, start in enumerate(range(0, len(sequences), group_size)):
-                offsets.append(int(tar.offset))
-                group = encode_group(sequences[start : start + group_size])
-                for member, content in group.items():
-                    # The defaults of TarInfo name no time, owner or host: the bytes depend on
-                    # the content alone.
-                    entry = tarfile.TarInfo(f"{number:08d}.{member}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-            offsets.append(int(tar.offset))
+        for number, start in enumerate(range(0, len(sequences), group_size)):
+            offsets.append(hashed.size)
+            group = encode_group(sequences[start : start + group_size])
+            for member, content in group.items():
+                # The defaults of TarInfo name no time, owner or host: the bytes depend on the
+                # content alone. Written whole: TarFile would copy it in small pieces.
+                entry = tarfile.TarInfo(f"{number:08d}.{member}")
+                entry.size = len(content)
+                hashed.write(entry.tobuf(tarfile.USTAR_FORMAT))
+                hashed.write(content)
+                hashed.fill(tarfile.BLOCKSIZE)
+        offsets.append(hashed.size)
+        hashed.write(bytes(2 * tarfile.BLOCKSIZE))
+        hashed.fill(tarfile.RECORDSIZE)
     total = sum(len(sequence.tokens) for sequence in sequences)
     digest = hashed.digest.hexdigest()
     info = ShardInfo(name, len(sequences), total - padding, padding, hashed.size, digest)
@@ -82,13 +85,14 @@ class _Hashed:
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def tell(self) -> int:
-        return self.size
-
-    def write(self, content: bytes) -> int:
+    def write(self, content: bytes) -> None:
         self.digest.update(content)
         self.size += len(content)
-        return self.file.write(content)
+        self.file.write(content)
+
+    def fill(self, unit: int) -> None:
+        """Write zeros up to a multiple of `unit` bytes."""
+        self.write(bytes(-self.size % unit))
 
 
 def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
@@ -217,7 +221,7 @@ def _npy_bytes(array: NDArray[np.integer]) -> bytes:
     """The `.npy` form of `array` in the smallest unsigned type that holds its values."""
     kind = np.min_scalar_type(int(array.max(initial=0)))
     buffer = io.BytesIO()
-    np.save(buffer, array.astype(kind), allow_pickle=False)
+    np.save(buffer, array.astype(kind, copy=False), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -17,7 +17,7 @@ from data_prep.tokenizers import Tokenizer
 
 TOGETHER = 256
 """Sequences that are laid out in one go; more take memory and gain nothing."""
-ROOM_SHARE = 512
+ROOM_SHARE = 4096
 """A sequence with at most this fraction of its length left is taken for full."""
 
 

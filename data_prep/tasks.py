@@ -87,12 +87,12 @@ def _pieces(
     record: Record, repeated: Counter[str], report: Report,
 ) -> Iterator[tuple[str, Piece]]:  # fmt: skip
     """The split and ids of every document of the task, with its end token; counted in `record`."""
-    eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
     since = Count()
     documents = _unrepeated(task, settings, corpus, repeated)
     for document in encode_documents(documents, tokenizer):
         split = settings.split_of(document.id)
-        ids = np.concatenate((document.ids.astype(tokenizer.dtype), eos))
+        ids = np.empty(len(document.ids) + 1, dtype=tokenizer.dtype)
+        ids[:-1], ids[-1] = document.ids, tokenizer.eos_id
         own = Count(1, document.text_bytes, len(ids))
         record.counts[split].add(own)
         if document.source:

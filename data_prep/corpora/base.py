@@ -85,8 +85,15 @@ class Corpus(ABC):
         """Every document of one part; adds to `refused` what it cannot read."""
 
 
+def utf8_bytes(text: str) -> int:
+    """Length of `text` in UTF-8; Python knows of each text whether it is ASCII."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _is_utf8(text: str) -> bool:
     """Whether `text` can be stored: JSON can spell out halves of surrogate pairs."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

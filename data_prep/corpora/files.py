@@ -56,7 +56,7 @@ def local_file(path: Path, name: str) -> File:
 def open_binary(path: str) -> IO[bytes]:
     """Open a path or a URL for reading; raises OSError, also for what a store answers."""
     if not is_url(path):
-        return open(path, "rb")
+        return open(path, "rb", buffering=READ_BYTES)  # lines longer than a small buffer are slow
     system, inside = _filesystem(path, "corpus.path")
     try:
         file = system.open(inside, "rb", block_size=REMOTE_BLOCK_BYTES)

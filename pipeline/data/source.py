@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.layout import Layout, build_layout
 from data_prep.manifest import Manifest, Split
 from data_prep.shards import PackedSequence, ShardReader
+from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard
@@ -40,6 +41,12 @@ class LayoutChoice:
     """Values of K up to `block_size`, of which each sequence draws one."""
     block_shares: list[float] | None = None
     """How often each is drawn, of any sum; None draws all alike."""
+    block_shares_end: list[float] | None = None
+    """How often in the end; None keeps `block_shares`."""
+    block_shares_from_step: int = 0
+    """Optimizer steps before the shares begin to move."""
+    block_shares_ramp_steps: int = 0
+    """Optimizer steps over which they then do, linearly."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
@@ -48,9 +55,14 @@ class LayoutChoice:
             raise UserError(f"layout.coverage: must be in (0, 1], got {self.coverage}")
         self.mixed(self.block_size)
 
-    def mixed(self, largest: int | None) -> BlockSizes | None:
+    def mixed(self, largest: int | None) -> BlockCurriculum | None:
         """The choice of block sizes, None where all sequences have the same."""
-        return BlockSizes.checked(self.block_sizes, self.block_shares, largest)
+        return BlockCurriculum.checked(
+            BlockSizes.checked(self.block_sizes, self.block_shares, largest),
+            self.block_shares_end,
+            self.block_shares_from_step,
+            self.block_shares_ramp_steps,
+        )
 
     @property
     def stored(self) -> bool:
@@ -87,7 +99,9 @@ class SequenceSource:
         seed: int,
         choice: LayoutChoice | None = None,
         data: DataConfig | None = None,
+        sequences_per_step: int = 1,
     ) -> None:
+        """`sequences_per_step` of the whole run are what a curriculum of block sizes counts in."""
         self.manifest = manifest
         self.split = split
         self.order = SequenceOrder(
@@ -95,6 +109,7 @@ class SequenceSource:
         )
         self.choice = choice or LayoutChoice()
         self._mixed = self.choice.mixed(self.block_size)
+        self._sequences_per_step = sequences_per_step
         self.damaged: dict[str, str] = {}
         """Shards left out so far, with the reason."""
         self._data = data or DataConfig()
@@ -131,7 +146,8 @@ class SequenceSource:
         if self.choice.stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
-        layout = self._lay_out(sequence.real_lengths, np.random.default_rng(key))
+        step = n // self._sequences_per_step
+        layout = self._lay_out(sequence.real_lengths, step, np.random.default_rng(key))
         return Sequence(packed.tokens, lengths, padding, layout)
 
     @property
@@ -148,9 +164,9 @@ class SequenceSource:
         tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
         return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
 
-    def _lay_out(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> Layout:
+    def _lay_out(self, lengths: NDArray[np.integer], step: int, rng: np.random.Generator) -> Layout:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
-        size = self._mixed.draw(rng) if self._mixed else self.block_size
+        size = self._mixed.at(step).draw(rng) if self._mixed else self.block_size
         return build_layout(lengths, size, coverage=self.coverage, shift=shift, rng=rng)
 
     def _group(self, shard: int, number: int) -> list[PackedSequence]:

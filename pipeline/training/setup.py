@@ -58,7 +58,13 @@ def build_trainer(
     accumulation_steps = settings.accumulation_steps(world.size)
     manifest = settings.manifest
     source = SequenceSource(
-        settings.data_dir, manifest, manifest.train, settings.seed, settings.layout, settings.data
+        settings.data_dir,
+        manifest,
+        manifest.train,
+        settings.seed,
+        settings.layout,
+        settings.data,
+        settings.global_batch_size,
     )
     checked = preflight.wanted(settings.preflight, world)
     if checked:

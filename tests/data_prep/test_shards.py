@@ -1,6 +1,7 @@
 """Shards: plain webdataset reads them, the bytes are a function of the content, damage is named."""
 
 import hashlib
+import io
 import os
 import tarfile
 
@@ -140,6 +141,21 @@ def test_bytes_depend_on_the_content_only(tmp_path):
             assert (member.uname, member.gname) == ("", "")
     write(tmp_path / "b.tar", sequences(10, seed=1))
     assert (tmp_path / "a.tar").read_bytes() != (tmp_path / "b.tar").read_bytes()
+
+
+def test_the_bytes_are_those_of_pythons_own_tar_writer(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, sequences(10))
+    expected = io.BytesIO()
+    with (
+        tarfile.open(path) as read,
+        tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as again,
+    ):
+        for member in read:
+            entry = tarfile.TarInfo(member.name)
+            entry.size = member.size
+            again.addfile(entry, read.extractfile(member))
+    assert path.read_bytes() == expected.getvalue()
 
 
 def test_the_offsets_are_those_of_the_groups(tmp_path):

@@ -132,7 +132,8 @@ def _answer(
 def _check(problem: Problem, number: int, text: str, limits: Limits) -> Answered:
     """Run the checks in order; what comes after a failed one fails with it."""
     passed: list[bool] = []
-    timed_out, guards = False, ()
+    timed_out = False
+    guards: tuple[str, ...] = ()
     jobs = problem.checks(text)
     for job in jobs:
         verdict = run_answer(job, limits)

@@ -161,8 +161,8 @@ def make_filter(column: int) -> list[tuple[int, int, int, int]]:
         (RETURN, 0, 0, FAIL | errno.ENOSYS),
     ]
     for numbers in DENIED.values():
-        if numbers[column] is not None:
-            program += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, FAIL | errno.EPERM)]
+        if (number := numbers[column]) is not None:
+            program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, FAIL | errno.EPERM)]
     return [
         *program,
         (EQUAL, 0, 3, CLONE[column]),

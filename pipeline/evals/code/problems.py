@@ -88,7 +88,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     if path.suffix == ".json":
-        return json.loads(text)  # type: ignore[no-any-return]
+        return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

@@ -84,12 +84,12 @@ class TasksConfig:
     """Documents of each task, for trying out: scores are then not comparable. None takes all."""
     num_fewshot: int | None = None
     """Examples in the prompt; None takes each task's own number."""
-    method: str = "tidar"
-    """How `generate_until` tasks decode: `tidar` or `ar`. Likelihood tasks run plain causal."""
+    decoders: list[str] = field(default_factory=lambda: ["tidar"])
+    """How `generate_until` tasks decode, one after the other. Likelihood tasks run plain causal."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
-    trust: float = 1.0
-    """Weight of the AR logits in the decoder's target; below 1 is not lossless."""
+    trust: float = 0.5
+    """Weight of the AR logits in the target of `tidar_diffusion`, which is not lossless."""
     max_new_tokens: int = 256
     """Longest answer where a task names no limit of its own."""
     batch_size: int = 8
@@ -102,10 +102,9 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, for example tasks=[hellaswag]")
-        if self.method not in ("tidar", "ar"):
-            raise ValueError(f"method must be tidar or ar, got {self.method!r}")
-        if not 0.0 <= self.trust <= 1.0:
-            raise ValueError(f"trust must be in [0, 1], got {self.trust}")
+        check_decoders(self.decoders)
+        if not 0.0 <= self.trust < 1.0:
+            raise ValueError(f"trust must be in [0, 1), got {self.trust}")
         if self.tasks_dir is not None and not Path(self.tasks_dir).expanduser().is_dir():
             raise ValueError(f"tasks_dir: {self.tasks_dir} is not a folder")
         for name in ("limit", "block_size", "max_new_tokens", "batch_size"):

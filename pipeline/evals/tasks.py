@@ -41,7 +41,8 @@ def evaluate_tasks(
             f"evals=tasks: needs lm-eval ({error}); pip install 'tidar-pretrain[eval]'"
         ) from error
     manager = _task_manager(config)
-    first, tasks = {}, list(config.tasks)
+    tasks = list(config.tasks)
+    first: dict[str, Any] = {}
     by_decoder: dict[str, Any] = {}
     for decoder in decoders:
         adapter = TidarLM(model, tokenizer, config, decoder, world)

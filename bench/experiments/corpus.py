@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli import EXIT_BAD_INPUT, report_mistake
 from data_prep.corpora.base import Document
 from data_prep.corpora.files import File, local_file
 from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
 from data_prep.corpora.text_folder import FilesCorpus
+from data_prep.errors import UserError
 from data_prep.files import write_text_atomic, written_atomically
 from data_prep.settings import in_heldout
 
@@ -59,14 +61,16 @@ def prepare(choice: CorpusChoice, folder: Path) -> Path:
     if not about.is_file():
         write_text_atomic(about, json.dumps(write_corpus(choice, text), indent=1) + "\n")
     if not (data / "manifest.json").is_file():
-        subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-m", "data_prep.prepare", "corpus=jsonl", f"corpus.path={text}",
              "corpus.id_field=id", f"output_dir={data}",
              f"sequence_length={choice.sequence_length}", "layout.block_size=8",
              f"tokenizer.vocab_size={choice.vocab_size}",
              f"heldout_fraction={choice.heldout_fraction}"],
-            cwd=ROOT, check=True,
-        )  # fmt: skip
+            cwd=ROOT, check=False,
+        ).returncode  # fmt: skip
+        if code:
+            raise UserError(f"{data}: could not be prepared; the message above says why")
     return data
 
 
@@ -138,7 +142,7 @@ def ngrams(text: str) -> set[int]:
     return {hash(tuple(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.experiments.corpus")
     parser.add_argument("corpus", choices=CORPORA)
     parser.add_argument("folder", type=Path, help="for the text and the prepared data")
@@ -147,8 +151,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max-bytes", type=int, help="stop after this much text")
     given = vars(parser.parse_args(arguments))
     choice, folder = CORPORA[given.pop("corpus")], given.pop("folder")
-    print(prepare(replace(choice, **given), folder))
+    try:
+        print(prepare(replace(choice, **given), folder))
+    except UserError as error:
+        report_mistake(str(error))
+        return EXIT_BAD_INPUT
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

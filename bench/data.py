@@ -23,7 +23,7 @@ from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
 from bench.results import Outcome
 from data_prep.manifest import Manifest
-from data_prep.packing import make_packer
+from data_prep.packing import Piece, make_packer
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 MODELS = ("unigram", "bpe")
@@ -131,7 +131,7 @@ def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(500), 1.1, options.packed_tokens // 500), 10, 60_000)
     lengths = lengths[np.cumsum(lengths) < options.packed_tokens].astype(int)
-    documents = [np.ones(n, dtype=np.uint16) for n in lengths]
+    documents = [Piece(np.ones(n, dtype=np.uint16)) for n in lengths]
     tokens = int(lengths.sum())
     fitting = int((lengths <= options.sequence_length).sum())
     found: dict[str, dict[str, float]] = {}

@@ -13,11 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.config import nearest
 from data_prep.errors import UserError
 
 EXIT_BAD_INPUT = 2
@@ -58,6 +60,7 @@ def run(
         nonlocal composed
         composed = True
         try:
+            refuse_unknown(cfg, config_name)
             codes.append(task(cfg) or 0)
         except (UserError, OmegaConfBaseException) as error:
             # Caught inside the job, or Hydra adds lines of its own before it passes it on.
@@ -121,6 +124,34 @@ def all_keys(config_name: str) -> list[str]:
                 yield from walk(value, f"{prefix}{name}.")
 
     return list(walk(cfg, ""))
+
+
+def refuse_unknown(cfg: DictConfig, config_name: str) -> None:
+    """Refuse a key at the top that no file of this command has.
+
+    Hydra finds those on the command line, but takes any from an experiment's file or after a `+`.
+
+    Raises:
+        UserError: with the key and the nearest one that is known.
+    """
+    known = top_level_keys(config_name)
+    for name in map(str, cfg):
+        if name not in known:
+            raise UserError(f"{name}: unknown key; {nearest(name, known)}")
+
+
+def top_level_keys(config_name: str) -> set[str]:
+    """The keys of `conf/<config_name>.yaml`, and those that its defaults list brings."""
+    content = yaml.safe_load((config_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    keys = {str(key) for key in content if key not in ("defaults", "hydra")}
+    for entry in content.get("defaults", []):
+        if isinstance(entry, str):
+            keys |= top_level_keys(entry) if entry != "_self_" else set()
+            continue
+        group = str(next(iter(entry)))
+        if not group.startswith(("override ", "optional ")):
+            keys.add(group.rpartition("@")[2].partition(".")[0])
+    return keys
 
 
 def one_line(error: BaseException) -> str:

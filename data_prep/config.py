@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from dataclasses import fields
 from difflib import get_close_matches
@@ -33,6 +34,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
         if OmegaConf.is_missing(section, name):
             full = prefix + name
             raise UserError(f"{full}: has no value; set {full}=... on the command line")
+    refuse_non_finite(section, prefix)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), section)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
@@ -44,6 +46,18 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
         raise
     except ValueError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from error
+
+
+def refuse_non_finite(section: DictConfig, prefix: str) -> None:
+    """NaN and infinity get past bounds that they should not, so no key takes them.
+
+    Raises:
+        UserError: naming the first such key.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(section)  # type: ignore[assignment]
+    for name, value in plain.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{name}: must be a finite number, got {value}")
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -21,21 +21,35 @@ class Encoded:
     """Without the end token."""
     text_bytes: int
     source: str = ""
+    prompt_tokens: int = 0
+    """How many of the ids, at the start, are the prompt's."""
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """What `tokenizer` makes of each document, in the same order."""
+    """What `tokenizer` makes of each document, in the same order.
+
+    A prompt is encoded apart from the text behind it, as it is when a model is asked to answer it,
+    so that no token reaches from one into the other.
+    """
     for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            yield Encoded(document.id, ids, utf8_bytes(document.text), document.source)
+        pieces = [piece for document in batch for piece in document.pieces]
+        encoded = iter(tokenizer.encode_batch(pieces))
+        for document in batch:
+            size = utf8_bytes(document.whole)
+            prompt = next(encoded) if document.prompt else None
+            ids = next(encoded)
+            if prompt is None:
+                yield Encoded(document.id, ids, size, document.source)
+            else:
+                both = np.concatenate((prompt, ids))
+                yield Encoded(document.id, both, size, document.source, len(prompt))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += len(document.whole)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -19,6 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 COLUMNS = ("prefix_start", "prefix_end", "draft_end", "slot_start")
+RESPONSE = "response"
+LOSS_SPANS = ("document", RESPONSE)
+"""What is learnt of a document: all of it, or what stands behind its prompt."""
 Int32Array = NDArray[np.int32]
 
 

@@ -98,6 +98,9 @@ class Manifest:
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits, and
     epochs, how often it was read."""
+    loss_span: str = "document"
+    """What carries a loss, as the shards are laid out: `document`, or `response` without prompts,
+    whose lengths then stand in the shards."""
     encoder: str = ""
     """How text was encoded, and on how much of it that was compared with the plain way."""
 

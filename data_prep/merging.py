@@ -172,6 +172,7 @@ def make_manifest(
         block_size=settings.layout.block_size,
         coverage=settings.layout.coverage,
         shift=settings.layout.shift,
+        loss_span=settings.layout.loss_span,
         tokenizer=tokenizer.info(tokenizer_path),
         token_counts_sha256=sha256_of(settings.output_dir / TOKEN_COUNTS),
         train=splits["train"],

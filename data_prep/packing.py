@@ -28,6 +28,14 @@ class Piece:
     ids: Ids
     continued: bool = False
     """Whether it goes on from a cut, so that its document began in another sequence."""
+    prompt: int = 0
+    """How many of the ids, at the start, are a prompt's."""
+
+    def part(self, start: int, end: int) -> "Piece":
+        """The ids `start … end - 1` of it; what does not begin with it goes on from a cut."""
+        ids = self.ids[start:end]
+        prompt = min(max(self.prompt - start, 0), len(ids))
+        return Piece(ids, self.continued or start > 0, prompt)
 
 
 @dataclass
@@ -41,12 +49,15 @@ class Packed:
     padding: int
     continued: list[bool]
     """Of each piece: whether it goes on from a cut."""
+    prompts: list[int]
+    """Of each piece: how many of its tokens, at the start, are a prompt's."""
 
     def pieces(self) -> list[Piece]:
         """What was packed into it."""
         ends = np.cumsum(self.document_lengths)
         parts = np.split(self.tokens[: int(ends[-1])], ends[:-1])
-        return [Piece(ids, mark) for ids, mark in zip(parts, self.continued, strict=True)]
+        rows = zip(parts, self.continued, self.prompts, strict=True)
+        return [Piece(*row) for row in rows]
 
 
 class Packer:
@@ -72,14 +83,14 @@ class Packer:
         self.cuts = 0
         self._pieces: list[Piece] = []
 
-    def add(self, ids: Ids, continued: bool = False) -> Iterator[Packed]:
-        """Pack one document, its end token included; `continued` for the rest of a cut one."""
-        length = self.sequence_length
+    def add(self, document: Piece) -> Iterator[Packed]:
+        """Pack one document, its end token included, or what a cut left of one."""
+        ids, length = document.ids, self.sequence_length
         if len(ids) > length:
-            self.cut_documents += not continued
+            self.cut_documents += not document.continued
             self.cuts += -(-len(ids) // length) - 1
         for start in range(0, len(ids), length):
-            piece = Piece(ids[start : start + length], continued or start > 0)
+            piece = document.part(start, start + length)
             if len(piece.ids) == length:
                 yield self._close([piece])
                 continue
@@ -100,19 +111,21 @@ class Packer:
         filled = sum(lengths)
         np.concatenate([piece.ids for piece in pieces], out=tokens[:filled], casting="unsafe")
         marks = [piece.continued for piece in pieces]
-        return Packed(tokens, lengths, self.sequence_length - filled, marks)
+        prompts = [piece.prompt for piece in pieces]
+        return Packed(tokens, lengths, self.sequence_length - filled, marks, prompts)
 
 
 class Concatenator(Packer):
     """One document after another; where a sequence ends, the document goes on in the next."""
 
-    def add(self, ids: Ids, continued: bool = False) -> Iterator[Packed]:
-        begun, fits = not continued, len(ids) <= self.sequence_length
+    def add(self, document: Piece) -> Iterator[Packed]:
+        ids = document.ids
+        begun, fits = not document.continued, len(ids) <= self.sequence_length
         waiting = sum(len(piece.ids) for piece in self._pieces)
         start = 0
         while start < len(ids):
             end = start + min(self.sequence_length - waiting, len(ids) - start)
-            self._pieces.append(Piece(ids[start:end], continued or start > 0))
+            self._pieces.append(document.part(start, end))
             waiting += end - start
             if end < len(ids):
                 self.cuts += 1

@@ -26,7 +26,9 @@ NOTHING = (255, 255, 255)
 CLEAN = ((46, 94, 170), (92, 143, 214))
 PREFIX = ((208, 120, 36), (232, 165, 94))
 OWN = (176, 42, 70)
-"""Colours: a clean query's keys by document, a slot's prefix by block, and a block's own slots."""
+PROMPT = (150, 160, 172)
+"""Colours: a clean query's keys by document, a slot's prefix by block, a block's own slots, and the
+keys of a prompt, which nothing is learnt of."""
 
 
 def inspect_sequence(folder: Path, number: int) -> str:
@@ -73,6 +75,8 @@ def describe(sequence: PackedSequence, real: int, tokenizer: Tokenizer) -> str:
         if start < real:
             blocks = int(((layout.prefix_end >= start) & (layout.prefix_end < end)).sum())
             begun = ", goes on from a cut" if number < len(marks) and marks[number] else ""
+            if sequence.prompt_lengths is not None and (prompt := sequence.prompt_lengths[number]):
+                begun += f", of which {prompt} tokens are a prompt"
             text = tokenizer.decode(sequence.tokens[start : min(end, start + 40)].tolist())
             lines.append(
                 f"document {number}: {start} to {end - 1}, {blocks} blocks{begun}: "
@@ -103,6 +107,9 @@ def attention_picture(sequence: PackedSequence, real: int) -> NDArray[np.uint8]:
         if start < min(real, clean):
             seen = np.tril(np.ones((end - start, end - start), dtype=bool))
             picture[start:end, start:end][seen] = CLEAN[number % 2]
+            if sequence.prompt_lengths is not None:
+                prompt = min(start + int(sequence.prompt_lengths[number]), end) - start
+                picture[start:end, start : start + prompt][seen[:, :prompt]] = PROMPT
         start += own
     for block, (prefix, first, last, slot) in enumerate(layout.table().tolist()):
         rows = slice(clean + slot, clean + min(slot + last - first, slots))

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from data_prep.cli import run
 from data_prep.corpora import open_corpus
 from data_prep.errors import UserError
+from data_prep.layout import RESPONSE
 from data_prep.manifest import MANIFEST, Manifest
 from data_prep.merging import finished_records, merge
 from data_prep.output_folder import (
@@ -73,6 +74,11 @@ def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifes
     """Do the tasks of this process; where all are done then, put the folder together."""
     folder = settings.output_dir
     corpus = open_corpus(corpus_section)
+    if settings.layout.loss_span == RESPONSE and not corpus.has_prompts:
+        raise UserError(
+            "layout.loss_span: response needs a corpus that tells prompts apart; set "
+            "corpus.prompt_field (jsonl, parquet, arrow), or layout.loss_span=document"
+        )
     with taking_turns(folder):
         tokenizer = make_tokenizer(settings, corpus)
         tasks = make_tasks(settings, corpus, tokenizer)

@@ -58,7 +58,7 @@ def _trained(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
         pass  # nothing of an earlier start that can be used
     config = settings.tokenizer
     print(f"training a SentencePiece model with {config.vocab_size} pieces ...", flush=True)
-    texts = (document.text for document in _training_documents(settings, corpus))
+    texts = (document.whole for document in _training_documents(settings, corpus))
     return train_sentencepiece(
         texts, config.vocab_size, config.model_type, config.sample_bytes, settings.seed
     )
@@ -89,8 +89,8 @@ def choose_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: Sequence[Task]) 
     for task in tasks:
         # Parts are in an order drawn by the seed: the first few stand for all.
         for document in corpus.documents(task.parts):
-            texts.append(document.text)
-            size += len(document.text.encode())
+            texts.append(document.whole)
+            size += len(document.whole.encode())
             if size >= enough:
                 break
         if size >= enough:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.block_sizes import BlockSizes
 from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
+from data_prep.layout import LOSS_SPANS
 from data_prep.packing import PACKINGS
 
 GROUPS = ("corpus", "tokenizer", "layout")
@@ -62,8 +63,14 @@ class LayoutConfig:
     """Values of K up to `block_size`, of which each sequence draws one."""
     block_shares: list[float] | None = None
     """How often each is drawn, of any sum; None draws all alike."""
+    loss_span: str = "document"
+    """`document`, or `response`: prompts of the corpus get no blocks and carry no loss."""
 
     def __post_init__(self) -> None:
+        if self.loss_span not in LOSS_SPANS:
+            raise UserError(
+                f"layout.loss_span: {self.loss_span!r} is not {' or '.join(LOSS_SPANS)}"
+            )
         if self.block_size < 1:
             raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
         if not 0.0 < self.coverage <= 1.0:

@@ -2,7 +2,7 @@
 
 A sample is a group of n packed sequences: `tokens.npy` [n, S], `document_lengths.npy` [n, D] padded
 with 0, `layout.npy` [n, B, 4] padded with rows of zeros, `continued.npy` [n, D], each in the
-smallest unsigned type.
+smallest unsigned type. Where prompts are told apart, `prompt_lengths.npy` [n, D] as well.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from data_prep.layout import COLUMNS, Layout
 from data_prep.manifest import ShardInfo
 
 MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
+PROMPTS = "prompt_lengths.npy"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class PackedSequence:
     layout: Layout
     continued: NDArray[np.bool_] | None = None
     """[D]: documents that go on from a cut, begun in another sequence; None is none of them."""
+    prompt_lengths: NDArray[np.integer] | None = None
+    """[D]: tokens at each document's start that carry no loss; None where all carry one."""
 
     def real_tokens(self, pad_id: int) -> int:
         """Tokens before the padding: a last document that starts with `pad_id` is padding."""
@@ -109,8 +112,15 @@ def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
         if sequence.continued is not None:
             continued[row, : len(sequence.continued)] = sequence.continued
     tokens = np.stack([sequence.tokens for sequence in group])
-    arrays: list[NDArray[np.integer]] = [tokens, lengths, layouts, continued]
-    return {name: _npy_bytes(array) for name, array in zip(MEMBERS, arrays, strict=True)}
+    arrays: dict[str, NDArray[np.integer]] = dict(
+        zip(MEMBERS, (tokens, lengths, layouts, continued), strict=True)
+    )
+    if any(sequence.prompt_lengths is not None for sequence in group):
+        arrays[PROMPTS] = prompts = np.zeros_like(lengths)
+        for row, sequence in enumerate(group):
+            if sequence.prompt_lengths is not None:
+                prompts[row, : len(sequence.prompt_lengths)] = sequence.prompt_lengths
+    return {name: _npy_bytes(array) for name, array in arrays.items()}
 
 
 def decode_group(sample: dict[str, bytes]) -> list[PackedSequence]:
@@ -129,12 +139,18 @@ def decode_group(sample: dict[str, bytes]) -> list[PackedSequence]:
         raise ValueError("members with different numbers of sequences")
     if not (lengths.sum(1) == tokens.shape[1]).all():
         raise ValueError("document lengths that do not add up to the sequence length")
+    prompts = None
+    if PROMPTS in sample:
+        prompts = np.load(io.BytesIO(sample[PROMPTS]), allow_pickle=False)
+        if prompts.shape != lengths.shape or (prompts > lengths).any():
+            raise ValueError("prompts that do not fit their documents")
     sequences = []
     for row in range(len(tokens)):
         own = lengths[row] > 0
         layout = Layout.from_table(layouts[row])
         marks = continued[row][own].astype(bool)
-        sequences.append(PackedSequence(tokens[row], lengths[row][own], layout, marks))
+        prompt = None if prompts is None else prompts[row][own]
+        sequences.append(PackedSequence(tokens[row], lengths[row][own], layout, marks, prompt))
     return sequences
 
 

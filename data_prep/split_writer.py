@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.layout import Layout, build_layout
+from data_prep.layout import RESPONSE, Layout, build_layout
 from data_prep.manifest import SPLITS, ShardInfo
 from data_prep.packing import Packed, Piece, make_packer
 from data_prep.settings import PrepareSettings
@@ -54,7 +54,7 @@ class SplitWriter:
 
     def add(self, piece: Piece) -> None:
         """Take one document, its end token included, or what a cut left of one."""
-        self._packed += self.packer.add(piece.ids, piece.continued)
+        self._packed += self.packer.add(piece)
 
     def finish(self, folder: Path, prefix: str, *, keep_rests: bool) -> tuple[Written, list[Piece]]:
         """Write everything to `folder` as `prefix` and a number; returns the shards and the rests.
@@ -98,9 +98,11 @@ class SplitWriter:
     def _write(self, folder: Path, prefix: str, first: int, packed: Sequence[Packed]) -> None:
         layouts = stored_layouts(
             self.settings, (SPLITS.index(self.split), self.task, first),
-            [one.document_lengths for one in packed],
+            packed,
         )  # fmt: skip
-        sequences = [as_sequence(*pair) for pair in zip(packed, layouts, strict=True)]
+        apart = self.settings.layout.loss_span == RESPONSE
+        pairs = zip(packed, layouts, strict=True)
+        sequences = [as_sequence(*pair, with_prompts=apart) for pair in pairs]
         padding = sum(one.padding for one in packed)
         name = f"{prefix}{len(self._written.shards):03d}.tar"
         info, offsets = write_shard(
@@ -117,23 +119,26 @@ class SplitWriter:
         self.token_counts[self.packer.pad_id] -= padding
 
 
-def as_sequence(packed: Packed, layout: Layout) -> PackedSequence:
+def as_sequence(packed: Packed, layout: Layout, *, with_prompts: bool = False) -> PackedSequence:
     """What a shard stores: padding has become a last document."""
     padding = [packed.padding] if packed.padding else []
     lengths = np.array([*packed.document_lengths, *padding])
-    return PackedSequence(packed.tokens, lengths, layout, np.array(packed.continued))
+    prompts = np.array([*packed.prompts, *(0 for _ in padding)]) if with_prompts else None
+    return PackedSequence(packed.tokens, lengths, layout, np.array(packed.continued), prompts)
 
 
 def stored_layouts(
-    settings: PrepareSettings, key: tuple[int, int, int], document_lengths: Sequence[list[int]]
+    settings: PrepareSettings, key: tuple[int, int, int], packed: Sequence[Packed]
 ) -> list[Layout]:
-    """The layouts of sequences with these documents, padding left out of each.
+    """The layouts of these sequences, padding left out of each.
 
     Each has a random stream of its own, keyed by the seed, `key` (the split's number, the task's,
     and the first sequence's in the task), and its place behind the first.
     """
     choice, mixed = settings.layout, settings.layout.mixed()
-    if choice.coverage == 1.0 and not choice.shift and mixed is None:
+    document_lengths = [one.document_lengths for one in packed]
+    drawn = choice.coverage < 1.0 or choice.shift or mixed is not None
+    if not drawn and choice.loss_span != RESPONSE:
         return [
             layout
             for start in range(0, len(document_lengths), TOGETHER)
@@ -144,17 +149,18 @@ def stored_layouts(
     split, task, first = key
     streams = (
         np.random.default_rng([settings.seed, split, task, first + number])
-        for number in range(len(document_lengths))
+        for number in range(len(packed))
     )
     return [
         build_layout(
-            lengths,
+            one.document_lengths,
             mixed.draw(rng) if mixed else choice.block_size,
             coverage=choice.coverage,
             shift=choice.shift,
             rng=rng,
+            prompt_lengths=one.prompts,
         )
-        for lengths, rng in zip(document_lengths, streams, strict=True)
+        for one, rng in zip(packed, streams, strict=True)
     ]
 
 

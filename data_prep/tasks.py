@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_prep.corpora import Corpus, Document
 from data_prep.encoding import encode_documents
 from data_prep.files import write_text_atomic, written_atomically
+from data_prep.layout import RESPONSE
 from data_prep.manifest import SPLITS, ShardInfo
 from data_prep.packing import Piece
 from data_prep.plan import Task
@@ -87,6 +88,7 @@ def _pieces(
     record: Record, repeated: Counter[str], report: Report,
 ) -> Iterator[tuple[str, Piece]]:  # fmt: skip
     """The split and ids of every document of the task, with its end token; counted in `record`."""
+    apart = settings.layout.loss_span == RESPONSE
     since = Count()
     documents = _unrepeated(task, settings, corpus, repeated)
     for document in encode_documents(documents, tokenizer):
@@ -101,7 +103,7 @@ def _pieces(
         if since.documents == REPORT_EVERY_DOCUMENTS:
             report(since.documents, since.text_bytes, since.tokens)
             since = Count()
-        yield split, Piece(ids)
+        yield split, Piece(ids, prompt=document.prompt_tokens if apart else 0)
     report(since.documents, since.text_bytes, since.tokens)
 
 
@@ -167,6 +169,7 @@ def _save_rests(
         arrays[f"{split}_ids"] = np.concatenate([empty, *(piece.ids for piece in pieces)])
         arrays[f"{split}_lengths"] = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
         arrays[f"{split}_continued"] = np.array([piece.continued for piece in pieces], dtype=bool)
+        arrays[f"{split}_prompts"] = np.array([piece.prompt for piece in pieces], dtype=np.int64)
     with written_atomically(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -180,5 +183,6 @@ def load_rests(folder: Path, task: Task) -> tuple[dict[str, Iterable[Piece]], ND
         lengths = arrays[f"{split}_lengths"]
         ids = np.split(arrays[f"{split}_ids"], np.cumsum(lengths))[:-1]
         marks = arrays[f"{split}_continued"].tolist()
-        rests[split] = [Piece(*pair) for pair in zip(ids, marks, strict=True)]
+        prompts = arrays[f"{split}_prompts"].tolist()
+        rests[split] = [Piece(*row) for row in zip(ids, marks, prompts, strict=True)]
     return rests, arrays["token_counts"].astype(np.int64)

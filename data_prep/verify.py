@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
+from data_prep.layout import RESPONSE
 from data_prep.manifest import MANIFEST, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo, Split
 from data_prep.shards import PackedSequence, group_offsets, read_shard
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -133,17 +134,24 @@ def _check_sequence(path: Path, sequence: PackedSequence, manifest: Manifest) ->
     if sequence.continued is None or len(sequence.continued) != len(lengths):
         raise UserError(f"{path}: not every document says whether it goes on from a cut")
     layout = sequence.layout
-    longest = max(manifest.coverage * real, manifest.block_size)
+    prompts = np.zeros_like(lengths)
+    if (sequence.prompt_lengths is not None) != (manifest.loss_span == RESPONSE):
+        raise UserError(f"{path}: {MANIFEST} says something else of prompts than it has")
+    if sequence.prompt_lengths is not None:
+        prompts = sequence.prompt_lengths
+    learnt = real - int(prompts.sum())
+    longest = max(manifest.coverage * learnt, manifest.block_size)
     ends = np.cumsum(lengths)
     document = np.searchsorted(ends[:-1], layout.prefix_end, side="right")
     starts = (ends - lengths)[document]
     fits = (
         np.array_equal(layout.prefix_start, starts)
+        and bool((layout.prefix_end >= starts + prompts[document]).all())
         and bool((layout.draft_end <= np.minimum(ends[document], real)).all())
         and bool((layout.draft_lengths <= manifest.block_size).all())
         and bool((layout.draft_end[:-1] <= layout.prefix_end[1:]).all())
-        and 0 < layout.num_slots <= longest
-        and (manifest.coverage < 1.0 or layout.num_slots == real)
+        and min(learnt, 1) <= layout.num_slots <= longest
+        and (manifest.coverage < 1.0 or layout.num_slots == learnt)
     )
     if not fits:
         raise UserError(

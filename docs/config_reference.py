@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "config.md"
-COMMANDS = ("prepare", "train", "evaluate", "generate", "export", "plan")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "export", "plan", "dashboard")
 HYDRA_KEYS = ("defaults", "hydra")
 KEY = re.compile(r"^( *)([A-Za-z_][\w@/]*):(?: (.*))?$")
 

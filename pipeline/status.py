@@ -1,12 +1,10 @@
 """`tidar-status RUN_DIR`: where a run stands, from its files alone, wherever they can be seen."""
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -14,14 +12,10 @@ from rich.table import Table
 from data_prep.cli import EXIT_BAD_INPUT, report_mistake
 from data_prep.errors import UserError
 from pipeline.report.read import Run, as_number, read_run
+from pipeline.report.standing import PACE_STEPS, Starts, newest_checkpoint, pace_of, read_starts
 from pipeline.report.wording import compact, fixed
 from pipeline.training.callbacks.progress import duration
 
-SAVED = 75
-FINAL = (0, 2, 3)
-"""Exit codes of a start after which Slurm's job goes on, or is over: docs/cluster.md."""
-PACE_STEPS = 50
-"""Latest steps whose median gives the pace."""
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""
 QUIET_AT_LEAST_S = 300.0
@@ -50,8 +44,8 @@ class Status:
     checkpoint_step: int | None
     """The newest complete one, which a restart continues from."""
     last_eval: dict[str, float | None] | None
-    starts: "Starts | None" = None
-    """Of its Slurm jobs; None for a run that none of them has started."""
+    starts: Starts | None = None
+    """Of its Slurm jobs or, without one, by its events; None where nothing says."""
 
     expected_end: float | None = None
     """Seconds since the epoch, for a run that is running."""
@@ -87,53 +81,6 @@ class Status:
         return rows
 
 
-@dataclass(frozen=True)
-class Starts:
-    """What `starts.jsonl`, written by slurm/restart.py, says of a run's starts."""
-
-    count: int
-    ends: tuple[dict[str, object], ...]
-    running: bool
-    """The last start has not recorded its end: it runs, or its node is gone."""
-
-    def __str__(self) -> str:
-        codes = [end.get("code") for end in self.ends]
-        saved, final = codes.count(SAVED), sum(codes.count(code) for code in FINAL)
-        kinds = {
-            "saved and requeued": saved,
-            "crashed": len(codes) - saved - final,
-            "without a recorded end": self.count - len(codes) - self.running,
-        }
-        text = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-        text = f"{self.count}" + (f": {text}" if text else "")
-        last = self.ends[-1] if self.ends and not self.running else {}
-        if last.get("code") not in (None, 0, SAVED):
-            node = f" on {last['failed_node']}" if last.get("failed_node") else ""
-            text += f"; last ended with {last['code']}{node}: {last.get('why')}"
-        return text
-
-
-def read_starts(path: Path) -> Starts | None:
-    """The record at `path`, half-written lines left out; None where there is none."""
-    if not path.is_file():
-        return None
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    if not events:
-        return None
-    return Starts(
-        count=sum(event.get("event") == "start" for event in events),
-        ends=tuple(event for event in events if event.get("event") == "end"),
-        running=events[-1].get("event") == "start",
-    )
-
-
 def read_status(run_dir: Path, now: float) -> Status:
     """The status at time `now` (seconds since the epoch).
 
@@ -144,10 +91,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     last = run.metrics[-1]
     step = int(last["step"])
     steps = run.setting("steps")
-    recent = run.metrics[-PACE_STEPS:]
-    seconds = [s for row in recent if (s := as_number(row.get("step_seconds"))) is not None]
-    speeds = [s for row in recent if (s := as_number(row.get("tokens_per_second"))) is not None]
-    pace = median(seconds) if seconds else None
+    pace = pace_of(run, "step_seconds")
     quiet = max(now - (run_dir / "metrics.jsonl").stat().st_mtime, 0.0)
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     left = pace * (steps - step) if pace is not None and isinstance(steps, int) else None
@@ -158,14 +102,14 @@ def read_status(run_dir: Path, now: float) -> Status:
         steps=steps if isinstance(steps, int) else None,
         tokens=int(as_number(last.get("tokens")) or 0),
         loss=as_number(last.get("loss")),
-        tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second=pace_of(run, "tokens_per_second"),
         step_seconds=pace,
         quiet_seconds=quiet,
         seconds_left=left,
         checkpoint=checkpoint,
         checkpoint_step=int(checkpoint.rpartition("-")[2]) if checkpoint else None,
         last_eval=latest_eval(run),
-        starts=read_starts(run_dir / "starts.jsonl"),
+        starts=read_starts(run_dir),
         expected_end=now - quiet + left if state == "running" and left is not None else None,
     )
 
@@ -177,12 +121,6 @@ def state_of(run_dir: Path, step: int, steps: object, quiet: float, pace: float 
         return "stopped"
     limit = max(QUIET_AT_LEAST_S, QUIET_STEPS * (pace or 0.0))
     return "running" if quiet <= limit else "quiet"
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """Name of the newest complete checkpoint: the last of the folders, which appear by a rename."""
-    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
-    return names[-1] if names else None
 
 
 def latest_eval(run: Run) -> dict[str, float | None] | None:

@@ -10,7 +10,7 @@ from pipeline.distributed import LostProcessError, World, joined_world
 from pipeline.sweep import FLAGS, run_sweep
 from pipeline.training.determinism import make_deterministic
 from pipeline.training.loop import TrainingStoppedError
-from pipeline.training.run_dir import INTERRUPTED, owned
+from pipeline.training.run_dir import INTERRUPTED, StillHeldError, owned
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer
 from pipeline.training.signals import EXIT_SAVED, StopRequest, code_for_launcher, stop_on_signal
@@ -33,10 +33,13 @@ def train(cfg: DictConfig) -> int:
 
             if settings.deterministic:
                 make_deterministic(say)
-            with owned(settings.run_dir, settings.resolved, world):
+            with owned(settings.run_dir, settings.resolved, world, say):
                 return train_in_world(settings, world, stop, say)
     except LostProcessError as error:
         report_mistake(f"{error}; the last checkpoint is intact, and the same command continues")
+        return EXIT_LOST
+    except StillHeldError as error:
+        report_mistake(f"{error}; end it, and the same command continues")
         return EXIT_LOST
 
 

@@ -1,8 +1,9 @@
 """One rank of train.sbatch: `pipeline.train`, and its exit code left where the job script finds it.
 
 torchrun leaves with 1 whatever code a rank ended with, and with 0 both for a run that is done and
-for one that was stopped and saved. `$TIDAR_START_DIR/exit-code` keeps them apart: the code of the
-first rank whose code is not 0, 75 for saved.
+for one that was stopped and saved; srun would end the other ranks for a code that is not 0, also
+those that still write the last of a save. `$TIDAR_START_DIR/exit-code` keeps them apart: the code
+of the first rank whose code is not 0, 75 for saved.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def link_logs(folder: Path, rank: str) -> None:
 def train_and_tell() -> int:
     from data_prep.cli import run
     from pipeline.train import train
-    from pipeline.training.signals import code_for_launcher
+    from pipeline.training.signals import EXIT_SAVED
 
     code = run("train", train)
     if code:
@@ -46,7 +47,7 @@ def train_and_tell() -> int:
             open(Path(os.environ["TIDAR_START_DIR"]) / "exit-code", "x") as file,
         ):
             file.write(str(code))
-    return code_for_launcher(code)
+    return 0 if code == EXIT_SAVED else code
 
 
 if __name__ == "__main__":

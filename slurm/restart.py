@@ -90,9 +90,10 @@ def failed_node(start_dir: Path) -> str | None:
     Among equals the earliest counts, which between nodes is only as good as their clocks.
     """
     found = []
-    for path in start_dir.glob("failed-*"):
+    for path in start_dir.glob("failed-*@*"):
         kind, _, when = path.read_text().strip().partition(" ")
-        found.append((kind != "killed", float(when or "inf"), path.name.removeprefix("failed-")))
+        node = path.name.removeprefix("failed-").partition("@")[0]
+        found.append((kind != "killed", float(when or "inf"), node))
     return min(found)[2] if found else None
 
 

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SLURM_SUBMIT_DIR="$PWD"
 source slurm/common.sh
 
-dry_run=false nodes=1 gpus="${TIDAR_RANKS_PER_NODE:-}"
+dry_run=false nodes=1 gpus="${TIDAR_RANKS_PER_NODE:-}" tasks=""
 options=() overrides=()
 for argument in "$@"; do
   case "$argument" in
@@ -25,6 +25,11 @@ for argument in "$@"; do
       # 8, or with a type: h100:8.
       options+=("$argument") gpus="${TIDAR_RANKS_PER_NODE:-${argument##*[=:]}}"
       ;;
+    --ntasks-per-node=*)
+      # One task a rank, as train.sbatch takes it.
+      options+=("$argument")
+      if [[ "${argument##*=}" != 1 ]]; then tasks="${argument##*=}"; fi
+      ;;
     -N | -p | -A | -t | -w | -x | -J | -G | -q)
       echo "error: $argument: write options of sbatch with = (--nodes=4, --partition=gpu)" >&2
       exit 2
@@ -33,6 +38,7 @@ for argument in "$@"; do
     *) overrides+=("$argument") ;;
   esac
 done
+gpus="${tasks:-$gpus}"
 if [[ ! "$nodes" =~ ^[1-9][0-9]*$ || ! "${gpus:-1}" =~ ^[1-9][0-9]*$ ]]; then
   echo "error: --nodes=$nodes --gpus-per-node=${gpus:-1}: one number each, so that it can be planned" >&2
   exit 2

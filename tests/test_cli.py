@@ -47,6 +47,13 @@ def test_a_mistake_is_one_line_and_code_2(call):
     assert call(task) == (2, "", "error: seed: wrong; choose another\n")
 
 
+@pytest.mark.parametrize("addition", ["+sede=7", "++sede.x=7"])
+def test_a_key_that_no_file_has_is_refused_however_it_came(call, addition):
+    """As an experiment's file would bring it, which Hydra takes without a word."""
+    said = "error: sede: unknown key; did you mean seed?\n"
+    assert call(lambda cfg: pytest.fail("was called"), addition) == (2, "", said)
+
+
 def test_a_mistake_names_the_rank(call, monkeypatch):
     monkeypatch.setenv("RANK", "3")
 

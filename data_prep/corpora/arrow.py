@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
@@ -19,6 +18,8 @@ class ArrowConfig:
     text_field: str = "text"
     id_field: str | None = None
     """Column with the document's id; None makes ids of file name and row number."""
+    prompt_field: str | None = None
+    """Column with a prompt that the text answers; see `layout.loss_span`."""
 
 
 class ArrowCorpus(Corpus):
@@ -35,6 +36,10 @@ class ArrowCorpus(Corpus):
         if not self.files:
             raise UserError(f"corpus.path: {config.path} holds nothing but caches of datasets")
         needed("pyarrow", "corpus=arrow", "parquet")
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.config.prompt_field is not None
 
     @property
     def total_bytes(self) -> int:
@@ -65,11 +70,9 @@ class ArrowCorpus(Corpus):
             for number, batch in enumerate(_batches(path)):
                 if number >= part.start and (part.end is None or number < part.end):
                     columns = check_columns(path, batch.schema.names, self.config)
-                    texts, *ids = (batch.column(column).to_pylist() for column in columns)
-                    rows = zip(texts, ids[0] if ids else repeat(None), strict=False)
-                    for own, (text, identity) in enumerate(rows, row + 1):
+                    for own, values in enumerate(batch.select(columns).to_pylist(), row + 1):
                         place = f"{path}: row {own}"
-                        yield row_document(text, identity, f"{name}:{own}", place, self.config)
+                        yield row_document(values, f"{name}:{own}", place, self.config)
                 row += batch.num_rows
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read to its end ({error})") from error

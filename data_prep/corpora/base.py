@@ -23,6 +23,18 @@ class Document:
     text: str
     source: str = ""
     """The corpus it comes from, where several are mixed."""
+    prompt: str = ""
+    """What stands before `text` and need not be learnt, where the corpus tells the two apart."""
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """What is encoded by itself: the text, behind its prompt if it has one."""
+        return (self.prompt, self.text) if self.prompt else (self.text,)
+
+    @property
+    def whole(self) -> str:
+        """Prompt and text."""
+        return self.prompt + self.text
 
 
 @dataclass(frozen=True)
@@ -63,13 +75,18 @@ class Corpus(ABC):
             for document in self.read_part(part):
                 if not document.text:
                     self.refused["empty"] += 1
-                elif not _is_utf8(document.text):
+                elif not _is_utf8(document.whole):
                     self.refused[NOT_UTF8] += 1
                 else:
                     yield replace(document, source=part.source) if part.source else document
 
     def weigh(self, count_tokens: Counts) -> None:  # noqa: B027
         """Prepare for `parts` where they depend on tokens: a mix measures its sources."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether documents may come with a prompt."""
+        return False
 
     @property
     @abstractmethod

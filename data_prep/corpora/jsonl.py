@@ -25,6 +25,8 @@ class JsonlConfig:
     text_field: str = "text"
     id_field: str | None = None
     """Field with the document's id; None makes ids of file name and the byte a line starts at."""
+    prompt_field: str | None = None
+    """Field with a prompt that the text answers; see `layout.loss_span`."""
 
 
 class JsonlCorpus(Corpus):
@@ -38,6 +40,10 @@ class JsonlCorpus(Corpus):
         super().__init__()
         self.config = config
         self.files = find_files(config.path, PATTERNS, "corpus.path")
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.config.prompt_field is not None
 
     @property
     def total_bytes(self) -> int:
@@ -74,21 +80,21 @@ class JsonlCorpus(Corpus):
             place = _place(path, start)
             raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
         fields = self.config
-        for field in filter(None, (fields.text_field, fields.id_field)):
-            if not isinstance(record, dict) or field not in record:
-                raise UserError(
-                    f"{_place(path, start)}: has no field {field!r}; set corpus.text_field or "
-                    "corpus.id_field"
-                )
+        for key in ("text_field", "id_field", "prompt_field"):
+            field = getattr(fields, key)
+            if field and (not isinstance(record, dict) or field not in record):
+                raise UserError(f"{_place(path, start)}: has no field {field!r}; set corpus.{key}")
         text = record[fields.text_field]
-        if not isinstance(text, str):
-            raise UserError(f"{_place(path, start)}: field {fields.text_field!r} is not text")
+        prompt = record[fields.prompt_field] if fields.prompt_field else ""
+        for field, value in ((fields.text_field, text), (fields.prompt_field, prompt)):
+            if not isinstance(value, str):
+                raise UserError(f"{_place(path, start)}: field {field!r} is not text")
         identity = record[fields.id_field] if fields.id_field else f"{name}:{start}"
         if identity is None:
             raise UserError(
                 f"{_place(path, start)}: field {fields.id_field!r} is null; mend or remove the line"
             )
-        return Document(str(identity), text)
+        return Document(str(identity), text, prompt=prompt)
 
 
 def _text_bytes(file: File) -> int:

@@ -47,6 +47,10 @@ class MixCorpus(Corpus):
             source.corpus.refused = self.refused
 
     @property
+    def has_prompts(self) -> bool:
+        return any(source.corpus.has_prompts for source in self.sources.values())
+
+    @property
     def total_bytes(self) -> int:
         wanted = self.wanted_epochs()
         return sum(int(wanted[n] * one.corpus.total_bytes) for n, one in self.sources.items())
@@ -59,8 +63,8 @@ class MixCorpus(Corpus):
             for part in parts[:: max(len(parts) // SAMPLED_PARTS, 1)]:
                 texts, length = [], 0
                 for document in source.corpus.documents([part]):
-                    texts.append(document.text)
-                    length += len(document.text.encode())
+                    texts.append(document.whole)
+                    length += len(document.whole.encode())
                     if length > 2 * SAMPLED_PART_BYTES:
                         break  # a file that cannot be divided; what is stored is taken for text
                 else:

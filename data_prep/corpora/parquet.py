@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
@@ -20,33 +19,38 @@ class ParquetConfig:
     text_field: str = "text"
     id_field: str | None = None
     """Column with the document's id; None makes ids of file name and row number."""
+    prompt_field: str | None = None
+    """Column with a prompt that the text answers; see `layout.loss_span`."""
 
 
-def row_document(
-    text: Any, identity: Any, default_id: str, place: str, config: Any, what: str = "column"
-) -> Document:
-    """A document of a table's row; `config` has `text_field` and `id_field`. A null is empty text.
+KEYS = ("text_field", "id_field", "prompt_field")
+
+
+def row_document(row: dict[str, Any], default_id: str, place: str, config: Any) -> Document:
+    """A document of a table's row, of which `config` names the columns. A null is empty text.
 
     Raises:
         UserError: naming the row, when the text is not text or the id is null.
     """
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{place}: {what} {config.text_field!r} is not text")
-    if config.id_field is None:
-        identity = default_id
-    elif identity is None:
-        raise UserError(f"{place}: {what} {config.id_field!r} is null; mend the row")
-    return Document(str(identity), text or "")
+    for column in filter(None, (config.text_field, config.prompt_field)):
+        if not isinstance(row[column], str | None):
+            raise UserError(f"{place}: column {column!r} is not text")
+    identity = row[config.id_field] if config.id_field else default_id
+    if identity is None:
+        raise UserError(f"{place}: column {config.id_field!r} is null; mend the row")
+    prompt = row[config.prompt_field] if config.prompt_field else None
+    return Document(str(identity), row[config.text_field] or "", prompt=prompt or "")
 
 
 def check_columns(path: str, names: list[str], config: Any) -> list[str]:
     """The columns to read; raises UserError naming the first that `names` lacks."""
-    columns = [c for c in (config.text_field, config.id_field) if c]
-    for column in columns:
-        if column not in names:
-            raise UserError(
-                f"{path}: has no column {column!r}; set corpus.text_field or corpus.id_field"
-            )
+    columns = []
+    for key in KEYS:
+        column = getattr(config, key)
+        if column and column not in names:
+            raise UserError(f"{path}: has no column {column!r}; set corpus.{key}")
+        if column and column not in columns:
+            columns.append(column)
     return columns
 
 
@@ -59,6 +63,10 @@ class ParquetCorpus(Corpus):
         self.config = config
         self.files = find_files(config.path, ("*.parquet",), "corpus.path")
         needed("pyarrow.parquet", "corpus=parquet", "parquet")
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.config.prompt_field is not None
 
     @property
     def total_bytes(self) -> int:
@@ -93,24 +101,24 @@ class ParquetCorpus(Corpus):
 
         (path,), (name,) = part.paths, part.names
         try:
-            for row, text, identity in self._rows(path, part.start, part.end):
-                place = f"{path}: row {row}"
-                yield row_document(text, identity, f"{name}:{row}", place, self.config)
+            for number, row in self._rows(path, part.start, part.end):
+                place = f"{path}: row {number}"
+                yield row_document(row, f"{name}:{number}", place, self.config)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read to its end ({error})") from error
 
-    def _rows(self, path: str, first: int, last: int | None) -> Iterator[tuple[int, Any, Any]]:
-        """Row number from 1, text and id (None without an id column) of the rows of a span of row
-        groups."""
+    def _rows(
+        self, path: str, first: int, last: int | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row number from 1 and columns of the rows of a span of row groups."""
         import pyarrow.parquet
 
         with open_binary(path) as source, pyarrow.parquet.ParquetFile(source) as file:
             columns = check_columns(path, file.schema_arrow.names, self.config)
             counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-            row = 1 + sum(counts[:first])
+            number = 1 + sum(counts[:first])
             groups = list(range(first, len(counts) if last is None else last))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
-                texts, *ids = (batch.column(column).to_pylist() for column in columns)
-                for text, identity in zip(texts, ids[0] if ids else repeat(None), strict=False):
-                    yield row, text, identity
-                    row += 1
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1

@@ -68,7 +68,8 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
     """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
 
     Labels: a clean position predicts the next token of its document, a slot the token at its own
-    position; padding and the last token of a document predict nothing.
+    position; padding and the last token of a document predict nothing, and tokens of a prompt are
+    predicted by nothing.
     """
     length = len(sequences[0].tokens)
     width = length + num_slots
@@ -86,7 +87,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
         position_ids[number, length : length + layout.num_slots] = layout.slot_position
         spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
         pairs += allowed_pairs(sequence.real_lengths, layout)
-        predicting = positions_that_predict(sequence.real_lengths)
+        predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
         slot_rows.append(first + length + np.arange(layout.num_slots))
@@ -112,15 +113,26 @@ def allowed_pairs(document_lengths: NDArray[np.integer], layout: Layout) -> int:
     return int((lengths * (lengths + 1) // 2).sum() + (drafted * (prefix + drafted)).sum())
 
 
-def positions_that_predict(document_lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The positions with a next token in their own document: all but each document's last."""
+def positions_that_predict(
+    document_lengths: NDArray[np.integer], prompt_lengths: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """The positions whose next token is of their own document and not of its prompt: of a document
+    without a prompt all but the last. A prompt's last position predicts what stands behind it."""
     ends = np.cumsum(document_lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.delete(np.arange(total), ends - 1)
+    predicts = np.ones(total, dtype=bool)
+    predicts[ends - 1] = False
+    if prompt_lengths.any():
+        offset = np.arange(total) - np.repeat(ends - document_lengths, document_lengths)
+        predicts &= offset + 1 >= np.repeat(prompt_lengths, document_lengths)
+    return np.flatnonzero(predicts)
 
 
 def sequence_digest(sequence: Sequence) -> bytes:
-    """SHA-256 of a sequence's tokens and document lengths, whatever types they are stored in."""
+    """SHA-256 of a sequence's tokens, document lengths and prompts if it has any, whatever types
+    they are stored in."""
     digest = hashlib.sha256(sequence.tokens.astype("<u4").tobytes())
     digest.update(sequence.document_lengths.astype("<u4").tobytes())
+    if sequence.prompt_lengths is not None:
+        digest.update(sequence.prompt_lengths.astype("<u4").tobytes())
     return digest.digest()

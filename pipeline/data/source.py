@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep.block_sizes import BlockSizes
 from data_prep.errors import UserError
-from data_prep.layout import Layout, build_layout
+from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
 from data_prep.manifest import Manifest, Split
 from data_prep.shards import PackedSequence, ShardReader
 from pipeline.data.curriculum import BlockCurriculum
@@ -47,8 +47,14 @@ class LayoutChoice:
     """Optimizer steps before the shares begin to move."""
     block_shares_ramp_steps: int = 0
     """Optimizer steps over which they then do, linearly."""
+    loss_span: str | None = None
+    """`document`, or `response`: only what stands behind prompts, which the data must have."""
 
     def __post_init__(self) -> None:
+        if self.loss_span not in (None, *LOSS_SPANS):
+            raise UserError(
+                f"layout.loss_span: {self.loss_span!r} is not {' or '.join(LOSS_SPANS)}"
+            )
         if self.block_size is not None and self.block_size < 1:
             raise UserError(f"layout.block_size: must be at least 1, got {self.block_size}")
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
@@ -66,7 +72,7 @@ class LayoutChoice:
 
     @property
     def stored(self) -> bool:
-        own = (self.block_size, self.coverage, self.shift, self.block_sizes)
+        own = (self.block_size, self.coverage, self.shift, self.block_sizes, self.loss_span)
         return all(value is None for value in own)
 
 
@@ -81,6 +87,15 @@ class Sequence:
     padding: int
     """Tokens of padding."""
     layout: Layout
+    prompt_lengths: NDArray[np.integer] | None = None
+    """[D]: tokens at each document's start that carry no loss; None where all carry one."""
+
+    @property
+    def real_prompts(self) -> NDArray[np.integer]:
+        """Prompt lengths of the documents without the padding, 0 where there are none."""
+        if self.prompt_lengths is None:
+            return np.zeros_like(self.real_lengths)
+        return self.prompt_lengths[: len(self.real_lengths)]
 
     @property
     def real_lengths(self) -> NDArray[np.integer]:
@@ -109,6 +124,12 @@ class SequenceSource:
         )
         self.choice = choice or LayoutChoice()
         self._mixed = self.choice.mixed(self.block_size)
+        if self.choice.loss_span == RESPONSE != manifest.loss_span:
+            raise UserError(
+                f"layout.loss_span: {data_dir} was prepared without prompts; prepare it with "
+                "layout.loss_span=response and corpus.prompt_field"
+            )
+        self._with_prompts = (self.choice.loss_span or manifest.loss_span) == RESPONSE
         self._sequences_per_step = sequences_per_step
         self.damaged: dict[str, str] = {}
         """Shards left out so far, with the reason."""
@@ -142,13 +163,14 @@ class SequenceSource:
             return self._nothing()
         lengths = packed.document_lengths
         padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
-        sequence = Sequence(packed.tokens, lengths, padding, packed.layout)
+        prompts = packed.prompt_lengths if self._with_prompts else None
+        sequence = Sequence(packed.tokens, lengths, padding, packed.layout, prompts)
         if self.choice.stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
         step = n // self._sequences_per_step
-        layout = self._lay_out(sequence.real_lengths, step, np.random.default_rng(key))
-        return Sequence(packed.tokens, lengths, padding, layout)
+        layout = self._lay_out(sequence, step, np.random.default_rng(key))
+        return replace(sequence, layout=layout)
 
     @property
     def block_size(self) -> int:
@@ -164,10 +186,17 @@ class SequenceSource:
         tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
         return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
 
-    def _lay_out(self, lengths: NDArray[np.integer], step: int, rng: np.random.Generator) -> Layout:
+    def _lay_out(self, sequence: Sequence, step: int, rng: np.random.Generator) -> Layout:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
         size = self._mixed.at(step).draw(rng) if self._mixed else self.block_size
-        return build_layout(lengths, size, coverage=self.coverage, shift=shift, rng=rng)
+        return build_layout(
+            sequence.real_lengths,
+            size,
+            coverage=self.coverage,
+            shift=shift,
+            rng=rng,
+            prompt_lengths=sequence.real_prompts,
+        )
 
     def _group(self, shard: int, number: int) -> list[PackedSequence]:
         key = (shard, number)

@@ -31,6 +31,7 @@ class HeldOut:
         block_size: int,
         *,
         shift: bool,
+        loss_span: str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Sequence]:
@@ -45,10 +46,11 @@ class HeldOut:
             block_size: K.
             shift: move each document's grid by a random 0 … K-1 positions, as decoding starts its
                 blocks anywhere; without it every grid starts at its document's start.
+            loss_span: `document` for prompts as well; None takes what the data was prepared with.
             rank: this rank.
             world_size: how many there are.
         """
-        choice = LayoutChoice(block_size=block_size, coverage=1.0, shift=shift)
+        choice = LayoutChoice(block_size=block_size, coverage=1.0, shift=shift, loss_span=loss_span)
         source = SequenceSource(self._data_dir, self.manifest, self.manifest.heldout, seed, choice)
         total = self.manifest.heldout.sequences
         for n in range(rank, total if count is None else min(count, total), world_size):

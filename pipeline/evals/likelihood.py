@@ -78,6 +78,7 @@ def evaluate_likelihood(
         config.seed,
         block_size,
         shift=False,
+        loss_span="document",
         rank=world.rank,
         world_size=world.size,
     )

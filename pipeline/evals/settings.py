@@ -42,6 +42,7 @@ class DecodeSpeedConfig:
             _at_least(1, name, getattr(self, name))
         _at_least(1, "block_size", self.block_size)
         _at_least(0, "every", self.every)
+        _at_least(0, "seed", self.seed)
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError("temperatures must be a list of numbers, each 0 or above")
         if len(set(self.temperatures)) < len(self.temperatures):

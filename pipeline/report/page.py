@@ -9,6 +9,7 @@ from pipeline.report import plots
 from pipeline.report.generation import generation_section
 from pipeline.report.headline import headline, warnings
 from pipeline.report.read import Run, read_run
+from pipeline.report.standing import Starts, newest_checkpoint, read_starts, standing_section
 from pipeline.report.svg import Chart
 from pipeline.report.tables import acceptance_table, eval_table
 from pipeline.report.wording import compact, escape
@@ -29,7 +30,8 @@ def build_report(run_dir: Path) -> Path:
         UserError: when `run_dir` or its metrics.jsonl does not exist or holds no whole line.
     """
     run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    page = render(read_run(run_dir), read_starts(run_dir), checkpoint)
     target = run_dir / FILE_NAME
     partial = run_dir / f".{FILE_NAME}.{os.getpid()}"
     try:
@@ -40,8 +42,9 @@ def build_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: Run) -> str:
-    """The whole page as HTML."""
+def render(run: Run, starts: Starts | None = None, checkpoint: str | None = None) -> str:
+    """The whole page as HTML; `checkpoint` names the newest one."""
+    standing = standing_section(run, starts, checkpoint)
     package = resources.files("pipeline.report")
     parts = {
         "title": escape(f"{run.name}: TiDAR training report"),
@@ -49,7 +52,7 @@ def render(run: Run) -> str:
         "subtitle": escape(_subtitle(run)),
         "figures": "\n".join(figure.draw() for figure in headline(run)),
         "warnings": _warnings(run),
-        "sections": "\n".join(_sections(run)),
+        "sections": "\n".join(_sections(run, standing)),
         "style": package.joinpath("style.css").read_text(encoding="utf-8"),
         "script": package.joinpath("script.js").read_text(encoding="utf-8"),
     }
@@ -82,7 +85,7 @@ def _warnings(run: Run) -> str:
     return f'<aside class="warnings"><h2>Read with care</h2><ul>{items}</ul></aside>'
 
 
-def _sections(run: Run) -> list[str]:
+def _sections(run: Run, standing: str) -> list[str]:
     sections = []
     if run.example is not None:
         sections.append(
@@ -102,6 +105,7 @@ def _sections(run: Run) -> list[str]:
         sections.append(
             _section("Evals", '<p class="empty">No decode-speed eval has been recorded yet.</p>')
         )
+    sections.append(_section("Where the run stands", standing))
     if run.config_text:
         config = f"<pre>{escape(run.config_text)}</pre>"
         sections.append(f"<details><summary>Resolved config</summary>{config}</details>")

@@ -30,7 +30,7 @@ def eval_table(run: Run) -> str:
         "distinct 4\N{NON-BREAKING HYPHEN}grams",
     )
     rows = sorted(run.latest_rows(), key=lambda row: (row["temperature"], row["method"]))
-    return _table(head, [_eval_cells(row) for row in rows])
+    return table(head, [_eval_cells(row) for row in rows])
 
 
 def _eval_cells(row: Row) -> list[str]:
@@ -67,10 +67,10 @@ def acceptance_table(run: Run) -> str:
     if not positions:
         return ""
     padded = [[*cells, *[MISSING] * (positions + 2 - len(cells))] for cells in body]
-    return _table(("measure", "temperature", *map(str, range(1, positions + 1))), padded)
+    return table(("measure", "temperature", *map(str, range(1, positions + 1))), padded)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table from escaped cells; the first of each row is its header."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(

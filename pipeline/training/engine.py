@@ -17,17 +17,24 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """Peak of the schedule."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of their squares."""
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0
     """Largest gradient norm of a step; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.gradient_clipping < 0:
-            raise ValueError(f"gradient_clipping must be 0 or more, got {self.gradient_clipping}")
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "gradient_clipping"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

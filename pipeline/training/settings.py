@@ -25,6 +25,7 @@ from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
 from pipeline.training.mask_embedding import MaskGuardConfig
 from pipeline.training.retention import CheckpointConfig
 from pipeline.training.schedule import ScheduleConfig
+from pipeline.training.time_limit import deadline
 from pipeline.training.watchdog import WatchConfig
 
 PRECISIONS = ("bf16", "fp32")
@@ -68,8 +69,10 @@ class PlainKeys:
                            ("micro_batch_size", 1)):  # fmt: skip
             if (number := getattr(self, key)) < least:
                 raise UserError(f"{key}: must be at least {least}, got {number}")
-        if self.stop_margin_s < 0:
-            raise UserError(f"stop_margin_s: must be 0 or more, got {self.stop_margin_s}")
+        for key in ("stop_margin_s", "log_every_s"):
+            if (seconds := getattr(self, key)) < 0:
+                raise UserError(f"{key}: must be 0 or more, got {seconds}")
+        deadline(self.stop_before, self.stop_margin_s)  # a mistake in it shows now
         check_tensorboard(self.tensorboard)
 
 

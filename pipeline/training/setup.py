@@ -16,6 +16,7 @@ from pipeline.training import preflight
 from pipeline.training.anomalies import Anomalies
 from pipeline.training.callbacks import Callback, Callbacks, Event, make_event
 from pipeline.training.callbacks.ar_guard import ArGuard
+from pipeline.training.callbacks.environment import describe_rank
 from pipeline.training.callbacks.events import EventsFile
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.progress import ProgressDisplay
@@ -148,7 +149,8 @@ def notes_of_start(
 
 
 def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Callback:
-    """All callbacks on rank 0, none elsewhere."""
+    """All callbacks on rank 0, none elsewhere; all ranks call this together."""
+    ranks = world.gather(describe_rank(world.device))
     if not world.is_main:
         return Callback()
     run_dir = settings.run_dir
@@ -156,7 +158,7 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
         [
             MetricsFiles(run_dir),
             EventsFile(run_dir),
-            Wandb(run_dir, settings.wandb, settings.resolved, say),
+            Wandb(run_dir, settings.wandb, settings.resolved, say, ranks),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
             ArGuard(run_dir, settings.ar_guard, say),
             Report(run_dir, say),

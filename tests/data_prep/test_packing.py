@@ -5,14 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.packing import Packer, best_fit_decreasing
+from data_prep.packing import Packer, Piece, best_fit_decreasing
 
 PAD = 0
 
 
 def pack(documents, length, window=8192):
     packer = Packer(length, PAD, window)
-    done = [one for document in documents for one in packer.add(document)]
+    done = [one for document in documents for one in packer.add(Piece(document))]
     return [*done, *packer.finish()], packer
 
 
@@ -90,9 +90,9 @@ def test_the_longest_go_first_each_where_it_fits_best():
 def test_a_window_bounds_what_waits():
     packer = Packer(10, PAD, window=3)
     first, second, third, fourth = numbered([6, 3, 4, 9])
-    assert [*packer.add(first), *packer.add(second)] == []
-    assert [packed.document_lengths for packed in packer.add(third)] == [[6, 4], [3]]
-    assert list(packer.add(fourth)) == []
+    assert [*packer.add(Piece(first)), *packer.add(Piece(second))] == []
+    assert [packed.document_lengths for packed in packer.add(Piece(third))] == [[6, 4], [3]]
+    assert list(packer.add(Piece(fourth))) == []
     assert [packed.document_lengths for packed in packer.finish()] == [[9]]
     assert list(packer.finish()) == []
 

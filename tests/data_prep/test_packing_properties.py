@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.layout import build_layout
-from data_prep.packing import PACKINGS, best_fit_decreasing, make_packer
+from data_prep.packing import PACKINGS, Piece, best_fit_decreasing, make_packer
 from data_prep.split_writer import as_sequence
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=150)
@@ -25,7 +25,7 @@ def packed(lengths, length, packing, window):
     packer = make_packer(packing, length, PAD, np.dtype(np.uint16))
     packer.window = window
     documents = documents_of(lengths)
-    done = [one for document in documents for one in packer.add(document)]
+    done = [one for document in documents for one in packer.add(Piece(document))]
     return [*done, *packer.finish()], packer
 
 

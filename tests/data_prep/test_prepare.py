@@ -50,7 +50,9 @@ def test_the_folder_holds_what_the_contract_says(prepared):
     assert set(content(prepared)) == listed | top
     assert len(manifest.train.shards) > 5
     chosen = {key: value for key, value in manifest.config["layout"].items() if value is not None}
-    assert chosen == {"block_size": 8, "coverage": 1.0, "shift": False}
+    assert chosen == {
+        "block_size": 8, "coverage": 1.0, "shift": False, "loss_span": "document",
+    }  # fmt: skip
     assert not {"output_dir", "workers", "array", "verify", "overwrite"} & set(manifest.config)
     assert manifest.tokenizer.file == "tokenizer.model"
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from data_prep.layout import build_layout
 from data_prep.manifest import SPLITS
-from data_prep.packing import Piece
+from data_prep.packing import Packed, Piece
 from data_prep.settings import PrepareSettings
 from data_prep.shards import read_shard
 from data_prep.split_writer import SplitWriter, stored_layouts
@@ -66,6 +66,12 @@ def pieces_of(sequence, pad_id):
     return [piece.tolist() for piece in np.split(sequence.tokens[:real], ends[ends < real])]
 
 
+def as_packed(lengths):
+    """Sequences of documents of these lengths, without tokens."""
+    none = np.zeros(0, dtype=np.uint16)
+    return [Packed(none, own, 0, [False] * len(own), [0] * len(own)) for own in lengths]
+
+
 @pytest.fixture(scope="module")
 def lengths():
     return np.random.default_rng(0).integers(1, 150, size=60).tolist()
@@ -88,7 +94,7 @@ def test_layouts_of_a_shard_are_those_of_each_sequence_alone(tmp_path, choice):
     rng = np.random.default_rng(5)
     packed = [rng.integers(1, 30, size=rng.integers(1, 6)).tolist() for _ in range(50)]
     for split in SPLITS:
-        layouts = stored_layouts(own, (SPLITS.index(split), 6, 100), packed)
+        layouts = stored_layouts(own, (SPLITS.index(split), 6, 100), as_packed(packed))
         for number, (layout, one) in enumerate(zip(layouts, packed, strict=True)):
             stream = np.random.default_rng([3, SPLITS.index(split), 6, 100 + number])
             alone = build_layout(
@@ -164,11 +170,11 @@ def test_block_sizes_are_drawn_with_their_shares(tmp_path, extra):
     own = settings(
         tmp_path, **{"layout.block_sizes": [2, 8], "layout.block_shares": [3, 1], **extra}
     )
-    layouts = stored_layouts(own, (0, 0, 0), [[64]] * 400)
+    layouts = stored_layouts(own, (0, 0, 0), as_packed([[64]] * 400))
     longest = [int(layout.draft_lengths.max()) for layout in layouts]
     assert set(longest) == {2, 8}
     assert 0.68 < longest.count(2) / 400 < 0.82
-    again = stored_layouts(own, (0, 0, 200), [[64]] * 200)
+    again = stored_layouts(own, (0, 0, 200), as_packed([[64]] * 200))
     assert [one.table().tolist() for one in again] == [
         one.table().tolist() for one in layouts[200:]
     ]

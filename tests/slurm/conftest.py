@@ -8,6 +8,14 @@ import pytest
 from cluster import Cluster, missing_programs, read
 
 ROOT = Path(__file__).parents[2]
+PREPARE = (
+    "corpus.max_bytes=200000",
+    "sequence_length=32",
+    "tokenizer.vocab_size=400",
+    "layout.block_size=4",
+    "heldout_fraction=0.2",
+    "task_bytes=20000",
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +42,23 @@ class Submit:
         self.cluster = cluster
         self.folder = folder
 
-    def __call__(self, script: str, *arguments: str, nodes: int = 1, **environment: str) -> str:
-        """Submit `script` with its arguments; returns the job's number."""
+    def __call__(
+        self,
+        script: str,
+        *arguments: str,
+        nodes: int = 1,
+        options: tuple[str, ...] = (),
+        output: str = "job-%j.out",
+        **environment: str,
+    ) -> str:
+        """Submit `script` with its arguments and sbatch's `options`; returns the job's number."""
         output = self.cluster.run(
             "sbatch",
             "--parsable",
             f"--chdir={ROOT}",
             f"--nodes={nodes}",
-            f"--output={self.folder}/job-%j.out",
+            f"--output={self.folder}/{output}",
+            *options,
             str(ROOT / "slurm" / script),
             *arguments,
             **{**self.environment, **environment},
@@ -90,15 +107,7 @@ def prepared(slurm, tmp_path_factory) -> tuple[Path, str]:
     """A data folder written by prepare.sbatch, and that job's log."""
     folder = tmp_path_factory.mktemp("prepared")
     submit = Submit(slurm, folder)
-    job = submit(
-        "prepare.sbatch",
-        "corpus.max_bytes=200000",
-        f"output_dir={folder / 'data'}",
-        "sequence_length=32",
-        "tokenizer.vocab_size=400",
-        "layout.block_size=4",
-        "heldout_fraction=0.2",
-    )
+    job = submit("prepare.sbatch", *PREPARE, f"output_dir={folder / 'data'}")
     fields = submit.wait(job, 90)
     assert fields["JobState"] == "COMPLETED", submit.log(job)
     return folder / "data", submit.log(job)

@@ -66,10 +66,10 @@ def test_a_node_that_failed_twice_in_a_job_is_excluded(restart):
 
 def test_the_node_of_a_killed_rank_is_blamed_before_those_that_raised(restart, tmp_path):
     assert restart.failed_node(tmp_path) is None
-    (tmp_path / "failed-n2").write_text("raised 10.5\n")
-    (tmp_path / "failed-n3").write_text("raised 10.25\n")
+    (tmp_path / "failed-n2@0").write_text("raised 10.5\n")
+    (tmp_path / "failed-n3@0").write_text("raised 10.25\n")
     assert restart.failed_node(tmp_path) == "n3"
-    (tmp_path / "failed-n1").write_text("killed 11.0\n")
+    (tmp_path / "failed-n1@0").write_text("killed 11.0\n")
     assert restart.failed_node(tmp_path) == "n1"
 
 

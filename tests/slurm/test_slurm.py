@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from cluster import wait_until
+from conftest import ROOT
 
 STARTED_S = 90
 """Longest wait for a start of training: two nodes import torch and DeepSpeed on shared cores."""
@@ -70,7 +72,7 @@ def test_a_job_on_two_nodes_trains_to_the_end(prepared, submit, tmp_path):
 
 
 def test_signals_save_and_requeue_and_no_step_is_lost_or_doubled(prepared, submit, slurm, tmp_path):
-    """First as the time limit's signal arrives; then at one node's task alone, which is all that
+    """First as `scancel --signal` asks all tasks; then at one node's task alone, which is all that
     reaches a task where Slurm tracks processes by cgroups; last a rank that is killed, as for want
     of memory, which crashes the start and is retried."""
     run_dir, steps = tmp_path / "run", 120
@@ -151,6 +153,21 @@ def test_a_bad_override_ends_the_job_at_once_with_one_line(prepared, submit, tmp
     assert "Traceback" not in log
     assert not run_dir.exists()
     assert time.monotonic() - started < 45
+
+
+def test_a_misspelt_key_is_refused_on_the_login_node_in_seconds(prepared, submit, slurm, tmp_path):
+    started = time.monotonic()
+    known = slurm.run("squeue", "-h")
+    done = subprocess.run(
+        [ROOT / "slurm" / "submit.sh", "--nodes=2",
+         *overrides(prepared[0], tmp_path / "run", 4), "objective.alpa=1"],
+        env={**slurm.environment, **submit.environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert done.stderr == "error: objective.alpa: unknown key; did you mean objective.alpha?\n"
+    assert slurm.run("squeue", "-h") == known, "nothing was submitted"
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started < 30, "10 s on a machine with nothing else to do"
 
 
 def test_the_exit_code_of_a_rank_is_the_job_s(prepared, submit, tmp_path):

@@ -4,27 +4,45 @@ import os
 import platform
 import socket
 import subprocess
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "webdataset", "hydra-core", "wandb")
 ROOT = Path(__file__).resolve().parents[3]
 GIT_TIMEOUT_S = 10
 
 
-def describe_environment() -> dict[str, Any]:
-    """Plain values; what cannot be found out is None."""
+def describe_rank(device: torch.device) -> dict[str, str]:
+    """Where this process runs; what rank 0 cannot see of the others."""
+    is_gpu = device.type == "cuda"
+    return {
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+    }
+
+
+def describe_environment(ranks: list[dict[str, str]]) -> dict[str, Any]:
+    """Plain values; what cannot be found out is None.
+
+    Args:
+        ranks: `describe_rank` of every process, in order of rank.
+    """
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_changed": None if status is None else bool(status),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "host": socket.gethostname(),
+        "hosts": dict(Counter(rank["host"] for rank in ranks)),
+        "devices": dict(Counter(rank["device"] for rank in ranks)),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "slurm_start": os.environ.get("SLURM_RESTART_COUNT"),
+        "processes": len(ranks),
     }
 
 

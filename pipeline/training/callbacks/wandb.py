@@ -53,11 +53,14 @@ class Wandb(Callback):
         config: WandbConfig,
         resolved: dict[str, Any],
         say: Callable[[str], None],
+        ranks: list[dict[str, str]],
     ) -> None:
+        """`ranks`: where each process runs, by `environment.describe_rank`."""
         self.run_dir = run_dir
         self.config = config
         self.resolved = resolved
         self.say = say
+        self.ranks = ranks
         self.run: Any = None
         self.tokens = 0
 
@@ -115,8 +118,8 @@ class Wandb(Callback):
             config=self.resolved,
             settings=wandb.Settings(silent=True, console="off"),
         )
-
-        self.run.config.update({"environment": describe_environment()}, allow_val_change=True)
+        environment = describe_environment(self.ranks)
+        self.run.config.update({"environment": environment}, allow_val_change=True)
         for axis in ("step", "tokens"):
             self.run.define_metric(axis, hidden=True)
         for axis, groups in (("tokens", OVER_TOKENS), ("step", OVER_STEPS)):

@@ -1,11 +1,14 @@
 """Batches: labels, positions and rows against the rule, one token at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch, section_length, sequence_digest
 from pipeline.data.source import Sequence
+from pipeline.model.mask import dense_mask
 
 MASK, PAD = 99, 0
 
@@ -54,6 +57,30 @@ def test_rows_and_labels_are_the_rule(sequences):
     assert batch.clean_tokens == 12 + 8 + 12
     assert (batch.input_ids[:, 12:] == MASK).all()
     assert batch.position_ids[:, :12].tolist() == [list(range(12))] * 3
+
+
+def test_a_prompt_is_seen_and_not_learnt():
+    """Labels one position at a time: no token of a prompt is one, all behind it are as before."""
+    rng, lengths, prompts = np.random.default_rng(3), [6, 5, 4], [3, 0, 4]
+    tokens = rng.integers(1, 90, size=18).astype(np.uint16)
+    layout = build_layout(lengths, 2, prompt_lengths=prompts)
+    plain = Sequence(tokens, np.array([*lengths, 3]), 3, layout)
+    with_prompts = dataclasses.replace(plain, prompt_lengths=np.array([*prompts, 0]))
+    batch = make_batch([with_prompts], MASK, 18)
+    expected, start = [], 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        predicted = range(start + max(prompt, 1), start + length)
+        expected += [(position - 1, int(tokens[position])) for position in predicted]
+        start += length
+    ar = slice(batch.ar_labels)
+    assert list(zip(batch.rows[ar].tolist(), batch.labels[ar].tolist(), strict=True)) == expected
+    assert sorted(batch.position_ids[0, 18 : 18 + layout.num_slots].tolist()) == [
+        3, 4, 5, 6, 7, 8, 9, 10,
+    ]  # fmt: skip
+    assert batch.clean_tokens == 15, "prompts are read all the same"
+    mask = dense_mask(plain.document_lengths, layout)
+    assert mask[18, :3].all(), "the first block behind a prompt sees it"
+    assert batch.digests != make_batch([plain], MASK, 18).digests
 
 
 def test_no_slots_for_the_autoregressive_twin(sequences):

@@ -1,13 +1,18 @@
 """Sequences out of real shards, and the loader that reads them ahead."""
 
+import argparse
 import dataclasses
+import json
+import pydoc
 import shutil
+import textwrap
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from commands import run, train_small
 
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
@@ -84,6 +89,55 @@ def test_block_sizes_are_drawn_for_every_sequence(data_dir, manifest):
     assert longest == [int(again[n].layout.draft_lengths.max()) for n in range(200)]
     with pytest.raises(UserError, match=r"layout\.block_sizes: 9 is above layout\.block_size 4"):
         make_source(data_dir, manifest, LayoutChoice(block_sizes=[4, 9]))
+
+
+def test_prompts_of_the_data_are_left_out_or_learnt(tmp_path):
+    """As prepared, and laid out anew with and without them; other data has none to leave out."""
+    words = pydoc.__doc__.split() + textwrap.__doc__.split() + argparse.__doc__.split()
+    rows = [
+        {"ask": " ".join(words[n : n + 5]), "text": " ".join(words[n + 5 : n + 7 + n % 30])}
+        for n in range(500)
+    ]
+    text = tmp_path / "pairs.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "data"
+    done = run(
+        "data_prep.prepare", f"output_dir={folder}", "corpus=jsonl", f"corpus.path={text}",
+        "corpus.prompt_field=ask", "layout.loss_span=response", "sequence_length=64",
+        "tokenizer.vocab_size=340", "layout.block_size=4", "heldout_fraction=0.2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(folder)
+    stored = make_source(folder, manifest)
+    anew = make_source(folder, manifest, LayoutChoice(shift=True, coverage=0.5))
+    whole = make_source(folder, manifest, LayoutChoice(loss_span="document"))
+    found = 0
+    for n in range(manifest.train.sequences):
+        prompts = int(stored[n].real_prompts.sum())
+        real = int(stored[n].real_lengths.sum())
+        found += prompts
+        assert stored[n].layout.num_slots == real - prompts
+        assert anew[n].layout.num_slots <= 0.5 * (real - prompts) or anew[n].layout.num_blocks == 1
+        starts = np.cumsum(stored[n].real_lengths) - stored[n].real_lengths
+        behind = dict(zip(starts.tolist(), stored[n].real_prompts.tolist(), strict=True))
+        for first, start in zip(
+            anew[n].layout.prefix_end, anew[n].layout.prefix_start, strict=True
+        ):
+            assert first - start >= behind[int(start)]
+        assert whole[n].layout.num_slots == real
+        assert whole[n].prompt_lengths is None
+    assert found > 0
+    run_dir = tmp_path / "run"
+    done = train_small(folder, run_dir, "steps=2", "evals.decode_speed.prompt_tokens=4")
+    assert done.returncode == 0, done.stderr
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["loss_ar"] < 10
+    assert 0 < last["loss_diffusion"] < 10
+
+
+def test_data_without_prompts_has_none_to_leave_out(data_dir, manifest):
+    with pytest.raises(UserError, match=r"^layout\.loss_span: .* was prepared without prompts"):
+        make_source(data_dir, manifest, LayoutChoice(loss_span="response"))
 
 
 def test_a_missing_shard_is_named(data_dir, manifest, tmp_path):

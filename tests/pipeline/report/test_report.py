@@ -240,6 +240,29 @@ def test_all_sections_are_there(tmp_path: Path) -> None:
     assert "None" not in page.text
 
 
+def test_it_says_where_the_run_stands(tmp_path: Path) -> None:
+    """Of a run that Slurm started three times: saved, crashed, and started again."""
+    run_dir = write_run(tmp_path / "demo")
+    (run_dir / "checkpoints" / "step-00000290").mkdir(parents=True)
+    lines = [
+        {"event": "start", "job": "7", "start": 0, "time": 1000.0, "nodes": "n[1-2]"},
+        {"event": "end", "job": "7", "start": 0, "time": 4725.0, "code": 75, "why": "saved",
+         "checkpoint": "step-00000200", "failed_node": None},
+        {"event": "start", "job": "7", "start": 1, "time": 4800.0, "nodes": "n[1-2]"},
+        {"event": "end", "job": "7", "start": 1, "time": 4812.0, "code": 1, "why": "crash 1 <b>",
+         "checkpoint": "step-00000200", "failed_node": "n2"},
+        {"event": "start", "job": "7", "start": 2, "time": 4900.0, "nodes": "n[1,3]"},
+    ]  # fmt: skip
+    write_lines(run_dir / "starts.jsonl", lines)
+    page = page_of(run_dir)
+    assert "Where the run stands" in page.headings
+    for said in (
+        "300 of 400", "step-00000290", "3: 1 saved and requeued, 1 crashed", "1 h 2 min", "12 s",
+        "1970-01-01 00:16:40 UTC", "crash 1 <b> (first on n2)", "n[1,3]", "no end recorded",
+    ):  # fmt: skip
+        assert said in page.text, said
+
+
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "<b>run"))
     assert sum(tag == "script" for tag, _ in page.tags) == 1

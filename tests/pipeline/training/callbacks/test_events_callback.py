@@ -22,7 +22,7 @@ class FakeRun:
 
 def test_events_are_written_and_alerted(tmp_path):
     said: list[str] = []
-    wandb = Wandb(tmp_path, WandbConfig(), {}, said.append)
+    wandb = Wandb(tmp_path, WandbConfig(), {}, said.append, [])
     wandb.run = FakeRun()
     both = Callbacks([EventsFile(tmp_path), wandb])
     both.on_event(make_event("checkpoint_saved", 4, "step-00000004", held_s=0.5, name="x"))

@@ -1,0 +1,155 @@
+"""Where a run stands, from its files alone: its starts, its newest checkpoint, its pace."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.report.read import Run, as_number
+from pipeline.report.tables import table
+from pipeline.report.wording import MISSING, compact, escape, fixed
+
+SAVED = 75
+FINAL = (0, 2, 3)
+"""Exit codes of a start after which Slurm's job goes on, or is over: docs/cluster.md."""
+PACE_STEPS = 50
+"""Latest steps whose median gives the pace."""
+MOST_STARTS = 50
+"""Newest starts that the page lists."""
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What `starts.jsonl`, written by slurm/restart.py, says of a run's starts."""
+
+    count: int
+    ends: tuple[Event, ...]
+    running: bool
+    """The last start has not recorded its end: it runs, or its node is gone."""
+    events: tuple[Event, ...] = ()
+    """All of the record, in order; empty for a run outside of Slurm."""
+
+    def __str__(self) -> str:
+        codes = [end.get("code") for end in self.ends]
+        saved, final = codes.count(SAVED), sum(codes.count(code) for code in FINAL)
+        kinds = {
+            "saved and requeued": saved,
+            "crashed": len(codes) - saved - final,
+            "without a recorded end": self.count - len(codes) - self.running,
+        }
+        text = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        text = f"{self.count}" + (f": {text}" if text and self.events else "")
+        last = self.ends[-1] if self.ends and not self.running else {}
+        if last.get("code") not in (None, 0, SAVED):
+            node = f" on {last['failed_node']}" if last.get("failed_node") else ""
+            text += f"; last ended with {last['code']}{node}: {last.get('why')}"
+        return text
+
+    def pairs(self) -> list[tuple[Event, Event | None]]:
+        """Each start with its end, None where none was recorded."""
+        found: list[tuple[Event, Event | None]] = []
+        for event in self.events:
+            if event.get("event") == "start":
+                found.append((event, None))
+            elif found and found[-1][1] is None:
+                found[-1] = (found[-1][0], event)
+        return found
+
+
+def read_starts(run_dir: Path) -> Starts | None:
+    """The starts of a run: of its Slurm jobs, else those of `events.jsonl`; None without either.
+
+    Half-written lines are left out.
+    """
+    events = read_objects(run_dir / "starts.jsonl")
+    if events:
+        return Starts(
+            count=sum(event.get("event") == "start" for event in events),
+            ends=tuple(event for event in events if event.get("event") == "end"),
+            running=events[-1].get("event") == "start",
+            events=tuple(events),
+        )
+    started = [e for e in read_objects(run_dir / "events.jsonl") if e.get("event") == "started"]
+    return Starts(count=len(started), ends=(), running=True) if started else None
+
+
+def read_objects(path: Path) -> list[Event]:
+    """The whole JSON objects of a .jsonl file; none where there is no file."""
+    if not path.is_file():
+        return []
+    found: list[Event] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Name of the newest complete checkpoint: the last of the folders, which appear by a rename."""
+    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    return names[-1] if names else None
+
+
+def pace_of(run: Run, name: str) -> float | None:
+    """Median of a column of the latest steps."""
+    recent = (as_number(row.get(name)) for row in run.metrics[-PACE_STEPS:])
+    values = [value for value in recent if value is not None]
+    return median(values) if values else None
+
+
+def standing_section(run: Run, starts: Starts | None, checkpoint: str | None) -> str:
+    """Step, pace, checkpoint and what is left as a table, and below it one line for each start."""
+    step, steps = int(run.metrics[-1]["step"]), run.setting("steps")
+    pace = pace_of(run, "step_seconds")
+    known = isinstance(steps, int) and steps > step and pace is not None
+    left = span((steps - step) * pace) if known else MISSING
+    rows = [
+        ["step", f"{step:,} of {steps:,}" if isinstance(steps, int) else f"{step:,}"],
+        ["speed", f"{compact(pace_of(run, 'tokens_per_second'))} tokens/s, {fixed(pace)} s a step"],
+        ["last checkpoint", escape(checkpoint or "none yet")],
+        ["training left at this pace", left],
+        ["starts", escape(starts) if starts else MISSING],
+    ]
+    text = table(("", "now"), rows)
+    pairs = starts.pairs() if starts else []
+    if pairs:
+        head = ("start", "job", "nodes", "began", "lasted", "ended with", "checkpoint", "")
+        numbered = list(enumerate(pairs, 1))[-MOST_STARTS:]
+        text += table(head, [start_cells(number, *pair) for number, pair in numbered])
+    return text
+
+
+def start_cells(number: int, start: Event, end: Event | None) -> list[str]:
+    began = as_number(start.get("time"))
+    ended = as_number(end.get("time")) if end else None
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)) if began else MISSING
+    node = f" (first on {end['failed_node']})" if end and end.get("failed_node") else ""
+    return [
+        f"{number}",
+        escape(f"{start.get('job')}, start {start.get('start')}"),
+        escape(start.get("nodes")),
+        when,
+        span(ended - began) if began and ended else MISSING,
+        escape(end.get("code")) if end else "no end recorded",
+        escape(end.get("checkpoint") or MISSING) if end else MISSING,
+        escape(f"{end.get('why')}{node}") if end else "",
+    ]
+
+
+def span(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 10 min`, `12 min 5 s`: the two largest units."""
+    for size, unit, below, small in (
+        (86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"),
+    ):  # fmt: skip
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {small}"
+    return f"{seconds:.0f} s"

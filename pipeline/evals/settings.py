@@ -67,6 +67,8 @@ class LikelihoodConfig:
     """K of the mask section; None takes the one trained with."""
     seed: int = 0
     """Which sequences are taken where not all are."""
+    texts_file: str | None = None
+    """JSON lines with `text` and perhaps `source`, scored by source beside the split."""
 
     def __post_init__(self) -> None:
         _at_least(1, "sequences", self.sequences)

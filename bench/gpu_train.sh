@@ -26,7 +26,7 @@ AR_STEPS=${AR_STEPS:-600}
 STEPS=${STEPS:-300}                     # of the continual training, and of its twin
 SEED=${SEED:-0}
 EXTRA=${EXTRA:-}                        # further overrides for every training run
-EVAL_EXTRA=${EVAL_EXTRA:-}              # and for every evaluation
+EVAL_EXTRA=${EVAL_EXTRA:-}              # and for the evaluation of TiDAR
 DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-bench/results}
 SAVED=75                                # what tidar-train leaves with when it was stopped and saved
@@ -64,9 +64,8 @@ evaluate() {
   local name=$1; shift
   [ ! -f "$WORK/$name.json" ] || return 0
   need "$EVAL_S" "the evaluation of $name"
-  # shellcheck disable=SC2086
   "$PYTHON" -m pipeline.evaluate checkpoint="$WORK/$name" data.dir="$DATA" device="$DEVICE" \
-    output="$WORK/$name.json" "$@" $EVAL_EXTRA
+    output="$WORK/$name.json" "$@"
 }
 
 mkdir -p "$WORK"
@@ -75,5 +74,7 @@ train ar "$AR_STEPS" objective=ar
 train tidar "$STEPS" objective="$OBJECTIVE" init_from="$WORK/ar"
 train twin "$STEPS" objective=ar init_from="$WORK/ar"
 evaluate twin evals=likelihood
-evaluate tidar 'evals=[decode_speed,likelihood]' 'evals.decode_speed.methods=[ar,tidar,tidar_chosen]'
+# shellcheck disable=SC2086
+evaluate tidar 'evals=[decode_speed,likelihood]' \
+  'evals.decode_speed.methods=[ar,tidar,tidar_chosen]' $EVAL_EXTRA
 "$PYTHON" -m bench.gpu_result --work "$WORK" --device "$DEVICE" --results "$RESULTS"

@@ -10,6 +10,7 @@ from data_prep.cli import run
 from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from pipeline.decoding import stream
+from pipeline.decoding.choice import Choice
 from pipeline.decoding.many import ManyOptions, generate_file
 from pipeline.decoding.prompts import output_file, prompt_rows, read_prompt
 from pipeline.decoding.settings import GenerateConfig
@@ -38,6 +39,7 @@ def generate_text(cfg: DictConfig) -> int:
     # Documents were trained without a token in front, so a prompt gets none; where there is no
     # prompt at all, the end token of the document before has to do.
     prompt = tokenizer.encode(text) or [tokenizer.eos_id]
+    choices: list[Choice] = []
     steps = stream(
         model,
         prompt,
@@ -47,14 +49,16 @@ def generate_text(cfg: DictConfig) -> int:
         sampling=sampling,
         eos_id=tokenizer.eos_id,
         stop=StopStrings(tokenizer, tuple(config.stop)) if config.stop else None,
-        blocks=config.blocks,
-        draft_model=config.smaller_model(),
+        blocks=config.step_blocks(),
+        draft_model=config.smaller_model(tokenizer),
+        confidence=config.confidence,
+        on_choice=choices.append,
     )
     counts: list[int] = []
     code, started = 0, time.perf_counter()
     with reader_may_leave():
         code = show_steps(steps, TextStream(tokenizer, prompt), counts, colors)
-    report(config.method, sum(counts), len(counts), time.perf_counter() - started)
+    report(config.method, sum(counts), len(counts), time.perf_counter() - started, choices)
     if config.show:
         print(histogram(counts), file=sys.stderr)
     return code
@@ -65,6 +69,8 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
     rows, output = prompt_rows(config.prompts_file), output_file(config.output)
     if config.prompt or config.prompt_file is not None:
         raise UserError("prompts_file: given together with another prompt; use one of them")
+    model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
+    choices: list[Choice] = []
     options = ManyOptions(
         config.sampling(),
         config.method,
@@ -72,10 +78,11 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
         config.max_new_tokens,
         tuple(config.stop),
         config.batch_size,
-        tuple(config.blocks) if config.blocks else None,
-        config.smaller_model(),
+        config.step_blocks(),
+        config.smaller_model(tokenizer),
+        config.confidence,
+        choices.append,
     )
-    model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
     started = time.perf_counter()
     try:
         with progress_bar("prompts") as advance:
@@ -83,7 +90,7 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    report(config.method, tokens, forwards, time.perf_counter() - started)
+    report(config.method, tokens, forwards, time.perf_counter() - started, choices)
     return 0
 
 

@@ -63,10 +63,14 @@ def show_steps(
     return code
 
 
-def report(method: str, tokens: int, forwards: int, seconds: float) -> None:
-    """The summary; the prompt's forward counts, and its time too."""
+def report(
+    method: str, tokens: int, forwards: int, seconds: float, choices: Sequence[object] = ()
+) -> None:
+    """The summary; the prompt's forward counts, and its time too. And the steps chosen, if any."""
     ratio = f"{tokens / max(forwards, 1):.2f} tokens per forward, {tokens / seconds:.1f} tokens/s"
     print(f"{method}: {tokens} tokens, {forwards} forwards, {ratio}", file=sys.stderr)
+    for choice in choices:
+        print(f"step chosen while decoding: {choice}", file=sys.stderr)
 
 
 def histogram(counts: Sequence[int]) -> str:

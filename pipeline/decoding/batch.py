@@ -3,12 +3,39 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.decoding.engine import StepEngine
+from pipeline.decoding.proposals import Proposer
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.step import StepShape
 from pipeline.decoding.stops import Limit
+
+
+class Engine(Protocol):
+    """What decodes a batch of rows: a `StepEngine` or a `BlockDiffusionEngine`."""
+
+    device: torch.device
+    batch_size: int
+    sampling: Sampling
+    shape: StepShape
+    proposer: Proposer | None
+    verified: list[int]
+    """Drafts that each row's last step had to verify."""
+
+    def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
+        """Read a prompt into a row; tokens final at once, and the forwards it took."""
+
+    def propose(self, text: Sequence[int]) -> None:
+        """Let a proposer draft what follows `text`; nothing without one."""
+
+    def step(self) -> list[list[int]]:
+        """One forward: the tokens that became final in each row."""
+
+    def release(self, row: int) -> None:
+        """The row's request is done."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +57,9 @@ class Progress:
     tokens: list[int]
     """New tokens that count."""
     made: int
-    """How many it made before the limits cut them; drafts accepted, in a step."""
+    """How many it made before the limits cut them."""
+    drafts: int
+    """Drafts that it had to verify; 0 for a prompt."""
     forwards: int
     """1, or the number of pieces in which the prompt was read."""
     seconds: float
@@ -39,7 +68,7 @@ class Progress:
     done: bool
 
 
-def decode_requests(engine: StepEngine, requests: Sequence[Request]) -> Iterator[Progress]:
+def decode_requests(engine: Engine, requests: Sequence[Request]) -> Iterator[Progress]:
     """Decode all requests, at most `engine.batch_size` at a time; progress as it comes.
 
     Which requests stand beside a request does not change its tokens, but to rounding.
@@ -54,21 +83,21 @@ def decode_requests(engine: StepEngine, requests: Sequence[Request]) -> Iterator
                 number = waiting.pop()
                 request = requests[number]
                 started[number] = clock(engine.device)
-                token, forwards = engine.admit(row, request.prompt, request.seed)
-                tokens = request.limit.cut([token])
+                first, forwards = engine.admit(row, request.prompt, request.seed)
+                tokens = request.limit.cut(first)
                 done = request.limit.reason is not None
                 seconds = clock(engine.device) - started[number]
                 if done:
                     engine.release(row)
                 else:
                     owner[row] = number
-                    texts[number].append(token)
-                yield Progress(number, tokens, 1, forwards, seconds, True, done)
+                    texts[number] += first
+                yield Progress(number, tokens, len(first), 0, forwards, seconds, True, done)
         if not owner:
             continue
         if engine.proposer is not None:
             engine.propose(texts[owner[0]])
-        made = engine.step()
+        made, verified = engine.step(), engine.verified
         now = clock(engine.device)
         for row, number in list(owner.items()):
             limit = requests[number].limit
@@ -79,7 +108,7 @@ def decode_requests(engine: StepEngine, requests: Sequence[Request]) -> Iterator
                 engine.release(row)
                 del owner[row]
             seconds = now - started[number]
-            yield Progress(number, tokens, len(made[row]), 1, seconds, False, done)
+            yield Progress(number, tokens, len(made[row]), verified[row], 1, seconds, False, done)
 
 
 def clock(device: torch.device) -> float:

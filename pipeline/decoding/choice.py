@@ -7,7 +7,8 @@ step of one token follows with probability 1 - P(J). So
 
     tokens per second = (E + 1 - P(J)) / (T_full(J) + (1 - P(J)) · T_short)
 
-to be compared with 1 / T of a single token. The output is the same whatever is chosen.
+to be compared with 1 / T of a single token. The output is the same whatever is chosen. A batch of B
+rows is taken for one row with B times the queries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.decoding.step import StepShape
+
+MARGIN = 1.05
+"""By how much drafting must win: the curve knows forwards, and drafting has a host's part too."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,13 @@ class Choice:
 
     @property
     def method(self) -> str:
-        return "tidar" if self.shape.blocks else "ar"
+        return "tidar" if self.shape.drafting else "ar"
 
     def __str__(self) -> str:
         rate = f"{self.tokens_per_second:.1f} tokens/s expected"
-        if not self.shape.blocks:
+        if not self.shape.drafting:
             return f"plain steps ({rate}): drafting does not pay here"
-        blocks = ", ".join(map(str, self.shape.blocks))
+        blocks = ", ".join(map(str, self.shape.blocks)) or "in every second step only"
         return (
             f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
             f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
@@ -51,37 +55,65 @@ def accepted_probabilities(acceptance: Sequence[float]) -> list[float]:
 
 
 def expected(
-    shape: StepShape, acceptance: Sequence[float], curve: LatencyCurve, cached: int
+    shape: StepShape,
+    acceptance: Sequence[float],
+    curve: LatencyCurve,
+    cached: int,
+    batch_size: int = 1,
 ) -> Choice:
     """The `Choice` of a drafting step; `acceptance` has one entry for each draft at least."""
     size = shape.block_size
     probabilities = accepted_probabilities(acceptance[: size - 1])
     tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
     missing = max(0.0, 1.0 - sum(probabilities[block - 1] for block in shape.blocks))
-    full = curve.step_seconds(shape.num_queries, 2 * size - 1, cached)
-    short = curve.step_seconds(shape.short.num_queries, size, cached)
+    rows = 2 * size - 1 if shape.blocks else size
+    full = curve.step_seconds(batch_size * shape.num_queries, batch_size * rows, cached)
+    short = curve.step_seconds(batch_size * shape.short.num_queries, batch_size * size, cached)
     made, forwards = tokens + missing, 1.0 + missing
-    return Choice(shape, made / (full + missing * short), made / forwards)
+    return Choice(shape, batch_size * made / (full + missing * short), made / forwards)
 
 
-def choose(acceptance: Sequence[float], curve: LatencyCurve, cached: int) -> Choice:
+def choose(
+    acceptance: Sequence[float],
+    curve: LatencyCurve,
+    cached: int,
+    *,
+    batch_size: int = 1,
+    drafting: bool = False,
+) -> Choice:
     """The fastest step at about `cached` tokens, by expectation.
 
     Args:
         acceptance: a_1 … a_{K-1} of the largest K to consider, each in [0, 1].
         curve: of the model and device.
         cached: tokens in the cache, for instance half of what a generation ends with.
+        batch_size: rows side by side.
+        drafting: leave out plain steps and any K but the largest, so that the acceptance of every
+            position can be seen.
     """
-    plain = curve.step_seconds(1, 1, cached)
-    options = [Choice(StepShape(1), 1.0 / plain, 1.0)]
-    options += [expected(shape, acceptance, curve, cached) for shape in shapes(acceptance)]
-    return max(options, key=lambda option: option.tokens_per_second)
+    best = max(
+        (
+            expected(shape, acceptance, curve, cached, batch_size)
+            for shape in shapes(acceptance, batch_size)
+            if not drafting or shape.block_size == len(acceptance) + 1
+        ),
+        key=lambda option: option.tokens_per_second,
+        default=None,
+    )
+    plain = batch_size / curve.step_seconds(batch_size, batch_size, cached)
+    if best is not None and (drafting or best.tokens_per_second > MARGIN * plain):
+        return best
+    return Choice(StepShape(1), plain, 1.0)
 
 
-def shapes(acceptance: Sequence[float]) -> Iterator[StepShape]:
-    """For each K from 2: block 1, then more blocks, the likeliest first, up to all."""
+def shapes(acceptance: Sequence[float], batch_size: int = 1) -> Iterator[StepShape]:
+    """For each K from 2: no block, then more blocks, the likeliest first, up to all.
+
+    In a batch block 1 is always there: a row without a draft waits for it while others have one.
+    """
+    least = 0 if batch_size == 1 else 1
     for size in range(2, len(acceptance) + 2):
         probabilities = accepted_probabilities(acceptance[: size - 1])
-        order = sorted(range(2, size + 1), key=lambda block: -probabilities[block - 1])
-        for count in range(size):
-            yield StepShape(size, size, tuple(sorted([1, *order[:count]])))
+        order = sorted(range(1 + least, size + 1), key=lambda block: -probabilities[block - 1])
+        for count in range(size + 1 - least):
+            yield StepShape(size, size, tuple(sorted([*range(1, 1 + least), *order[:count]])))

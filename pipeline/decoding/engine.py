@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.cache import Cache, KVCache, RaggedCache
-from pipeline.decoding.graphs import GraphedSteps
+from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
 from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import Sampling, draw
 from pipeline.decoding.state import RowState, RowStreams
 from pipeline.decoding.step import StepRule, StepShape, prefill_mask
 from pipeline.decoding.verify import verify, verify_greedy
 from pipeline.model.transformer import Transformer
-
-WIDTH_STEP = 256
-"""Captured steps look at a multiple of so many columns of the cache."""
 
 
 class StepEngine:
@@ -55,7 +52,7 @@ class StepEngine:
         self.model, self.sampling, self.shape = model, sampling, shape
         self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
         self.proposer = proposer
-        assert proposer is None or (batch_size == 1 and not shape.blocks), "one plain row only"
+        assert proposer is None or (batch_size == 1 and not shape.drafting), "one plain row only"
         spare = 0 if proposer is None else proposer.count
         room = capacity + shape.num_queries + shape.block_size + spare
         # Drafts from elsewhere differ in number from step to step.
@@ -74,6 +71,8 @@ class StepEngine:
         self.lengths = [0] * batch_size
         """Tokens kept in each row, as the host knows them."""
         self.streams = RowStreams(batch_size)
+        self.verified = [0] * batch_size
+        """Drafts that each row's last step had to verify."""
         self._drafted = [False] * batch_size
         self._active: list[bool] = [False] * batch_size
         self._tables: dict[StepShape, _Tables] = {}
@@ -81,12 +80,32 @@ class StepEngine:
 
     @property
     def _drafts_itself(self) -> bool:
-        return bool(self.shape.blocks)
+        return self.shape.drafting
+
+    @torch.inference_mode()
+    def reshape(self, shape: StepShape) -> None:
+        """Go on with another step; rows keep their text and lose the draft in hand.
+
+        Args:
+            shape: at most as large as the one the engine was made with: the cache has room for it.
+        """
+        assert self.proposer is None, "drafts from elsewhere have no shape to change"
+        old = self.state
+        self.shape = shape
+        self.state = RowState(
+            shape, self.sampling, self.model.config.num_embeddings, self.batch_size,
+            next(self.model.parameters()).dtype, self.device,
+        )  # fmt: skip
+        self.state.current, self.state.active, self.state.seen = old.current, old.active, old.seen
+        self._drafted = [False] * self.batch_size
+        self._tables = {}
+        if self._graphs is not None:  # those captured read the old state
+            self._graphs = GraphedSteps(self.device)
 
     # --- a new request ---
 
     @torch.inference_mode()
-    def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[int, int]:
+    def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
         """Read a prompt, int64 [N], into `row`; its first new token, and the forwards it took.
 
         The prompt goes through the model in chunks; with the last one goes the block that drafts
@@ -113,19 +132,24 @@ class StepEngine:
         if state.seen is not None:
             state.seen[row] = False
             state.seen[row, prompt] = True
-        rows = slice(row, row + 1)
-        block = hidden[:, len(last) :]
         uniforms = self._uniforms([row], 1) if not self.sampling.greedy else None
-        token = self._first_token(hidden[:, len(last) - 1 : len(last)], block, rows, uniforms)
-        state.current[rows] = token[:, None]
-        self._draft_rows(rows, block, None if uniforms is None else uniforms[:, 1:])
+        rows, place = slice(row, row + 1), len(last)
+        token = self._begin(rows, hidden[:, place - 1 : place], hidden[:, place:], uniforms)
         self._start_row(row, len(prompt))
-        return int(token), len(chunks)
+        return [int(token)], len(chunks)
+
+    def _begin(self, rows: slice, hidden: Tensor, block: Tensor, uniforms: Tensor | None) -> Tensor:
+        """First tokens [b] and drafts of `rows`, from their prompts' last hidden states [b, 1, E]
+        and those of the blocks behind them [b, K, E]."""
+        token = self._first_token(hidden, block, rows, uniforms)
+        self.state.current[rows] = token[:, None]
+        self._draft_rows(rows, block, None if uniforms is None else uniforms[:, 1:])
+        return token
 
     def _first_token(
         self, hidden: Tensor, block: Tensor, rows: slice, uniforms: Tensor | None
     ) -> Tensor:
-        """The token after the prompt, [1]; `hidden` is that of its last token, [1, 1, E]."""
+        """The token after each prompt, [b]; `hidden` is that of its last token, [b, 1, E]."""
         logits = self.model.lm_head(hidden)
         if self.sampling.trust < 1:
             logits = self._mix(logits, self.model.lm_head(block[:, :1]))
@@ -188,6 +212,7 @@ class StepEngine:
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in each row; idle rows give none."""
         shape = self.shape if any(self._drafted) else self.shape.short
+        self.verified = [shape.drafts - 1 if drafted else 0 for drafted in self._drafted]
         self._load_uniforms()
         if isinstance(self.cache, RaggedCache):
             self.cache.width = self._width(shape)
@@ -232,6 +257,8 @@ class StepEngine:
             uniforms = state.uniforms
             own = None if uniforms is None else uniforms[:, self.shape.drafts :]
             self._draft_rows(slice(None), hidden[table.rows[:, None], index], own)
+        elif shape.drafting:
+            state.limit.zero_()
         return made
 
     def _verify(

@@ -1,18 +1,25 @@
 """`generate`: prompts in, new tokens out, by either method; `stream` gives them as they come."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from data_prep.errors import UserError
-from pipeline.decoding.batch import Request, decode_requests
+from pipeline.decoding.automatic import AutomaticEngine
+from pipeline.decoding.batch import Engine, Request, decode_requests
+from pipeline.decoding.block_diffusion import BlockDiffusionEngine
+from pipeline.decoding.choice import Choice
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.methods import prompt_tensor, proposer_of, step_shape
+from pipeline.decoding.latency import latency_curve
+from pipeline.decoding.methods import CONFIDENCE, prompt_tensor, proposer_of, step_shape
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.stops import Limit, StopStrings, StopWatch
 from pipeline.model.transformer import Transformer
 
+Blocks = Sequence[int] | str | None
+"""Mask blocks in a step: their numbers, None for all, or `auto`."""
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward, unless said otherwise."""
 
@@ -28,6 +35,8 @@ class Generation:
     accepted: list[int] = field(default_factory=list)
     """Tokens made final by each step after the prompt: drafts accepted, d_0 among them, 1 … K;
     none for ar."""
+    drafts: list[int] = field(default_factory=list)
+    """Drafts that each of these steps had to verify, 0 … K - 1."""
     forward_of_token: list[int] = field(default_factory=list)
     """The forward, counted from 0, that made each token of `tokens` final."""
     seconds: float = 0.0
@@ -35,6 +44,8 @@ class Generation:
     prefill_seconds: float = 0.0
     """The part of it in which the prompt was read and the first token made."""
     prefill_forwards: int = 0
+    prefill_tokens: int = 0
+    """New tokens that came with the prompt's last forward."""
     stopped_by: str = "length"
     """`length`, `eos` or `stop` (a stop string)."""
     text: str | None = None
@@ -61,10 +72,11 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     stop: StopStrings | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Blocks = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
     draft_model: Transformer | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Generation:
     """Continue `prompt_ids` by up to `max_new_tokens` tokens.
 
@@ -72,7 +84,8 @@ def generate(
         model: a `Transformer`; for `tidar` one that knows its mask token.
         prompt_ids: token ids, [N], N >= 1.
         method: `tidar`, `ar` for one token a forward, `prompt_lookup` (drafts are what followed
-            the last few tokens before) or `speculative` (drafts of a smaller model).
+            the last few tokens before), `speculative` (drafts of a smaller model), or
+            `block_diffusion` (unmasking without verification: its text is not that of `ar`).
         block_size: K; None takes the one the model was trained with.
         max_new_tokens: at least 1.
         temperature: 0 is greedy.
@@ -84,11 +97,14 @@ def generate(
         top_p: see there.
         repetition_penalty: see there.
         stop: strings that end the generation; `Generation.text` is cut before them.
-        blocks: mask blocks in a step, block 1 among them; None takes all K. It changes speed and
-            forwards; greedy output never, sampled output only in the draw, not its distribution.
+        blocks: mask blocks in a step; None takes all K; `auto` chooses block size and blocks
+            while decoding (`pipeline.decoding.automatic`), up to the block size given. It changes
+            speed and forwards; greedy output never, sampled output only in the draw, not its
+            distribution.
         prefill_chunk: most prompt tokens in one forward.
         cuda_graphs: on a GPU, capture the steps.
         draft_model: for `speculative`, a smaller model with the same tokenizer.
+        confidence: for `block_diffusion`, the probability from which a token is kept, in (0, 1].
 
     Raises:
         UserError: for arguments out of range, a model without a mask token, or a prompt that does
@@ -116,6 +132,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
         draft_model=draft_model,
+        confidence=confidence,
     )[0]
 
 
@@ -131,10 +148,11 @@ def generate_batch(
     seeds: Sequence[int] | None = None,
     eos_id: int | None = None,
     stop: StopStrings | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Blocks = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
     draft_model: Transformer | None = None,
+    confidence: float = CONFIDENCE,
 ) -> list[Generation]:
     """Continue many prompts, `batch_size` side by side; arguments as in `generate`.
 
@@ -158,6 +176,7 @@ def generate_batch(
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
         draft_model=draft_model,
+        confidence=confidence,
     )
     return run_engine(
         engine,
@@ -166,7 +185,7 @@ def generate_batch(
         max_new_tokens=max_new_tokens,
         eos_id=eos_id,
         stop=stop,
-        count_accepted=method != "ar",
+        count_accepted=method not in ("ar", "block_diffusion"),
     )
 
 
@@ -177,44 +196,67 @@ def open_engine(
     batch_size: int = 1,
     method: str = "tidar",
     block_size: int | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Blocks = None,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
     draft_model: Transformer | None = None,
-) -> tuple[StepEngine, list[Tensor]]:
+    confidence: float = CONFIDENCE,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
+) -> tuple[Engine, list[Tensor]]:
     """An engine with room for every prompt, and the prompts, checked, on its device.
 
     It may run any number of requests, one `run_engine` after the other: cache and captured graphs
-    are made once.
+    are made once. `on_choice` is told what `blocks="auto"` comes to.
     """
     sampling = sampling or Sampling()
     if batch_size < 1:
         raise UserError(f"batch_size: must be at least 1, got {batch_size}")
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
-    shape = step_shape(model, method, sampling, block_size, blocks)
+    if not 0 < confidence <= 1:
+        raise UserError(f"confidence: must be above 0 and at most 1, got {confidence}")
+    automatic = _is_automatic(blocks, method, sampling)
+    numbers = None if isinstance(blocks, str) else blocks
+    shape = step_shape(model, method, sampling, block_size, numbers)
     tensors = [prompt_tensor(model, prompt, max_new_tokens) for prompt in prompts]
     capacity = max(map(len, tensors)) + max_new_tokens
     proposer = proposer_of(method, sampling, block_size, model, draft_model, capacity)
-    if proposer is not None and batch_size > 1:
+    if batch_size > 1 and (proposer is not None or method == "block_diffusion"):
         raise UserError(f"batch_size: method={method} decodes one prompt at a time; use 1")
-    engine = StepEngine(
-        model,
-        sampling,
-        shape,
-        batch_size=min(batch_size, len(tensors)),
-        capacity=capacity,
-        graphs=cuda_graphs,
-        prefill_chunk=prefill_chunk,
-        proposer=proposer,
-    )
-    return engine, tensors
+    if batch_size > 1 and shape.drafting and 1 not in shape.blocks:
+        raise UserError("blocks: a batch needs block 1, for rows that have no draft; add it")
+    room: dict[str, Any] = {
+        "capacity": capacity,
+        "graphs": cuda_graphs,
+        "prefill_chunk": prefill_chunk,
+    }
+    if method == "block_diffusion":
+        size = shape.block_size
+        return BlockDiffusionEngine(model, sampling, size, confidence=confidence, **room), tensors
+    rows = min(batch_size, len(tensors))
+    if automatic:
+        curve = latency_curve(model)
+        return AutomaticEngine(
+            model, sampling, shape.block_size, curve, batch_size=rows, chosen=on_choice, **room
+        ), tensors
+    return StepEngine(model, sampling, shape, batch_size=rows, proposer=proposer, **room), tensors
+
+
+def _is_automatic(blocks: Blocks, method: str, sampling: Sampling) -> bool:
+    """Whether the step is chosen while decoding; raises UserError where that cannot be."""
+    if not isinstance(blocks, str):
+        return False
+    if blocks != "auto":
+        raise UserError(f"blocks: unknown value {blocks!r}; give numbers, auto, or none for all")
+    if method == "tidar" and sampling.trust < 1:
+        raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
+    return method == "tidar"
 
 
 def run_engine(
-    engine: StepEngine,
+    engine: Engine,
     prompts: Sequence[Tensor],
     *,
     seeds: Sequence[int] | None = None,
@@ -239,7 +281,7 @@ def run_engine(
 
 
 def finish_each(
-    engine: StepEngine,
+    engine: Engine,
     prompts: Sequence[Tensor],
     *,
     seeds: Sequence[int] | None = None,
@@ -270,8 +312,10 @@ def finish_each(
         if progress.prefill:
             result.prefill_seconds = progress.seconds
             result.prefill_forwards = progress.forwards
+            result.prefill_tokens = len(progress.tokens)
         elif count_accepted:
             result.accepted.append(progress.made)
+            result.drafts.append(progress.drafts)
         if progress.done:
             result.stopped_by = requests[number].limit.reason or "length"
             watch = watches[number]
@@ -290,10 +334,12 @@ def stream(
     sampling: Sampling | None = None,
     eos_id: int | None = None,
     stop: StopStrings | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Blocks = None,
     prefill_chunk: int = PREFILL_CHUNK,
     cuda_graphs: bool = True,
     draft_model: Transformer | None = None,
+    confidence: float = CONFIDENCE,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
 ) -> Iterator[tuple[list[int], int]]:
     """Yield, for each forward, its new tokens and how many it made before the limits cut them.
 
@@ -311,6 +357,8 @@ def stream(
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
         draft_model=draft_model,
+        confidence=confidence,
+        on_choice=on_choice,
     )
     watch = None if stop is None else stop.watch(prompt.tolist())
     limit = Limit(max_new_tokens, [] if eos_id is None else [eos_id], watch)

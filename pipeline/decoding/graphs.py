@@ -11,6 +11,9 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+WIDTH_STEP = 256
+"""Captured steps look at a multiple of so many columns of the cache."""
+
 
 class GraphedSteps:
     """Runs steps by key: the first of a key as it is, the second captured, all later replayed.

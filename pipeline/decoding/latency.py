@@ -6,6 +6,7 @@ the user's cache folder (`$XDG_CACHE_HOME/tidar-pretrain`, `~/.cache/tidar-pretr
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 from bisect import bisect_right
@@ -25,6 +26,8 @@ VERSION = 1
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CACHED = (128, 512, 2048)
 ROUNDS = 7
+ENOUGH_SECONDS = 20.0
+"""No further round begins after so long: a large model on a CPU needs no more for its medians."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def identity(model: Transformer) -> dict[str, Any]:
 @torch.inference_mode()
 def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
     """Medians over `rounds`, all points in turn in each, so that a slow spell meets all alike."""
+    begun = clock(next(model.parameters()).device)
     limit = max(model.config.max_positions - 1, 1)
     cached = tuple(dict.fromkeys(min(length, limit) for length in CACHED))
     first = next(model.parameters())
@@ -102,6 +106,13 @@ def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
     forward: dict[tuple[int, int], list[float]] = {}
     head: dict[int, list[float]] = {}
     for number in range(rounds + 1):
+        spent = clock(first.device) - begun
+        if number == 1 and spent * rounds > ENOUGH_SECONDS / 4:
+            logging.getLogger(__name__).warning(
+                "measuring what a forward takes here, once for this model and device"
+            )
+        if number > 1 and spent > ENOUGH_SECONDS:
+            break
         for queries in QUERIES:
             for length in cached:
                 cache.length = length

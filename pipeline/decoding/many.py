@@ -9,7 +9,9 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.decoding.choice import Choice
 from pipeline.decoding.generate import Generation, finish_each, open_engine
+from pipeline.decoding.methods import CONFIDENCE
 from pipeline.decoding.prompts import PromptRow
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.stops import StopStrings
@@ -27,12 +29,15 @@ class ManyOptions:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     batch_size: int = 1
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | str | None = None
+    """As in `generate`; with `auto`, drawn texts are not those of an uninterrupted run."""
     draft_model: Transformer | None = None
+    confidence: float = CONFIDENCE
+    on_choice: Callable[[Choice], None] = lambda choice: None
 
     def fingerprint(self, model: Transformer) -> str:
         """Changes with everything that the texts depend on, but the weights."""
-        left_out = ("batch_size", "draft_model")
+        left_out = ("batch_size", "draft_model", "on_choice")
         values: dict[str, Any] = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -89,6 +94,8 @@ def generate_file(
         sampling=options.sampling,
         blocks=options.blocks,
         draft_model=options.draft_model,
+        confidence=options.confidence,
+        on_choice=options.on_choice,
     )
     finished = finish_each(
         engine,

@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
+from pipeline.decoding.block_diffusion import block_diffusion_shape
 from pipeline.decoding.proposals import DraftModel, PromptLookup, Proposer
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
 
-METHODS = ("tidar", "ar", "prompt_lookup", "speculative")
+METHODS = ("tidar", "ar", "prompt_lookup", "speculative", "block_diffusion")
+PROPOSED = ("prompt_lookup", "speculative")
+"""Those whose drafts come from elsewhere."""
 LOOKUP_TOKENS = 7
 """Drafts of `prompt_lookup` and `speculative`, unless `block_size` says otherwise (minus one)."""
+CONFIDENCE = 0.9
+"""Probability from which `block_diffusion` keeps a token, unless said otherwise."""
 
 
 def step_shape(
@@ -23,7 +28,8 @@ def step_shape(
     block_size: int | None,
     blocks: Sequence[int] | None = None,
 ) -> StepShape:
-    """The step of `method`: drafts and mask blocks for `tidar`, one token for the others.
+    """The step of `method`: drafts and mask blocks for `tidar`, a block behind the one before for
+    `block_diffusion`, one token for the others.
 
     (Where drafts come from elsewhere, they are put behind that token step by step.)
 
@@ -32,7 +38,7 @@ def step_shape(
         method: one of `METHODS`.
         sampling: its trust below 1 needs every block.
         block_size: K; None takes the one the model was trained with.
-        blocks: numbers of the mask blocks in a step, block 1 among them; None takes all.
+        blocks: numbers of the mask blocks in a step; None takes all.
 
     Raises:
         UserError: naming the argument that cannot be used.
@@ -42,7 +48,8 @@ def step_shape(
     if method != "tidar":
         if sampling.trust < 1:
             raise UserError(f"trust: below 1 needs method=tidar, got {method}")
-        return StepShape(1)
+        if method != "block_diffusion":
+            return StepShape(1)
     size = block_size if block_size is not None else model.config.block_size
     if size is None:
         raise UserError("block_size: this model has none of its own; give one")
@@ -50,13 +57,13 @@ def step_shape(
         raise UserError(f"block_size: must be at least 1, got {size}")
     if model.config.mask_token_id is None:
         raise UserError("method: this model has no mask token, so it cannot draft; use method=ar")
+    if method == "block_diffusion":
+        return block_diffusion_shape(size)
     if blocks is None:
         return StepShape.full(size)
     chosen = tuple(sorted(set(blocks)))
-    if not chosen or chosen[0] != 1 or chosen[-1] > size:
-        raise UserError(
-            f"blocks: must be numbers in 1 … {size} with 1 among them, got {list(blocks)}"
-        )
+    if chosen and not 1 <= chosen[0] <= chosen[-1] <= size:
+        raise UserError(f"blocks: must be numbers in 1 … {size}, got {list(blocks)}")
     if sampling.trust < 1 and len(chosen) < size:
         raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
     return StepShape(size, size, chosen)
@@ -73,10 +80,10 @@ def proposer_of(
     """Where the drafts of `method` come from; None where the model drafts itself, or nobody.
 
     Raises:
-        UserError: when a draft model is missing, or does not fit.
+        UserError: when a draft model is missing, or the block size leaves no draft.
     """
     count = LOOKUP_TOKENS if block_size is None else block_size - 1
-    if method in ("prompt_lookup", "speculative") and count < 1:
+    if method in PROPOSED and count < 1:
         raise UserError(f"block_size: {method} needs at least 2, got {block_size}")
     if method == "prompt_lookup":
         return PromptLookup(count)
@@ -84,9 +91,7 @@ def proposer_of(
         return None
     if draft_model is None:
         raise UserError("draft_model: method=speculative needs a smaller model; give one")
-    drafter = DraftModel(draft_model, sampling, count, max_tokens)
-    drafter.check(model)
-    return drafter
+    return DraftModel(draft_model, sampling, count, max_tokens, model.config.num_embeddings)
 
 
 def prompt_tensor(

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.errors import UserError
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.sampling import Sampling, Uniforms, draw
 from pipeline.model.transformer import Transformer
@@ -54,12 +54,25 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Proposes what a smaller model with the same tokens draws, one forward a token."""
+    """Proposes what a smaller model with the same tokenizer draws, one forward a token."""
 
-    def __init__(self, model: Transformer, sampling: Sampling, count: int, max_tokens: int) -> None:
-        """`max_tokens` is the longest text, prompt included."""
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        count: int,
+        max_tokens: int,
+        num_embeddings: int | None = None,
+    ) -> None:
+        """`max_tokens` is the longest text, prompt included; `num_embeddings` are the target's.
+
+        Embeddings of one tokenizer may differ in number: padding, or a mask token that only one
+        of the models has. Ids that only one of them knows are never drafted.
+        """
         first = next(model.parameters())
         self.model, self.sampling, self.count = model, sampling, count
+        self._target = num_embeddings or model.config.num_embeddings
+        self._shared = min(self._target, model.config.num_embeddings)
         self._device = first.device
         with torch.inference_mode():
             self._cache = KVCache(
@@ -67,15 +80,6 @@ class DraftModel:
             )
         self._cached: list[int] = []
         self._uniforms = Uniforms(sampling, 1)
-
-    def check(self, target: Transformer) -> None:
-        """Raise UserError unless the two models have the same tokens."""
-        own, other = self.model.config.num_embeddings, target.config.num_embeddings
-        if own != other:
-            raise UserError(
-                f"draft_model: has {own} embeddings, the model has {other}; give one that was "
-                "trained with the same tokenizer"
-            )
 
     def start(self, seed: int) -> None:
         self._cached = []
@@ -102,17 +106,21 @@ class DraftModel:
 
     def _next(self, new: list[int], text: list[int]) -> tuple[int, Tensor]:
         """The next token and its distribution [1, V], after `new` tokens are read."""
-        ids = torch.tensor([new], device=self._device)
+        ids = torch.tensor([new], device=self._device).clamp_max_(
+            self.model.config.num_embeddings - 1
+        )
         positions = self._cache.length + torch.arange(len(new), device=self._device)
         hidden = self.model.hidden(ids, positions, cache=self._cache)
         self._cache.keep(len(new))
         self._cached += new
-        logits = self.model.lm_head(hidden[0, -1:])
+        logits = self.model.lm_head(hidden[0, -1:])[:, : self._shared]
         seen = None
         if self.sampling.repetition_penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool)
-            seen[0, torch.tensor(text, device=self._device)] = True
+            known = [token for token in text if token < self._shared]
+            seen[0, torch.tensor(known, dtype=torch.int64, device=self._device)] = True
         if self.sampling.greedy:
             return int(self.sampling.scores(logits, seen).argmax()), logits
         row = self.sampling.probabilities(logits, seen)
+        row = F.pad(row, (0, self._target - self._shared))
         return int(draw(row, self._uniforms.take(1).to(self._device))), row

@@ -1,7 +1,13 @@
 """Settings of `tidar-generate`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from pipeline.decoding.methods import CONFIDENCE
 from pipeline.decoding.sampling import Sampling
 from pipeline.model.loading import load_model
 from pipeline.model.transformer import Transformer
@@ -31,8 +37,26 @@ class GenerateConfig:
     prompts_file: str | None = None
     output: str | None = None
     batch_size: int = 1
-    blocks: list[int] | None = None
+    blocks: Any = None
     draft_model: str | None = None
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        if self.blocks in (None, "auto", "all"):
+            return
+        if not isinstance(self.blocks, list) or not all(type(n) is int for n in self.blocks):
+            raise UserError(f"blocks: must be auto, all, or numbers like [1,2]; got {self.blocks}")
+
+    def step_blocks(self) -> tuple[int, ...] | str | None:
+        """What `generate` is told: `auto` also where nothing is said and text cannot change by it.
+
+        Greedy text is the same with any blocks, drawn text is another draw.
+        """
+        if self.blocks is None:
+            return "auto" if self.temperature == 0 and self.trust == 1 else None
+        if isinstance(self.blocks, str):
+            return None if self.blocks == "all" else self.blocks
+        return tuple(self.blocks)
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -44,8 +68,27 @@ class GenerateConfig:
             self.repetition_penalty,
         )
 
-    def smaller_model(self) -> Transformer | None:
+    def smaller_model(self, tokenizer: Tokenizer) -> Transformer | None:
         """The model that writes drafts for `method=speculative`, where one is named."""
         if self.draft_model is None:
             return None
-        return load_model(self.draft_model, dtype=self.dtype, device=self.device)[0]
+        return load_draft_model(
+            self.draft_model, tokenizer, "draft_model", dtype=self.dtype, device=self.device
+        )
+
+
+def load_draft_model(
+    path: str,
+    tokenizer: Tokenizer,
+    key: str,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> Transformer:
+    """The model at `path`; raises UserError naming `key` unless it has the same `tokenizer`."""
+    model, own = load_model(path, dtype=dtype, device=device)
+    if own.content() != tokenizer.content():
+        raise UserError(
+            f"{key}: {path} was trained with another tokenizer; give a model with the same one"
+        )
+    return model

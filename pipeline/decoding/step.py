@@ -3,7 +3,7 @@
 With P tokens kept, n tokens in hand and block size K the queries are `[d_0 … d_{n-1} | blocks]`.
 Block j is K mask tokens at positions P + j … P + j + K - 1: the draft that will be needed if
 exactly j of the n are accepted. The published step has n = K and all blocks 1 … K, K + K² tokens.
-A block may be left out; when it would have been needed, a short step with one token and block 1
+Any block may be left out; when it would have been needed, a short step with one token and block 1
 follows. Plain autoregression is the step of one token and no block, verification of another's
 drafts (prompt lookup, a smaller model) the step of n tokens and no block.
 Source: TiDAR (arXiv 2511.08923), section 3.2.
@@ -42,9 +42,14 @@ class StepShape:
         return cls(block_size, block_size, tuple(range(1, block_size + 1)))
 
     @property
+    def drafting(self) -> bool:
+        """Whether the model drafts itself, be it in the short step alone."""
+        return self.block_size > 0
+
+    @property
     def short(self) -> "StepShape":
         """The step of a row that has no draft: one token, and the block behind it."""
-        return StepShape(1, self.block_size, (1,) if self.blocks else ())
+        return StepShape(1, self.block_size, (1,) if self.drafting else ())
 
     @property
     def num_queries(self) -> int:

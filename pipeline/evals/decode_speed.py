@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.decoding.methods import LOOKUP_TOKENS
+from pipeline.decoding.methods import LOOKUP_TOKENS, PROPOSED
+from pipeline.decoding.settings import load_draft_model
 from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.calibration import describe
+
+NEED_A_MASK = ("tidar", "tidar_chosen", "block_diffusion")
 
 
 def evaluate_decode_speed(
@@ -46,7 +50,10 @@ def evaluate_decode_speed(
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     prompts, categories = heldout.prompts_for(config)
     methods = methods_of(model, config)
-    measured = measure(model, prompts, categories, methods, config, block_size, world)
+    measured = measure(
+        model, prompts, categories, methods, config, block_size, world,
+        draft_model_of(model, heldout, config),
+    )  # fmt: skip
     unigram = heldout.unigram()
     scores = score_heldout(model, heldout, config, world)
     rows = []
@@ -78,10 +85,29 @@ def score_heldout(
     return reduce(add, world.gather(own))
 
 
+def draft_model_of(
+    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig
+) -> Transformer | None:
+    """The model that drafts for `speculative`, in the type and on the device of `model`.
+
+    Raises:
+        UserError: when it has another tokenizer.
+    """
+    if config.draft_checkpoint is None:
+        return None
+    first = next(model.parameters())
+    key = "evals.decode_speed.draft_checkpoint"
+    return load_draft_model(
+        config.draft_checkpoint, heldout.tokenizer, key, dtype=first.dtype, device=first.device
+    )
+
+
 def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]:
-    """AR first, then the others asked for; TiDAR only where the model can draft."""
+    """AR first, then the others asked for that the model can do."""
     able = [
-        name for name in config.methods if name != "tidar" or model.config.mask_token_id is not None
+        name
+        for name in config.methods
+        if model.config.mask_token_id is not None or name not in NEED_A_MASK
     ]
     return ("ar", *(name for name in able if name != "ar"))
 
@@ -94,20 +120,20 @@ def _decoding_part(
     own, ar = measured[method, temperature], measured["ar", temperature]
     totals = own.totals
     shape = own.shape
-    size = LOOKUP_TOKENS + 1 if method == "prompt_lookup" else shape.drafts
+    size = LOOKUP_TOKENS + 1 if method in PROPOSED else max(shape.block_size, 1)
     ratios = [a / b for a, b in zip(own.speeds(), ar.speeds(), strict=True)]
     speedup = statistics.median(own.speeds()) / statistics.median(ar.speeds())
     return {
         "method": method,
         "temperature": temperature,
         "block_size": size,
-        "blocks": list(shape.blocks) or None,
+        "blocks": list(shape.blocks) if shape.drafting and method != "block_diffusion" else None,
         "prompts": totals.prompts,
         "tokens": totals.tokens,
         "forwards": totals.forwards,
         "tokens_per_forward": totals.tokens_per_forward,
         "tokens_per_decoding_forward": totals.tokens_per_decoding_forward,
-        "queries_per_forward": shape.num_queries if shape.blocks else size,
+        "queries_per_forward": shape.num_queries if shape.drafting else size,
         "seconds_per_decoding_forward": own.step_seconds(),
         "repeats": len(own.repeats),
         "tokens_per_second": statistics.median(own.speeds()),
@@ -118,7 +144,7 @@ def _decoding_part(
         "exact_match_ar": totals.matches / totals.prompts if greedy else None,
         "divergences": len(own.gaps) if greedy else None,
         "largest_divergence_gap": max(own.gaps, default=0.0) if greedy else None,
-        "acceptance_by_position": totals.acceptance(size) if size > 1 else None,
+        "acceptance_by_position": totals.acceptance(size) if totals.reached else None,
         "distinct_4grams": totals.distinct_4grams,
         "peak_memory_bytes": own.peak_bytes,
         "categories": by_category(measured, (method, temperature)),
@@ -154,6 +180,7 @@ def _scoring_part(
         "unigram_expected_tokens_per_forward": 1 + sum(share or 0.0 for share in unigram_survival)
         if scored
         else None,
+        **describe(scores.calibration),
     }
 
 

@@ -13,6 +13,7 @@ from pipeline.decoding import Generation, Sampling
 from pipeline.decoding.choice import choose
 from pipeline.decoding.generate import open_engine, run_engine
 from pipeline.decoding.latency import latency_curve
+from pipeline.decoding.methods import step_shape
 from pipeline.decoding.step import StepShape
 from pipeline.distributed import World
 from pipeline.evals.divergence import divergence_gap
@@ -81,6 +82,7 @@ def measure(
     config: DecodeSpeedConfig,
     block_size: int,
     world: World,
+    draft_model: Transformer | None = None,
 ) -> dict[Key, Measured]:
     """Decode this rank's prompts by every method at every temperature; sums over all ranks.
 
@@ -96,7 +98,8 @@ def measure(
     }
     if own:
         decoders = {
-            key: Decoder(model, key, [prompts[n] for n in own], config, shapes[key]) for key in keys
+            key: Decoder(model, key, [prompts[n] for n in own], config, shapes[key], draft_model)
+            for key in keys
         }
         for decoder in decoders.values():
             decoder.run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
@@ -119,7 +122,7 @@ def measure(
 def _decoded_by(method: str, shape: StepShape) -> str:
     """The decoder's own name for an eval's method."""
     if method == "tidar_chosen":
-        return "tidar" if shape.blocks else "ar"
+        return "tidar" if shape.drafting else "ar"
     return method
 
 
@@ -138,8 +141,13 @@ def choose_shapes(
     shapes: dict[Key, StepShape] = {}
     for temperature in config.temperatures:
         for method in methods:
-            drafts = method in ("tidar", "tidar_chosen")
-            shapes[method, temperature] = StepShape.full(block_size) if drafts else StepShape(1)
+            shape = StepShape(1)
+            if method in ("tidar", "tidar_chosen"):
+                blocks = config.blocks if method == "tidar" else None
+                shape = step_shape(model, "tidar", Sampling(), block_size, blocks)
+            elif method == "block_diffusion":
+                shape = step_shape(model, method, Sampling(), block_size)
+            shapes[method, temperature] = shape
     if "tidar_chosen" in methods:
         chosen: dict[float, StepShape] = {}
         if world.is_main:
@@ -197,19 +205,24 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         config: DecodeSpeedConfig,
         shape: StepShape,
+        draft_model: Transformer | None = None,
     ) -> None:
-        """`shape` says how a TiDAR method drafts; one without blocks is plain decoding."""
+        """`shape` says how a TiDAR method drafts; one that drafts nothing is plain decoding."""
         self.method, temperature = key
         self.config = config
+        method = _decoded_by(self.method, shape)
         self.engine, self.prompts = open_engine(
             model,
             prompts,
-            method=_decoded_by(self.method, shape),
+            method=method,
             block_size=shape.block_size or None,
-            blocks=shape.blocks or None,
+            blocks=shape.blocks if shape.drafting else None,
             max_new_tokens=config.max_new_tokens,
             sampling=Sampling(temperature=temperature),
+            draft_model=draft_model,
+            confidence=config.confidence,
         )
+        self.counts_drafts = method not in ("ar", "block_diffusion")
         self.peak_bytes: int | None = None
 
     def run(self, index: int, number: int, tokens: int | None = None) -> Generation:
@@ -222,7 +235,7 @@ class Decoder:
             [self.prompts[index]],
             seeds=[self.config.seed + number],
             max_new_tokens=tokens or self.config.max_new_tokens,
-            count_accepted=self.method == "prompt_lookup" or bool(self.engine.shape.blocks),
+            count_accepted=self.counts_drafts,
         )
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers import Tokenizer, load_tokenizer
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -23,6 +23,11 @@ class HeldOut:
             raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
         self.manifest = manifest
         self._data_dir = data_dir
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the data, and of any model evaluated on it."""
+        return load_tokenizer(self._data_dir)
 
     def sequences(
         self,
@@ -89,7 +94,7 @@ class HeldOut:
         if config.prompts_file is None:
             found = self.prompts(config.prompts, config.prompt_tokens, config.seed)
             return found, [None] * len(found)
-        tokenizer = load_tokenizer(self._data_dir)
+        tokenizer = self.tokenizer
         rows = read_prompts(Path(config.prompts_file).expanduser(), "evals.decode_speed")
         prompts, categories = [], []
         for row in rows[: config.prompts]:

@@ -24,8 +24,9 @@ from pipeline.evals.decoders import Cost, Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
 
-NEUTRAL = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1)}
-"""Values of sampling options that change nothing; others are refused where a task samples."""
+NEUTRAL = {"min_p": (None, 0), "typical_p": (None, 1), "num_beams": (None, 1)}
+"""Options of Hugging Face's `generate` that this decoder lacks, and the values that change nothing;
+others are refused where a task samples."""
 
 
 class TidarLM(TemplateLM):
@@ -186,4 +187,13 @@ class TidarLM(TemplateLM):
                     f"evals.tasks.tasks: a task samples with {name}={options[name]}, which this "
                     "decoder does not offer; leave it out or redefine it in evals.tasks.tasks_dir"
                 )
-        return Sampling(temperature=temperature, trust=self.decoder.trust, seed=self.config.seed)
+        top_k, top_p = options.get("top_k"), options.get("top_p")
+        penalty = options.get("repetition_penalty")
+        return Sampling(
+            temperature=temperature,
+            trust=self.decoder.trust,
+            seed=self.config.seed,
+            top_k=int(top_k) if top_k is not None and top_k > 0 else None,
+            top_p=1.0 if top_p is None else float(top_p),
+            repetition_penalty=1.0 if penalty is None else float(penalty),
+        )

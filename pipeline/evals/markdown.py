@@ -7,7 +7,9 @@ NAMES = {
     "ar": "AR",
     "tidar": "TiDAR",
     "tidar_chosen": "TiDAR, chosen step",
+    "block_diffusion": "block diffusion",
     "prompt_lookup": "prompt lookup",
+    "speculative": "speculative",
 }
 HEAD = ("method", "T", "K", "tokens/forward", "tokens/s", "over AR", "conversion", "equal to AR")
 

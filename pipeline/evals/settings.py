@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.decoding.methods import CONFIDENCE
 from pipeline.evals.code.sandbox import Limits
 from pipeline.evals.decoders import check_decoders
 
 BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
-EVAL_METHODS = ("ar", "tidar", "tidar_chosen", "prompt_lookup")
+EVAL_METHODS = (
+    "ar", "tidar", "tidar_chosen", "block_diffusion", "prompt_lookup", "speculative",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,16 @@ class DecodeSpeedConfig:
     repeats: int = 3
     """Times each prompt is decoded by each method; speeds are medians over them."""
     methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
-    """What is compared: `ar` always, `tidar` (every block), `tidar_chosen` (block length and blocks
-    as the machine's latency curve and the acceptance make them pay) and `prompt_lookup` (n-grams
-    of the text so far)."""
+    """What is compared: `ar` always, `tidar` (with `blocks`), `tidar_chosen` (block length and
+    blocks as the machine's latency curve and the acceptance make them pay), `block_diffusion`
+    (unmasking without verification), `prompt_lookup` (n-grams of the text so far) and
+    `speculative` (drafts of `draft_checkpoint`)."""
+    blocks: list[int] | None = None
+    """Mask blocks in a step of `tidar`; None takes all."""
+    draft_checkpoint: str | None = None
+    """The smaller model of `speculative`, with the same tokenizer."""
+    confidence: float = CONFIDENCE
+    """Probability from which `block_diffusion` keeps a token."""
     prompts_file: str | None = None
     """JSON lines with `prompt` (text) and perhaps `category`; None takes held-out documents."""
 
@@ -53,6 +63,15 @@ class DecodeSpeedConfig:
                 f"methods must be different ones of {', '.join(EVAL_METHODS)} with ar among them, "
                 f"got {self.methods}"
             )
+        if ("speculative" in self.methods) != (self.draft_checkpoint is not None):
+            raise ValueError("draft_checkpoint and the method speculative need each other")
+        if (
+            self.draft_checkpoint is not None
+            and not Path(self.draft_checkpoint).expanduser().exists()
+        ):
+            raise ValueError(f"draft_checkpoint: {self.draft_checkpoint} does not exist")
+        if not 0 < self.confidence <= 1:
+            raise ValueError(f"confidence must be above 0 and at most 1, got {self.confidence}")
         if self.prompts_file is not None and not Path(self.prompts_file).expanduser().is_file():
             raise ValueError(f"prompts_file: {self.prompts_file} is not a file")
 

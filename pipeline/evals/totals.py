@@ -14,6 +14,8 @@ class MethodTotals:
     tokens: int = 0
     forwards: int = 0
     prefill_forwards: int = 0
+    prefill_tokens: int = 0
+    """That came with the prompts' forwards: one each, but for block diffusion."""
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     matches: int = 0
@@ -32,15 +34,17 @@ class MethodTotals:
         grams = [tuple(run.tokens[i : i + 4]) for i in range(len(run.tokens) - 3)]
         reached: Counter[int] = Counter()
         accepted: Counter[int] = Counter()
-        for count in run.accepted:
-            # d_0 … d_{count-1} were accepted: d_count was looked at and refused.
-            reached.update(range(1, count + 1))
+        for count, drafts in zip(run.accepted, run.drafts, strict=True):
+            # d_0 … d_{count-1} were accepted; d_count, where there was one, was looked at and
+            # refused. A step without a draft says nothing.
+            reached.update(range(1, min(count, drafts) + 1))
             accepted.update(range(1, count))
         return cls(
             prompts=1,
             tokens=len(run.tokens),
             forwards=run.forwards,
             prefill_forwards=run.prefill_forwards,
+            prefill_tokens=run.prefill_tokens,
             seconds=run.seconds,
             prefill_seconds=run.prefill_seconds,
             matches=int(matches),
@@ -61,9 +65,9 @@ class MethodTotals:
 
     @property
     def tokens_per_decoding_forward(self) -> float | None:
-        """Prompts and the token that comes with each left out; None where nothing followed."""
+        """Prompts and the tokens that come with them left out; None where nothing followed."""
         forwards = self.forwards - self.prefill_forwards
-        return (self.tokens - self.prompts) / forwards if forwards else None
+        return (self.tokens - self.prefill_tokens) / forwards if forwards else None
 
     @property
     def seconds_per_decoding_forward(self) -> float | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
+from pipeline.objective.calibration import binned, empty_bins
 from pipeline.objective.scoring import Scored, pieces, score_sequence
 
 
@@ -38,11 +39,13 @@ class DraftScores:
     """As `accepted`, for a draft that knows no context, fp64 [2, K - 1]."""
     unigram_survived: Tensor
     """As `survived`, for that draft, fp64 [2, K - 1]."""
+    calibration: Tensor
+    """The same drafts by confidence, `calibration.ROWS` in each bin, fp64 [4, BINS]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
         rates = torch.zeros(2, block_size - 1, dtype=torch.float64)
-        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates, rates)
+        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates, rates, empty_bins())
 
     def __add__(self, other: "DraftScores") -> "DraftScores":
         return DraftScores(
@@ -75,7 +78,9 @@ def score_drafts(
 def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Tensor) -> DraftScores:
     scored = score_sequence(model, sequence)
     batch = scored.batch
-    drafts, accepted, survived = _acceptance(model, sequence, scored, block_size, unigram)
+    drafts, accepted, survived, calibration = _acceptance(
+        model, sequence, scored, block_size, unigram
+    )
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
         ar_tokens=batch.ar_labels,
@@ -87,24 +92,27 @@ def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Ten
         survived=survived[0],
         unigram_accepted=accepted[1],
         unigram_survived=survived[1],
+        calibration=calibration,
     )
 
 
 def _acceptance(
     model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`drafts` [K - 1], `accepted` and `survived` of `DraftScores` for one sequence, these two
-    [2, 2, K - 1]: of the model's own draft, then of the unigram's."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`drafts` [K - 1], `accepted`, `survived` and `calibration` of `DraftScores` for one sequence,
+    the middle two [2, 2, K - 1]: of the model's own draft, then of the unigram's."""
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
     nothing = drafts.expand(2, 2, -1)
     if scored.batch.diffusion_labels == 0:
-        return drafts, nothing, nothing
+        return drafts, nothing, nothing, empty_bins()
     slot, offset, clean = _scored_slots(sequence)
     drafts = drafts.index_add(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
     clean_hidden = scored.hidden[: len(sequence.tokens)]
     slot_hidden = scored.hidden[len(sequence.tokens) :]
     # Greedy and sampled acceptance of each slot, of the model's own draft and the unigram's.
     rates = torch.zeros(2, 2, len(slot), dtype=torch.float64)
+    confidence, right = torch.zeros(2, len(slot), dtype=torch.float64)
+    labels = scored.batch.labels[scored.batch.ar_labels :].cpu()[slot]
     for part in pieces(len(slot)):
         device = unigram.device
         p = torch.softmax(model.lm_head(clean_hidden[clean[part].to(device)]).float(), -1)
@@ -112,11 +120,15 @@ def _acceptance(
         for rate, draft in zip(rates, (q, unigram.expand_as(p)), strict=True):
             rate[0, part] = (p.argmax(-1) == draft.argmax(-1)).double().cpu()
             rate[1, part] = torch.minimum(p, draft).sum(-1).double().cpu()
+        likeliest = q.max(-1)
+        confidence[part] = likeliest.values.double().cpu()
+        right[part] = (likeliest.indices.cpu() == labels[part]).double()
     # One row a block; a place that a short block lacks stays 0 and so counts nothing.
     block = torch.from_numpy(sequence.layout.slot_block.astype("int64"))[slot]
     by_block = torch.zeros(2, 2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
     by_block[:, :, block, offset - 1] = rates
-    return drafts, by_block.sum(2), by_block.cumprod(3).sum(2)
+    calibration = binned(confidence, right, verified=rates[0, 0])
+    return drafts, by_block.sum(2), by_block.cumprod(3).sum(2), calibration
 
 
 def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:

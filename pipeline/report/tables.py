@@ -10,7 +10,9 @@ _METHODS = {
     "ar": "AR",
     "tidar": "TiDAR",
     "tidar_chosen": "TiDAR, chosen step",
+    "block_diffusion": "block diffusion (not lossless)",
     "prompt_lookup": "prompt lookup",
+    "speculative": "speculative",
 }
 
 
@@ -26,8 +28,12 @@ def eval_table(run: Run) -> str:
         "tokens/s",
         "speed over AR",
         "conversion",
+        "queries per forward",
+        "ms per forward",
         "exact match with AR",
+        "largest logit gap at a difference",
         "distinct 4\N{NON-BREAKING HYPHEN}grams",
+        "peak memory",
     )
     rows = sorted(run.latest_rows(), key=lambda row: (row["temperature"], row["method"]))
     return table(head, [_eval_cells(row) for row in rows])
@@ -35,6 +41,8 @@ def eval_table(run: Run) -> str:
 
 def _eval_cells(row: Row) -> list[str]:
     speed = as_number(row.get("speedup_over_ar"))
+    seconds = as_number(row.get("seconds_per_decoding_forward"))
+    peak = as_number(row.get("peak_memory_bytes"))
     return [
         escape(_METHODS.get(row["method"], row["method"])),
         fixed(as_number(row["temperature"]), 1),
@@ -43,8 +51,12 @@ def _eval_cells(row: Row) -> list[str]:
         fixed(as_number(row.get("tokens_per_second")), 1),
         MISSING if speed is None else f"{speed:.2f}×",
         percent(as_number(row.get("conversion"))),
+        fixed(as_number(row.get("queries_per_forward")), 0),
+        fixed(None if seconds is None else 1e3 * seconds, 1),
         percent(as_number(row.get("exact_match_ar"))),
+        fixed(as_number(row.get("largest_divergence_gap"))),
         fixed(as_number(row.get("distinct_4grams"))),
+        MISSING if peak is None else f"{peak / 2**30:.2f} GiB",
     ]
 
 

@@ -1,9 +1,16 @@
 """`tidar-generate` with a file of prompts, stops and statistics."""
 
 import json
+import re
 
 import pytest
-from small_models import random_model, sentencepiece_tokenizer, small_config, write_checkpoint
+from small_models import (
+    huggingface_tokenizer,
+    random_model,
+    sentencepiece_tokenizer,
+    small_config,
+    write_checkpoint,
+)
 from test_generate import call, expected_text
 
 PROMPTS = ["def add(", "The rain", "x = [1,", "for number", ""]
@@ -35,7 +42,7 @@ def test_every_prompt_gets_the_text_it_gets_alone(
     output = tmp_path / "out.jsonl"
     command = (
         f"checkpoint={checkpoint}", f"prompts_file={prompts}", f"output={output}",
-        "max_new_tokens=12", "batch_size=2", f"temperature={temperature}", "seed=3",
+        "max_new_tokens=12", "batch_size=2", f"temperature={temperature}", "blocks=all", "seed=3",
     )  # fmt: skip
     assert call(monkeypatch, *command) == 0
     assert capsys.readouterr().err.startswith("tidar: ")
@@ -74,7 +81,7 @@ def test_stop_strings_and_statistics(monkeypatch, capsys, checkpoint):
     ) == 0  # fmt: skip
     out, err = capsys.readouterr()
     assert "\x1b[38;5;" in out
-    counted, histogram = err.splitlines()
+    counted, *_, histogram = err.splitlines()
     assert int(counted.split()[1]) < 30
     assert histogram.startswith("tokens a forward: 1: ")
 
@@ -84,7 +91,10 @@ def test_blocks_and_a_draft_model_leave_greedy_text_alone(
 ):
     text, _, _ = expected_text(checkpoint, "def add(", max_new_tokens=12)
     common = (f"checkpoint={checkpoint}", "max_new_tokens=12")
-    ways = (["blocks=[1]"], ["method=speculative", f"draft_model={checkpoint}"])
+    ways = (
+        ["blocks=[1]"], ["blocks=[]"], ["blocks=auto"], [],
+        ["method=speculative", f"draft_model={checkpoint}"],
+    )  # fmt: skip
     for number, way in enumerate(ways):
         assert call(monkeypatch, *common, "prompt=def add(", *way) == 0
         assert capsys.readouterr().out == text + "\n"
@@ -93,6 +103,38 @@ def test_blocks_and_a_draft_model_leave_greedy_text_alone(
         assert lines(output)[0]["text"] == text
     assert call(monkeypatch, *common, "prompt=x", "method=speculative") == 2
     assert "draft_model: method=speculative needs a smaller model" in capsys.readouterr().err
+    other = write_checkpoint(
+        tmp_path / "other", random_model(small_config()), huggingface_tokenizer()
+    )
+    assert call(monkeypatch, *common, "prompt=x", "method=speculative", f"draft_model={other}") == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_the_chosen_step_is_shown_and_the_text_stays(monkeypatch, capsys, checkpoint):
+    text, _, _ = expected_text(checkpoint, "def add(", max_new_tokens=120)
+    command = (f"checkpoint={checkpoint}", "prompt=def add(", "max_new_tokens=120")
+    assert call(monkeypatch, *command) == 0
+    out, err = capsys.readouterr()
+    assert out == text + "\n"
+    chosen = err.splitlines()[1]
+    assert re.fullmatch(r"step chosen while decoding: .* \(.*tokens/s expected\).*", chosen)
+    assert call(monkeypatch, *command, "blocks=all") == 0
+    assert "step chosen" not in capsys.readouterr().err
+    # At a temperature the text of a seed would be another: nothing is chosen unless asked for.
+    assert call(monkeypatch, *command, "temperature=1") == 0
+    assert "step chosen" not in capsys.readouterr().err
+    assert call(monkeypatch, *command, "temperature=1", "blocks=auto") == 0
+    assert "step chosen" in capsys.readouterr().err
+
+
+def test_block_diffusion_is_a_method(monkeypatch, capsys, checkpoint):
+    options = {"method": "block_diffusion", "confidence": 0.3}
+    text, tokens, forwards = expected_text(checkpoint, "def add(", max_new_tokens=20, **options)
+    command = (f"checkpoint={checkpoint}", "prompt=def add(", "max_new_tokens=20")
+    assert call(monkeypatch, *command, "method=block_diffusion", "confidence=0.3") == 0
+    out, err = capsys.readouterr()
+    assert out == text + "\n"
+    assert err.startswith(f"block_diffusion: {tokens} tokens, {forwards} forwards")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +146,10 @@ def test_blocks_and_a_draft_model_leave_greedy_text_alone(
         (["prompts_file={prompts}", "output=o.jsonl", "prompt=x"], "given together with another"),
         (["prompts_file={prompts}", "output={prompts}"], "is not a line of tidar-generate"),
         (["top_p=0"], "top_p: must be above 0"),
+        (["blocks=some"], "blocks: must be auto, all, or numbers"),
+        (["blocks=[1,x]"], "blocks: must be auto, all, or numbers"),
+        (["blocks=[1,9]"], "blocks: must be numbers in 1"),
+        (["method=block_diffusion", "confidence=2"], "confidence: must be above 0"),
     ],
 )
 def test_mistakes_are_named(monkeypatch, capsys, checkpoint, prompts, overrides, message):

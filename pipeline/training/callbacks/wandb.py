@@ -20,7 +20,9 @@ OVER_STEPS = ("data/*", "system/*")
 """The axis each group of panels has at first; both axes are in every row."""
 TABLE = (
     "step", "method", "temperature", "block_size", "tokens_per_forward", "tokens_per_second",
-    "speedup_over_ar", "exact_match_ar", "ar_loss", "diffusion_loss",
+    "speedup_over_ar", "conversion", "queries_per_forward", "seconds_per_decoding_forward",
+    "exact_match_ar", "divergences", "largest_divergence_gap", "distinct_4grams",
+    "peak_memory_bytes", "ar_loss", "diffusion_loss",
 )  # fmt: skip
 """Columns of the decode-speed table."""
 

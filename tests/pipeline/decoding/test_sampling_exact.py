@@ -3,9 +3,11 @@
 The reference is written with the logit processors of transformers, on full forwards without cache.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from decoding_models import VOCABULARY, make_model
+from decoding_models import CPU, MASK, VOCABULARY, make_model
 from scipy.stats import chisquare
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -15,8 +17,10 @@ from transformers.generation.logits_process import (
 )
 
 from data_prep.errors import UserError
-from pipeline.decoding import Sampling, engine, generate, generate_batch
+from pipeline.decoding import Sampling, engine, generate
+from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.sampling import Uniforms, draw
+from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.verify import verify, verify_greedy
 
 SETTINGS = {
@@ -28,7 +32,8 @@ SETTINGS = {
     "all": {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "repetition_penalty": 1.6},
 }
 PROMPT = [1, 7, 2]
-COUNT = 1000
+ROWS = 3000
+"""Texts drawn side by side, in one batch that starts from one prompt."""
 
 
 def reference(model, prefix: list[int], sampling: Sampling) -> torch.Tensor:
@@ -60,15 +65,48 @@ def expected_pairs(model, sampling: Sampling) -> torch.Tensor:
     return total
 
 
-def sampled_pairs(model, sampling: Sampling, count: int = COUNT, **options) -> torch.Tensor:
-    """Counts of (2nd, 3rd) new tokens over many seeds, [V, V]."""
-    pairs = torch.zeros(VOCABULARY, VOCABULARY)
-    runs = generate_batch(
-        model, [PROMPT] * count, batch_size=250, max_new_tokens=3, sampling=sampling, **options
-    )
-    for run in runs:
-        pairs[run.tokens[1], run.tokens[2]] += 1
-    return pairs
+@torch.inference_mode()
+def sampled_texts(model, sampling: Sampling, shape: StepShape, same_stream=False) -> torch.Tensor:
+    """First three new tokens of `ROWS` texts with seeds of their own, int64 [ROWS, 3].
+
+    The rows are admitted together: they have the same prompt, so its cache is copied.
+    """
+    engine = StepEngine(model, sampling, shape, batch_size=ROWS, capacity=len(PROMPT) + 12)
+    prompt, size = torch.tensor(PROMPT), shape.block_size
+    engine.admit(0, prompt, 0)
+    for layer in range(model.config.num_layers):
+        for tensors in (engine.cache._all._keys, engine.cache._all._values):
+            tensors[layer][1:] = tensors[layer][:1]
+    if engine.state.seen is not None:
+        engine.state.seen[:] = engine.state.seen[:1]
+    for row in range(ROWS):
+        engine.streams.start(row, replace(sampling, seed=row))
+        if same_stream:
+            engine.streams._draft[row] = Uniforms(replace(sampling, seed=row), 0)
+            engine.streams._draft[row].take(2)  # a draft's number is the one that judges it
+    queries = torch.cat([prompt, torch.full((size,), MASK)])[None]
+    mask = prefill_mask(0, len(prompt), size, CPU)
+    hidden = model.hidden(queries, torch.arange(queries.shape[1]), mask).expand(ROWS, -1, -1)
+    last, block = hidden[:, len(prompt) - 1 : len(prompt)], hidden[:, len(prompt) :]
+    first = engine._begin(slice(None), last, block, engine._uniforms(range(ROWS), 1))
+    for row in range(ROWS):
+        engine._start_row(row, len(prompt))
+    texts = [[token] for token in first.tolist()]
+    while min(map(len, texts)) < 3:
+        for text, new in zip(texts, engine.step(), strict=True):
+            text += new
+    return torch.tensor([text[:3] for text in texts])
+
+
+def sampled_pairs(model, sampling, shape=None, **options) -> torch.Tensor:
+    """Counts of (2nd, 3rd) new tokens, [V, V]."""
+    texts = sampled_texts(model, sampling, shape or StepShape.full(3), **options)
+    return pair_counts(texts[:, 1], texts[:, 2])
+
+
+def pair_counts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    counts = torch.bincount(left * VOCABULARY + right, minlength=VOCABULARY**2)
+    return counts.view(VOCABULARY, VOCABULARY).float()
 
 
 def p_value(observed: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -93,34 +131,65 @@ def without_correction(drafts, draft_probabilities, target, uniform, limit=None)
     return accepted, draw(row, uniform[:, -1])
 
 
+def accept_always(drafts, draft_probabilities, target, uniform, limit=None):
+    """Takes the drafter's word for everything."""
+    accepted = torch.full_like(drafts[:, 0], drafts.shape[1]) if drafts.shape[1] else 0
+    accepted = torch.minimum(torch.as_tensor(accepted).expand(len(drafts)), limit)
+    row = target[torch.arange(len(target)), accepted]
+    return accepted, draw(row, uniform[:, -1])
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model(seed=3, scale=3.0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_output_is_distributed_as_ar_and_a_wrong_sampler_is_caught(model, name, monkeypatch):
+def test_output_is_distributed_as_ar_and_wrong_samplers_are_caught(model, name, monkeypatch):
     sampling = Sampling(**{"temperature": 1.0, **SETTINGS[name]})
     probabilities = expected_pairs(model, sampling)
-    assert p_value(sampled_pairs(model, sampling, block_size=3), probabilities) > 1e-3
-    monkeypatch.setattr(engine, "verify", without_correction)
-    wrong = sampled_pairs(model, sampling, block_size=3)
-    assert p_value(wrong, probabilities) < 1e-6
+    assert p_value(sampled_pairs(model, sampling), probabilities) > 1e-3
+    assert p_value(sampled_pairs(model, sampling, same_stream=True), probabilities) < 1e-6
+    for wrong in (without_correction, accept_always):
+        monkeypatch.setattr(engine, "verify", wrong)
+        assert p_value(sampled_pairs(model, sampling), probabilities) < 1e-6, wrong.__name__
+
+
+@pytest.mark.parametrize("trust", [0.5, 0.0])
+def test_trust_below_one_is_the_law_of_the_mixed_logits_and_not_that_of_ar(model, trust):
+    """The joint law of the first two tokens, for which the prompt's block has slots 0 and 1."""
+    texts = sampled_texts(model, Sampling(temperature=1.0, trust=trust), StepShape.full(3))
+    observed = pair_counts(texts[:, 0], texts[:, 1])
+    with torch.no_grad():
+        ids = torch.tensor([[*PROMPT, MASK, MASK, MASK]])
+        own = model(ids, torch.arange(6), prefill_mask(0, 3, 3, CPU))[0, 3:5]
+        ar = model(torch.tensor([PROMPT]))[0, -1]
+        rest = torch.cat([model(torch.tensor([[*PROMPT, a]]))[:, -1] for a in range(VOCABULARY)])
+
+    def law(trust: float) -> torch.Tensor:
+        first = torch.softmax((trust * ar + (1 - trust) * own[0]).double(), -1)
+        second = torch.softmax((trust * rest + (1 - trust) * own[1]).double(), -1)
+        return first[:, None] * second
+
+    assert p_value(observed, law(trust)) > 1e-3
+    assert p_value(observed, law(1.0)) < 1e-6
 
 
 def test_a_setting_left_out_is_caught(model):
     """Power of the same test against output that follows the plain distribution instead."""
-    plain = sampled_pairs(model, Sampling(temperature=1.0), block_size=3)
+    plain = sampled_pairs(model, Sampling(temperature=1.0))
     for name in SETTINGS.keys() - {"plain"}:
         sampling = Sampling(**{"temperature": 1.0, **SETTINGS[name]})
         assert p_value(plain, expected_pairs(model, sampling)) < 1e-6, name
 
 
-@pytest.mark.parametrize("options", [{"blocks": [1]}, {"blocks": [1, 3]}, {"method": "ar"}])
-def test_fewer_blocks_and_plain_steps_have_the_same_distribution(model, options):
+SHAPES = [StepShape(3, 3, (1,)), StepShape(3, 3, (1, 3)), StepShape(3, 3), StepShape(1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fewer_blocks_and_plain_steps_have_the_same_distribution(model, shape):
     sampling = Sampling(temperature=1.0, top_p=0.9)
-    own = sampled_pairs(model, sampling, **{"block_size": 3, **options})
-    assert p_value(own, expected_pairs(model, sampling)) > 1e-3
+    assert p_value(sampled_pairs(model, sampling, shape), expected_pairs(model, sampling)) > 1e-3
 
 
 def test_verify_is_exact_for_random_distributions():

@@ -14,6 +14,7 @@ from evals_data import (
     make_model,
     model_config,
 )
+from small_models import huggingface_tokenizer, write_checkpoint
 
 from data_prep.errors import UserError
 from pipeline.decoding import generate
@@ -44,9 +45,15 @@ def model(data):
 
 def flat(row: dict) -> dict:
     """Lists spread over several keys, so that numbers can be compared with a tolerance."""
-    lists = {key: value for key, value in row.items() if isinstance(value, list)}
-    spread = {f"{key} {n}": v for key, values in lists.items() for n, v in enumerate(values)}
-    return {key: value for key, value in row.items() if key not in lists} | spread
+    spread = {}
+    for key, value in row.items():
+        if isinstance(value, list):
+            spread |= {f"{key} {n}": v for n, v in enumerate(value)}
+        elif isinstance(value, dict) and key not in CLOCK:
+            spread |= {f"{key}.{name}": v for name, v in flat(value).items()}
+        else:
+            spread[key] = value
+    return spread
 
 
 def test_two_ranks_say_what_one_says(data, model, two_ranks):
@@ -98,6 +105,12 @@ def test_scores_stand_in_every_row_and_acceptance_where_it_is_defined(data, mode
     assert len(greedy["unigram_acceptance"]) == BLOCK_SIZE - 1
     assert rows["tidar", 0.5]["teacher_forced_acceptance"] is None
     assert rows["tidar", 0.5]["unigram_acceptance"] is None
+    bins = greedy["draft_calibration"]
+    assert all(len(values) == 10 for values in bins.values())
+    pairs = zip(bins["drafts"], bins["verified"], strict=True)
+    verified = sum(count * share for count, share in pairs if count)
+    accepted = greedy["teacher_forced_acceptance"]
+    assert min(accepted) <= verified / sum(bins["drafts"]) <= max(accepted)
 
 
 def test_scores_are_taken_on_shifted_grids(data, model):
@@ -210,11 +223,51 @@ def test_prompt_lookup_stands_beside_them(data, model):
     assert lookup["divergences"] == 0
 
 
-@pytest.mark.parametrize(("per_query", "blocks"), [(0.0, [1, BLOCK_SIZE]), (9.0, None)])
+def test_every_method_stands_in_one_table(data, model, tmp_path):
+    """The draft model is the model itself, so that all its drafts are accepted when greedy."""
+    draft = write_checkpoint(tmp_path / "draft", model, data.tokenizer)
+    methods = ["ar", "tidar", "block_diffusion", "prompt_lookup", "speculative"]
+    config = replace(
+        CONFIG, methods=methods, repeats=1, draft_checkpoint=str(draft), confidence=0.2, blocks=[2],
+    )  # fmt: skip
+    rows = rows_of(model, data, config)
+    assert [method for method, t in rows if t == 0] == methods
+    prompts = data.heldout.prompts(5, 4, seed=0)
+    for temperature in config.temperatures:
+        diffusion = rows["block_diffusion", temperature]
+        runs = [
+            generate(
+                model, prompt, method="block_diffusion", confidence=0.2, max_new_tokens=13,
+                temperature=temperature, seed=n,
+            )
+            for n, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        assert diffusion["forwards"] == sum(run.forwards for run in runs)
+        assert diffusion["acceptance_by_position"] is None
+        assert (diffusion["block_size"], diffusion["blocks"]) == (BLOCK_SIZE, None)
+        first = sum(run.prefill_tokens for run in runs)
+        decoding = sum(run.forwards - 1 for run in runs)
+        assert diffusion["tokens_per_decoding_forward"] == pytest.approx((65 - first) / decoding)
+        assert rows["tidar", temperature]["blocks"] == [2]
+    speculative = rows["speculative", 0.0]
+    assert speculative["exact_match_ar"] == 1.0
+    assert speculative["acceptance_by_position"] == pytest.approx([1.0] * 7)
+    assert rows["block_diffusion", 0.0]["exact_match_ar"] < 1.0  # lossy, and said so
+    assert "| block diffusion | 0 | 4 |" in comparison_table(list(rows.values()))
+
+
+def test_a_draft_checkpoint_of_another_tokenizer_is_refused(data, model, tmp_path):
+    draft = write_checkpoint(tmp_path / "draft", model, huggingface_tokenizer())
+    config = replace(CONFIG, methods=["ar", "speculative"], draft_checkpoint=str(draft))
+    with pytest.raises(UserError, match=r"draft_checkpoint: .* another tokenizer"):
+        rows_of(model, data, config)
+
+
+@pytest.mark.parametrize(("per_query", "blocks"), [(1e-3, [BLOCK_SIZE]), (9.0, None)])
 def test_the_chosen_step_follows_the_machine_and_leaves_the_text_alone(
     data, monkeypatch, per_query, blocks
 ):
-    """A model that drafts perfectly only ever needs its last block (block 1 is always there)."""
+    """A model that drafts perfectly only ever needs its last block."""
     times = (1.0, 1.0 + 99 * per_query)
     curve = LatencyCurve((1, 100), (10,), (times,), (0.0, 0.0))
     monkeypatch.setattr(decoding_runs, "latency_curve", lambda model: curve)
@@ -279,6 +332,9 @@ def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
         ({"methods": ["tidar"]}, "methods must be different ones of ar, tidar, tidar_chosen"),
         ({"methods": ["ar", "beam"]}, "methods must be different ones"),
         ({"prompts_file": "/nowhere"}, "prompts_file: /nowhere is not a file"),
+        ({"confidence": 0.0}, "confidence must be above 0"),
+        ({"methods": ["ar", "speculative"]}, "draft_checkpoint and the method speculative need"),
+        ({"draft_checkpoint": "/"}, "draft_checkpoint and the method speculative need"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -247,7 +247,10 @@ def test_options_that_the_decoder_lacks_are_refused(adapter):
     assert (
         adapter._sampling({"do_sample": False, "temperature": 0.0, "top_p": 0.9}).temperature == 0
     )
-    with pytest.raises(UserError, match=r"top_p=0\.9"):
-        adapter._sampling({**sampled, "top_p": 0.9})
+    drawn = adapter._sampling({**sampled, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1})
+    assert (drawn.top_k, drawn.top_p, drawn.repetition_penalty) == (20, 0.9, 1.1)
+    assert adapter._sampling({**sampled, "top_k": -1, "top_p": None}).top_k is None
+    with pytest.raises(UserError, match=r"min_p=0\.1"):
+        adapter._sampling({**sampled, "min_p": 0.1})
     with pytest.raises(UserError, match="may have 500 tokens"):
         adapter.generate_until(requests(("the", {"until": [], "max_gen_toks": 500})))

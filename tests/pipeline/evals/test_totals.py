@@ -7,7 +7,11 @@ from pipeline.evals.totals import MethodTotals
 
 
 def generation(tokens: list[int], accepted: list[int], seconds: float = 1.0) -> Generation:
-    return Generation(tokens=tokens, forwards=1 + len(accepted), accepted=accepted, seconds=seconds)
+    """K = 4: every step has three drafts to verify."""
+    return Generation(
+        tokens=tokens, forwards=1 + len(accepted), accepted=accepted, seconds=seconds,
+        drafts=[3] * len(accepted),
+    )  # fmt: skip
 
 
 def test_acceptance_by_position():
@@ -26,6 +30,12 @@ def test_positions_that_no_step_reached_have_no_rate():
     assert totals.acceptance(4) == [0.0, None, None]
     assert MethodTotals.of(generation([1, 2, 3], []), matches=True).acceptance(2) == [None]
     assert totals.acceptance(1) == []
+
+
+def test_steps_without_a_draft_count_for_no_position():
+    run = generation([1, 2, 3, 4, 5], [2, 1, 1])
+    run.drafts = [3, 0, 1]
+    assert MethodTotals.of(run, matches=True).acceptance(4) == [1 / 2, 0.0, None]
 
 
 def test_distinct_fourgrams():

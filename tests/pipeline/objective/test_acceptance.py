@@ -12,6 +12,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective import scoring
 from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.calibration import BINS, binned, describe, empty_bins
 
 VOCABULARY, MASK = 14, 13
 UNIGRAM_IDS = 12
@@ -88,6 +89,7 @@ def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram)
         "survived": [[0.0] * (block_size - 1) for _ in range(2)],
         "unigram_accepted": [[0.0] * (block_size - 1) for _ in range(2)],
         "unigram_survived": [[0.0] * (block_size - 1) for _ in range(2)],
+        "calibration": [[0.0] * BINS for _ in range(4)],
     }  # fmt: skip
     base = [float(p) for p in unigram] + [0.0] * (VOCABULARY - len(unigram))
     for sequence in chosen:
@@ -111,6 +113,14 @@ def oracle(model: Transformer, chosen: list[Sequence], block_size: int, unigram)
                     continue
                 p = causal(model, document[:position]).tolist()
                 sums["drafts"][place - 1] += 1
+                own = drafts[place].tolist()
+                likeliest = own.index(max(own))
+                tenth = next(
+                    number for number in range(BINS) if own[likeliest] <= (number + 1) / BINS
+                )
+                right, verified = likeliest == document[position], likeliest == p.index(max(p))
+                for row, value in enumerate((1, own[likeliest], right, verified)):
+                    sums["calibration"][row][tenth] += value
                 for name, q in (("accepted", drafts[place].tolist()), ("unigram_accepted", base)):
                     agrees = max(range(VOCABULARY), key=lambda v, p=p: p[v]) == max(
                         range(VOCABULARY), key=lambda v, q=q: q[v]
@@ -130,7 +140,9 @@ def check(scores: DraftScores, expected: dict) -> None:
         assert getattr(scores, name) == expected[name]
     for name in ("ar_loss", "unigram_loss", "diffusion_loss"):
         assert getattr(scores, name) == pytest.approx(expected[name], rel=1e-4)
-    for name in ("drafts", "accepted", "survived", "unigram_accepted", "unigram_survived"):
+    for name in (
+        "drafts", "accepted", "survived", "unigram_accepted", "unigram_survived", "calibration",
+    ):  # fmt: skip
         wanted = torch.tensor(expected[name], dtype=torch.float64)
         torch.testing.assert_close(getattr(scores, name), wanted, rtol=1e-3, atol=1e-4)
 
@@ -144,6 +156,8 @@ def test_scores_are_those_of_dense_loops(model, unigram, block_size):
     if block_size > 1:  # or the comparison would be between zeros
         assert min(expected["drafts"]) > 0
         assert 0 < sum(expected["accepted"][1]) < sum(expected["drafts"])
+        assert sum(count > 0 for count in expected["calibration"][0]) > 2
+        assert sum(expected["calibration"][0]) == sum(expected["drafts"])
 
 
 def test_rows_at_a_time_do_not_change_the_scores(model, unigram, monkeypatch):
@@ -191,3 +205,15 @@ def test_a_twin_without_drafts_gives_its_ar_loss(model, unigram):
 def test_a_unigram_of_another_vocabulary_is_refused(model):
     with pytest.raises(ValueError, match="2 tokens more than the model"):
         score_drafts(model, sequences(3), 3, torch.full((VOCABULARY + 2,), 1 / 16))
+
+
+def test_calibration_is_described_by_bin():
+    confidence = torch.tensor([0.05, 0.95, 0.91, 1.0], dtype=torch.float64)
+    right = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    bins = binned(confidence, right, verified=torch.ones(4, dtype=torch.float64))
+    found = describe(bins)
+    assert found["draft_calibration"]["drafts"] == [1, *[0] * 8, 3]
+    assert found["draft_calibration"]["right"] == [0.0, *[None] * 8, pytest.approx(2 / 3)]
+    assert found["draft_calibration"]["verified"] == [1.0, *[None] * 8, 1.0]
+    assert found["draft_calibration_error"] == pytest.approx((0.05 + (2.86 - 2)) / 4)
+    assert describe(empty_bins())["draft_calibration_error"] is None

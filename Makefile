@@ -1,7 +1,7 @@
 # One command each; `make help` lists them. Everything is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-eval demo test test-long lint format bench experiments clean
+.PHONY: help setup setup-extras demo test test-long lint format bench experiments clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-setup-eval: $(VENV)/.installed-eval ## what evals=tasks and evals=code need as well; their tests skip without
+setup-extras: $(VENV)/.installed-extras ## what evals=tasks, evals=code and filters need as well; their tests skip without
 
-$(VENV)/.installed-eval: $(STAMP)
-	$(PIP) --editable '.[dev,eval,code]'
+$(VENV)/.installed-extras: $(STAMP)
+	$(PIP) --editable '.[dev,eval,code,filters]'
 	@touch $@
 
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)

@@ -42,7 +42,11 @@ KILLS = (
     ("kill_data", 4, 80), ("kill_step", 1, 30), ("kill_writing", 1, 3),
     ("kill_before_rename", 1, 2), ("kill_after_rename", 1, 2), ("kill_eval", 1, 1),
 )  # fmt: skip
-"""Where SIGKILL strikes, and the least and the greatest number of the call it strikes at."""
+"""Where SIGKILL strikes, and the least and the greatest number of the call it strikes at, those in
+a step over all ranks."""
+ON_RANK_0 = ("kill_before_rename", "kill_after_rename")
+"""What only rank 0 does."""
+PER_STEP = ("kill_data", "kill_step")
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 DAMAGE = ("flipped", "truncated", "emptied", "deleted")
 
@@ -53,7 +57,7 @@ class Options:
     """SIGKILLs in one run, at places in turn and at random moments there."""
     seed: int = 0
     """Of the moments."""
-    processes: int = 1
+    processes: int = 2
     """Ranks; above 1 under torchrun."""
     parameters_m: int = 24
     """Millions of parameters of the model whose saving is timed."""
@@ -92,7 +96,10 @@ def survive_kills(data_dir: Path, folder: Path, options: Options) -> dict[str, A
     survived: dict[str, int] = {}
     for number in range(options.kills):
         kind, least, most = KILLS[number % len(KILLS)]
-        fault = f"{kind}:{rng.randint(least, most)}"
+        if kind in PER_STEP:
+            most = max(least, most // options.processes)
+        rank = 0 if kind in ON_RANK_0 else rng.randrange(options.processes)
+        fault = f"{kind}:{rng.randint(least, most)}:{rank}"
         process = launch("bench.faulty_train", data_dir, killed, options, fault=fault)
         process.communicate(timeout=600)
         if process.returncode == 0:
@@ -110,19 +117,38 @@ def survive_kills(data_dir: Path, folder: Path, options: Options) -> dict[str, A
     }
 
 
+def signal_run(process: subprocess.Popen[str], name: str, options: Options) -> None:
+    """Send a signal to the run: to its launcher, which hands it on, but SIGUSR1, by which torchrun
+    would be ended, to the ranks."""
+    receivers = [process.pid]
+    if options.processes > 1 and name == "SIGUSR1":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        receivers = [int(child) for child in children.split()]
+    for receiver in receivers:
+        os.kill(receiver, getattr(signal, name))
+
+
 def survive_signals(data_dir: Path, folder: Path, options: Options) -> dict[str, Any]:
     """Stop a run with each signal once it trains; each must save and be continued."""
-    run_dir, codes = folder / "signalled", []
+    run_dir, codes, saved = folder / "signalled", [], []
     for name in SIGNALS:
         process, before = launch("pipeline.train", data_dir, run_dir, options), lines_of(run_dir)
         while process.poll() is None and lines_of(run_dir) < before + 2:
             time.sleep(0.02)
-        process.send_signal(getattr(signal, name))
+        signal_run(process, name, options)
         process.communicate(timeout=600)
         codes.append(process.returncode)
+        newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+        marked = (run_dir / "interrupted").exists()
+        saved.append(marked and newest == f"step-{lines_of(run_dir):08d}")
     finish(launch("pipeline.train", data_dir, run_dir, options))
     found = compare(folder / "straight", run_dir, "loss")
-    return {"signals": list(SIGNALS), "codes": codes, "bit-equal after signals": found.equal}
+    return {
+        "signals": list(SIGNALS),
+        "saved at the last step": saved,
+        "codes of the launcher" if options.processes > 1 else "codes": codes,
+        "bit-equal after signals": found.equal,
+    }
 
 
 def eval_rows(run_dir: Path) -> list[tuple[Any, ...]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 HASH_CHUNK_BYTES = 1 << 20
+MAX_TEXT_BYTES = 64 << 20
+"""A config or another small text; what is larger is none, and is not read into memory."""
 
 
 @contextmanager
@@ -33,6 +35,16 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write UTF-8 `text` to `path`, all or nothing."""
     with written_atomically(path) as file:
         file.write(text.encode())
+
+
+def read_text_checked(path: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """The UTF-8 text of a file of at most `most` bytes; ValueError where it is larger."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
+        raise ValueError(f"it has more than the {most:,} bytes that a file of its kind may have")
+    return content.decode()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,20 @@ from numpy.typing import NDArray
 
 from data_prep.config import config_hash
 from data_prep.errors import UserError
-from data_prep.files import write_text_atomic
+from data_prep.files import read_text_checked, write_text_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
 SHARD_INDEX = "shard_index.npy"
+CONTAMINATED = "contaminated.jsonl"
+"""Documents that were removed for holding an eval's text; only where they were looked for."""
 CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
+MAX_BYTES = 512 << 20
+"""Of a manifest: some two million shards."""
+SHARD_NAME = re.compile(r"(train|heldout)/[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Manifest:
     train: Split
     heldout: Split
     documents: dict[str, Any]
-    """Documents read, packed, and refused by reason."""
+    """Documents read, packed, refused by reason, and filtered by rule."""
     shard_index_sha256: str = ""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each corpus in a mix, by name: documents, text_bytes and tokens in both splits, and
@@ -103,6 +110,10 @@ class Manifest:
     whose lengths then stand in the shards."""
     encoder: str = ""
     """How text was encoded, and on how much of it that was compared with the plain way."""
+
+    filters: dict[str, Any] = field(default_factory=dict)
+    """Where documents were filtered: datatrove's version, the evals looked for, and the hash of
+    the list of what held them."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -123,7 +134,7 @@ class Manifest:
                 "interrupted preparation by running it again"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text_checked(path, MAX_BYTES))
             version = values.get("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
@@ -136,11 +147,22 @@ class Manifest:
             for split in SPLITS:
                 shards = tuple(ShardInfo(**shard) for shard in values[split]["shards"])
                 values[split] = Split(**{**values[split], "shards": shards})
-            return cls(**values)
+            manifest = cls(**values)
+            manifest.check_names()
+            return manifest
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: damaged ({error}); prepare the data again") from error
+
+    def check_names(self) -> None:
+        """Raise ValueError for a name that would lead out of the data folder."""
+        names = [shard.name for split in self.splits.values() for shard in split.shards]
+        odd = [name for name in names if not SHARD_NAME.fullmatch(name)]
+        if not FILE_NAME.fullmatch(self.tokenizer.file):
+            odd.append(self.tokenizer.file)
+        if odd:
+            raise ValueError(f"{odd[0]!r} is no name of a file in it")
 
     def save(self, data_dir: Path) -> None:
         """Write `data_dir/manifest.json`, with a checksum over its values as the last entry."""

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.files import fsync_folder, sha256_of, write_text_atomic, written_atomically
+from data_prep.filters.identity import datatrove_version
+from data_prep.filters.screening import Screen, contaminated_lines
 from data_prep.manifest import (
+    CONTAMINATED,
     FORMAT_VERSION,
     SHARD_INDEX,
     SPLITS,
@@ -39,6 +43,7 @@ class _Totals:
     counts: dict[str, Count] = field(default_factory=lambda: {name: Count() for name in SPLITS})
     sources: dict[str, Count] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
     epochs: dict[str, float] = field(default_factory=dict)
 
 
@@ -100,6 +105,9 @@ def merge(
     _save_array(settings.output_dir / TOKEN_COUNTS, rests["train"].token_counts)
     index = np.concatenate([np.array(numbers, dtype=np.int64) for numbers in offsets])
     _save_array(settings.output_dir / SHARD_INDEX, index)
+    if settings.decontaminate.any:
+        lines = contaminated_lines(settings, tasks)
+        write_text_atomic(settings.output_dir / CONTAMINATED, "".join(f"{x}\n" for x in lines))
     manifest = make_manifest(settings, totals, splits, tokenizer, tokenizer_path)
     manifest.save(settings.output_dir)
     return manifest
@@ -113,14 +121,17 @@ def _sum(records: Sequence[Record]) -> _Totals:
         for name, own in sorted(record.sources.items()):
             totals.sources.setdefault(name, Count()).add(own)
         totals.refused.update(record.refused)
+        totals.filtered.update(record.filtered)
     return totals
 
 
 def _check_not_empty(settings: PrepareSettings, totals: _Totals) -> None:
     packed = sum(own.documents for own in totals.counts.values())
     if packed == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in totals.refused.items())
-        raise UserError(f"corpus: holds no text ({reasons or 'no documents'}); give another")
+        left_out = totals.refused + totals.filtered
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        what = "no text is left" if totals.filtered else "holds no text"
+        raise UserError(f"corpus: {what} ({reasons or 'no documents'}); give another")
     for name, own in totals.counts.items():
         if own.documents == 0:
             change = "raise" if name == "heldout" else "lower"
@@ -178,8 +189,9 @@ def make_manifest(
         train=splits["train"],
         heldout=splits["heldout"],
         documents={
-            "read": packed + totals.refused.total(),
+            "read": packed + totals.refused.total() + totals.filtered.total(),
             "packed": packed,
+            "filtered": dict(sorted(totals.filtered.items())),
             "refused": dict(sorted(totals.refused.items())),
         },
         shard_index_sha256=sha256_of(settings.output_dir / SHARD_INDEX),
@@ -188,7 +200,19 @@ def make_manifest(
             for name, own in sorted(totals.sources.items())
         },
         encoder=tokenizer.encoder,
+        filters=_filters(settings),
     )
+
+
+def _filters(settings: PrepareSettings) -> dict[str, Any]:
+    """What removed documents, beside the config: the manifest's `filters`."""
+    if not settings.screens:
+        return {}
+    found: dict[str, Any] = {"datatrove": datatrove_version()}
+    if settings.decontaminate.any:
+        found["evals"] = Screen.of(settings).evals.described()
+        found["contaminated_sha256"] = sha256_of(settings.output_dir / CONTAMINATED)
+    return found
 
 
 def _is_merging(folder: Path, key: str) -> bool:

@@ -9,13 +9,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST, SHARD_INDEX, SPLITS, TOKEN_COUNTS, Manifest
+from data_prep.manifest import (
+    CONTAMINATED,
+    MANIFEST,
+    SHARD_INDEX,
+    SPLITS,
+    TOKEN_COUNTS,
+    Manifest,
+)
 from data_prep.settings import PrepareSettings
 from data_prep.tasks import FOLDER
 from data_prep.tokenizers import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 
 TOKENIZER_FILES = {SENTENCEPIECE_FILE, HUGGINGFACE_FILE, HUGGINGFACE_CONFIG}
-OWN_NAMES = {*SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, FOLDER, *TOKENIZER_FILES}
+OWN_NAMES = {
+    *SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, CONTAMINATED, FOLDER, *TOKENIZER_FILES
+}  # fmt: skip
 """Everything that a prepared folder, finished or not, may hold beside temporary files."""
 
 
@@ -119,6 +128,8 @@ def remove_leftovers(manifest: Manifest, folder: Path) -> None:
     left behind and this one does not list."""
     kept = {shard.name for split in manifest.splits.values() for shard in split.shards}
     kept |= {MANIFEST, TOKEN_COUNTS, SHARD_INDEX, manifest.tokenizer.file}
+    if "contaminated_sha256" in manifest.filters:
+        kept.add(CONTAMINATED)
     if manifest.tokenizer.file == HUGGINGFACE_FILE:
         kept.add(HUGGINGFACE_CONFIG)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -6,11 +6,13 @@ jobs or machines share the tasks, in what order they end, or how often they are 
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from data_prep.config import config_hash
 from data_prep.corpora import Corpus, Part
 from data_prep.errors import UserError
+from data_prep.filters.identity import screening_identity
 from data_prep.manifest import FORMAT_VERSION
 from data_prep.settings import PrepareSettings
 from data_prep.tokenizers import Tokenizer
@@ -29,6 +31,8 @@ class Task:
     key: str
     """SHA-256 of everything that decides what comes out: config, tokenizer, and which bytes of
     which files, with their sizes and times."""
+    first_readings: tuple[tuple[int, int], ...] = ()
+    """Of each part: the task and the part in it that read the same text in the first epoch."""
 
 
 def plan_key(settings: PrepareSettings, tasks: Sequence[Task]) -> str:
@@ -50,6 +54,7 @@ def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer) 
     parts = corpus.parts(max(size // PARTS_OF_A_TASK, 1))
     random.Random(f"{settings.seed} parts").shuffle(parts)
     key = [FORMAT_VERSION, settings.config_hash, tokenizer.sha256]
+    key += screening_identity(settings, parts)
     tasks: list[Task] = []
     own: list[Part] = []
     for number, part in enumerate(parts, 1):
@@ -59,7 +64,20 @@ def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer) 
             task_key = config_hash([*key, len(tasks), described])
             tasks.append(Task(len(tasks), tuple(own), task_key))
             own = []
-    return tasks
+    return _with_first_readings(tasks)
+
+
+def _with_first_readings(tasks: Sequence[Task]) -> list[Task]:
+    def text(part: Part) -> tuple[Any, ...]:
+        return part.source, part.names, part.start, part.end
+
+    first = {
+        text(part): (task.number, number)
+        for task in tasks
+        for number, part in enumerate(task.parts)
+        if part.epoch == 0
+    }
+    return [replace(t, first_readings=tuple(first[text(p)] for p in t.parts)) for t in tasks]
 
 
 def task_bytes(settings: PrepareSettings, corpus: Corpus) -> int:

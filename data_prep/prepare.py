@@ -8,8 +8,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from data_prep.cli import run
-from data_prep.corpora import open_corpus
+from data_prep.corpora import Corpus, open_corpus
 from data_prep.errors import UserError
+from data_prep.filters.screening import find_copies, is_screened, screen_task
 from data_prep.layout import RESPONSE
 from data_prep.manifest import MANIFEST, Manifest
 from data_prep.merging import finished_records, merge
@@ -26,6 +27,7 @@ from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, su
 from data_prep.progress import Progress
 from data_prep.settings import PrepareSettings
 from data_prep.stats import describe_data
+from data_prep.tasks import run_task
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify_data
 from data_prep.workers import run_tasks
@@ -88,12 +90,39 @@ def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifes
         clear_finished(folder)
         tokenizer_path = tokenizer.save(folder)
         note_trained(settings, corpus, tokenizer_path)
+    if not screened(settings, tasks, own, corpus, tokenizer, tokenizer_path):
+        return None
     records = finished_records(settings, tasks)
     if done := sum(record is not None for record in records):
         print(f"{done} of {len(tasks)} tasks are done already", flush=True)
     unfinished = [task for task in own if records[task.number] is None]
-    run_tasks(unfinished, settings, corpus, tokenizer, tokenizer_path, Progress().add)
+    work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
+    run_tasks(run_task, unfinished, *work)
     return put_together(settings, tasks, tokenizer, tokenizer_path)
+
+
+def screened(
+    settings: PrepareSettings, tasks: list[Task], own: list[Task], corpus: Corpus,
+    tokenizer: Tokenizer, tokenizer_path: Path,
+) -> bool:  # fmt: skip
+    """Decide which documents to leave out; whether that is known now of all tasks."""
+    if not settings.screens:
+        return True
+    unscreened = [task for task in own if not is_screened(settings, task)]
+    if unscreened:
+        print(f"screening {len(unscreened)} of {len(own)} tasks ...", flush=True)
+    work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
+    run_tasks(screen_task, unscreened, *work)
+    done = sum(is_screened(settings, task) for task in tasks)
+    if done < len(tasks):
+        print(
+            f"{done} of {len(tasks)} tasks are screened; when all are, start the same jobs once "
+            "more to pack them"
+        )
+        return False
+    with taking_turns(settings.output_dir):
+        find_copies(settings, tasks)
+    return True
 
 
 def put_together(

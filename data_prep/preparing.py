@@ -1,6 +1,7 @@
 """The steps of `tidar-prepare` around its tasks: the tokenizer, its encoder, the summary."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -128,4 +129,6 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
         )
     for reason, count in manifest.documents["refused"].items():
         lines.append(f"refused: {count:,} documents, {reason}")
+    for rule, count in Counter(manifest.documents.get("filtered", {})).most_common():
+        lines.append(f"filtered: {count:,} documents, {rule}")
     return "\n".join([*lines, f"{folder} prepared in {seconds:.1f} s"])

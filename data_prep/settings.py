@@ -11,10 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.block_sizes import BlockSizes
 from data_prep.config import config_hash, parse
 from data_prep.errors import UserError
+from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
 from data_prep.layout import LOSS_SPANS
 from data_prep.packing import PACKINGS
+from data_prep.secrets import without_secrets
 
-GROUPS = ("corpus", "tokenizer", "layout")
+GROUPS = ("corpus", "filters", "dedup", "decontaminate", "tokenizer", "layout")
 IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
 """Keys that do not change what is written."""
 
@@ -133,6 +135,9 @@ class PlainKeys:
 class PrepareSettings(PlainKeys):
     """Everything `tidar-prepare` is told, but the corpus, which its reader checks."""
 
+    filters: FiltersConfig
+    dedup: DedupConfig
+    decontaminate: DecontaminateConfig
     tokenizer: TokenizerConfig
     layout: LayoutConfig
     resolved: dict[str, Any]
@@ -146,10 +151,18 @@ class PrepareSettings(PlainKeys):
         values["output_dir"] = values["output_dir"].expanduser()
         return cls(
             **values,
+            filters=parse(FiltersConfig, cfg.filters, "filters"),
+            dedup=parse(DedupConfig, cfg.dedup, "dedup"),
+            decontaminate=parse(DecontaminateConfig, cfg.decontaminate, "decontaminate"),
             tokenizer=parse(TokenizerConfig, cfg.tokenizer, "tokenizer"),
             layout=parse(LayoutConfig, cfg.layout, "layout"),
-            resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            resolved=without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         )
+
+    @property
+    def screens(self) -> bool:
+        """Whether documents are looked at, and perhaps left out, before any is packed."""
+        return self.filters.any or self.dedup.any or self.decontaminate.any
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ smallest unsigned type. Where prompts are told apart, `prompt_lengths.npy` [n, D
 import hashlib
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from data_prep.files import written_atomically
 from data_prep.layout import COLUMNS, Layout
 from data_prep.manifest import ShardInfo
 
+MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued)\.npy")
 MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
 PROMPTS = "prompt_lengths.npy"
 
@@ -184,7 +186,7 @@ class ShardReader:
             if len(content) < end - start:
                 raise EOFError("it ends early")
             return decode_group(tar_members(content))
-        except (OSError, ValueError, IndexError, EOFError, tarfile.TarError) as error:
+        except (OSError, ValueError, IndexError, EOFError, MemoryError, tarfile.TarError) as error:
             raise damaged(self.path, error) from error
 
     def close(self) -> None:
@@ -202,9 +204,20 @@ def tar_members(content: bytes) -> dict[str, bytes]:
     members = {}
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in tar:
+            check_member(member)
             name = member.name.partition(".")[2]
             members[name] = content[member.offset_data : member.offset_data + member.size]
     return members
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raise ValueError for anything that `write_shard` never writes: a link, a device, a folder, an
+    extended header, or a name that is not that of an array of a group."""
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.pax_headers
+    if not plain:
+        raise ValueError(f"member {member.name!r} is no plain file")
+    if not MEMBER_NAME.fullmatch(member.name):
+        raise ValueError(f"member {member.name!r} has a name that no shard has")
 
 
 def group_offsets(path: Path) -> list[int]:
@@ -214,9 +227,10 @@ def group_offsets(path: Path) -> list[int]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                check_member(member)
                 starts.setdefault(member.name.partition(".")[0], member.offset)
                 end = member.offset_data + -(-member.size // 512) * 512
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise damaged(path, error) from error
     return [*starts.values(), end]
 
@@ -225,11 +239,12 @@ def read_shard(path: Path) -> Iterator[PackedSequence]:
     """All sequences of a shard in order, through webdataset; UserError when damaged."""
     import webdataset  # here, for it imports torch
 
+    group_offsets(path)  # webdataset passes over members that no shard has
     dataset = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
     try:
         for sample in dataset:
             yield from decode_group(sample)
-    except (OSError, ValueError, EOFError, tarfile.TarError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, tarfile.TarError) as error:
         raise damaged(path, error) from error
 
 

@@ -41,6 +41,8 @@ def describe_data(folder: Path) -> str:
         )
     for reason, count in Counter(manifest.documents["refused"]).most_common():
         lines.append(f"refused: {count:,} of {manifest.documents['read']:,} documents, {reason}")
+    for rule, count in Counter(manifest.documents.get("filtered", {})).most_common():
+        lines.append(f"filtered: {count:,} of {manifest.documents['read']:,} documents, {rule}")
     return "\n".join(lines)
 
 

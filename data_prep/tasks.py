@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_prep.corpora import Corpus, Document
 from data_prep.encoding import encode_documents
 from data_prep.files import write_text_atomic, written_atomically
+from data_prep.filters.screening import Removals
 from data_prep.layout import RESPONSE
 from data_prep.manifest import SPLITS, ShardInfo
 from data_prep.packing import Piece
@@ -59,6 +60,18 @@ class Record:
     """By split."""
     sources: dict[str, Count] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Documents that a rule removed, by rule."""
+
+
+@dataclass
+class LeftOut:
+    """Documents that are not packed."""
+
+    refused: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    filtered: Counter[str] = field(default_factory=Counter)
+    """By rule."""
 
 
 def run_task(
@@ -69,15 +82,16 @@ def run_task(
     record = Record(task.key, Written())
     writer = SplitWriter(settings, "train", tokenizer, task.number)
     held_out: list[Piece] = []
-    repeated: Counter[str] = Counter()
-    for split, piece in _pieces(task, settings, corpus, tokenizer, record, repeated, report):
+    left_out = LeftOut()
+    for split, piece in _pieces(task, settings, corpus, tokenizer, record, left_out, report):
         if split == "train":
             writer.add(piece)
         else:
             held_out.append(piece)
     prefix = f"{task.number:06d}-"
     record.train, rests = writer.finish(folder, prefix, keep_rests=True)
-    record.refused = dict(sorted((corpus.refused + repeated).items()))
+    record.refused = dict(sorted(left_out.refused.items()))
+    record.filtered = dict(sorted(left_out.filtered.items()))
     pieces = {"train": rests, "heldout": held_out}
     _save_rests(rests_path(folder, task), pieces, writer.token_counts, tokenizer)
     write_text_atomic(record_path(folder, task), json.dumps(asdict(record)))
@@ -85,12 +99,12 @@ def run_task(
 
 def _pieces(
     task: Task, settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer,
-    record: Record, repeated: Counter[str], report: Report,
+    record: Record, left_out: LeftOut, report: Report,
 ) -> Iterator[tuple[str, Piece]]:  # fmt: skip
     """The split and ids of every document of the task, with its end token; counted in `record`."""
     apart = settings.layout.loss_span == RESPONSE
     since = Count()
-    documents = _unrepeated(task, settings, corpus, repeated)
+    documents = _kept(task, settings, corpus, left_out)
     for document in encode_documents(documents, tokenizer):
         split = settings.split_of(document.id)
         ids = np.empty(len(document.ids) + 1, dtype=tokenizer.dtype)
@@ -107,21 +121,24 @@ def _pieces(
     report(since.documents, since.text_bytes, since.tokens)
 
 
-def _unrepeated(
-    task: Task, settings: PrepareSettings, corpus: Corpus, repeated: Counter[str]
+def _kept(
+    task: Task, settings: PrepareSettings, corpus: Corpus, left_out: LeftOut
 ) -> Iterator[Document]:
-    """The task's documents; of later epochs only those of the train split, the others counted."""
-    first = [part for part in task.parts if part.epoch == 0]
-    later = [part for part in task.parts if part.epoch > 0]
-    yield from corpus.documents(first)
-    if later:
-        refused = Counter(corpus.refused)
-        for document in corpus.documents(later):
-            if settings.split_of(document.id) == "train":
-                yield document
+    """The task's documents but those that a rule removed; of later epochs only those of the train
+    split. The others are counted."""
+    removals = Removals(settings, task)
+    # The first epoch before later ones.
+    for number in sorted(range(len(task.parts)), key=lambda n: task.parts[n].epoch > 0):
+        part = task.parts[number]
+        removed = removals.of(number)
+        for place, document in enumerate(corpus.documents([part])):
+            if place in removed:
+                left_out.filtered[removed[place]] += 1
+            elif part.epoch and settings.split_of(document.id) != "train":
+                left_out.refused[HELD_OUT_ALREADY] += 1
             else:
-                repeated[HELD_OUT_ALREADY] += 1
-        corpus.refused.update(refused)
+                yield document
+        left_out.refused.update(corpus.refused)
 
 
 def record_path(folder: Path, task: Task) -> Path:
@@ -156,6 +173,7 @@ def load_record(folder: Path, task: Task, moved: Callable[[ShardInfo], bool]) ->
         counts={name: Count(**own) for name, own in values["counts"].items()},
         sources={name: Count(**own) for name, own in values["sources"].items()},
         refused=values["refused"],
+        filtered=values["filtered"],
     )
 
 

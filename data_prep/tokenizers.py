@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data_prep.bpe_lines import SPACE_SIGN, boundary_of, is_bpe, plain_pieces, runs_of_lines
 from data_prep.errors import UserError
-from data_prep.files import sha256_of, write_text_atomic, written_atomically
+from data_prep.files import read_text_checked, sha256_of, write_text_atomic, written_atomically
 from data_prep.manifest import TokenizerInfo
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -286,7 +286,7 @@ def _configured_eos(path: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads(read_text_checked(config)).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config}: not a JSON object ({error}); mend or remove it") from error
     return token.get("content") if isinstance(token, dict) else token

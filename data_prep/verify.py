@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
 from data_prep.layout import RESPONSE
-from data_prep.manifest import MANIFEST, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo, Split
+from data_prep.manifest import (
+    CONTAMINATED,
+    MANIFEST,
+    SHARD_INDEX,
+    TOKEN_COUNTS,
+    Manifest,
+    ShardInfo,
+    Split,
+)
 from data_prep.shards import PackedSequence, group_offsets, read_shard
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
@@ -40,6 +48,8 @@ def verify_data(folder: Path) -> str:
     _check_hash(tokenizer_path, manifest.tokenizer.sha256)
     _check_hash(folder / TOKEN_COUNTS, manifest.token_counts_sha256)
     _check_hash(folder / SHARD_INDEX, manifest.shard_index_sha256)
+    if listed := manifest.filters.get("contaminated_sha256"):
+        _check_hash(folder / CONTAMINATED, listed)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.info(tokenizer_path) != manifest.tokenizer:
         raise UserError(
@@ -61,7 +71,8 @@ def _check_documents(folder: Path, manifest: Manifest) -> None:
     """No document may be lost between what was read and what was packed or refused."""
     documents = manifest.documents
     packed = sum(split.documents for split in manifest.splits.values())
-    if (packed, packed + sum(documents["refused"].values())) != (
+    left_out = sum(documents["refused"].values()) + sum(documents.get("filtered", {}).values())
+    if (packed, packed + left_out) != (
         documents["packed"],
         documents["read"],
     ):

@@ -9,7 +9,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -20,19 +20,21 @@ from data_prep.corpora import Corpus
 from data_prep.errors import UserError
 from data_prep.plan import Task
 from data_prep.settings import PrepareSettings
-from data_prep.tasks import Report, run_task
+from data_prep.tasks import Report
 from data_prep.tokenizers import Tokenizer, load_encoder
 
+Job = Callable[[Task, PrepareSettings, Corpus, Tokenizer, Report], None]
+"""What is done for a task: a function of a module, so that it can be sent to a process."""
 Message = tuple[Any, ...]
 """`("progress", documents, bytes, tokens)`, `("done",)`, or what ended the worker: `("mistake",
 text)`, `("system", errno, text)`, `("fault", traceback)`."""
 
 
 def run_tasks(
-    tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer,
-    tokenizer_path: Path, report: Report,
+    job: Job, tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus,
+    tokenizer: Tokenizer, tokenizer_path: Path, report: Report,
 ) -> None:  # fmt: skip
-    """Do all `tasks`, up to `settings.workers` at a time; one worker is this process itself.
+    """Do `job` for all `tasks`, up to `settings.workers` at a time; one is this process itself.
 
     Raises:
         UserError: for what is wrong with the text, or when a worker process dies.
@@ -40,13 +42,13 @@ def run_tasks(
     count = min(settings.workers, len(tasks))
     if count <= 1:
         for task in tasks:
-            run_task(task, settings, corpus, tokenizer, report)
+            job(task, settings, corpus, tokenizer, report)
         return
     waiting = deque(tasks)
     workers: dict[Connection, Worker] = {}
     try:
         for _ in range(count):
-            worker = Worker(settings, corpus, tokenizer_path, tokenizer.encoder)
+            worker = Worker(job, settings, corpus, tokenizer_path, tokenizer.encoder)
             workers[worker.pipe] = worker
             worker.send(waiting.popleft())
         busy = set(workers)
@@ -70,11 +72,12 @@ class Worker:
     if this process is killed: none is ever left behind."""
 
     def __init__(
-        self, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path, encoder: str
-    ) -> None:
+        self, job: Job, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path,
+        encoder: str,
+    ) -> None:  # fmt: skip
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, settings, corpus, tokenizer_path, encoder)
+        arguments = (theirs, job, settings, corpus, tokenizer_path, encoder)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         with _ctrl_c_not_inherited():
             self.process.start()
@@ -137,8 +140,9 @@ def _ctrl_c_not_inherited() -> Iterator[None]:
 
 
 def _serve(
-    pipe: Connection, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path, encoder: str
-) -> None:
+    pipe: Connection, job: Job, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path,
+    encoder: str,
+) -> None:  # fmt: skip
     """The worker's main function. A thread waits for tasks, so that the end of the pipe is noticed
     in the middle of one."""
     tasks: deque[Task] = deque()
@@ -160,7 +164,7 @@ def _serve(
         tokenizer = load_encoder(tokenizer_path, encoder)
         while True:
             there.acquire()
-            run_task(tasks.popleft(), settings, corpus, tokenizer, report)
+            job(tasks.popleft(), settings, corpus, tokenizer, report)
             pipe.send(("done",))
     except UserError as error:
         pipe.send(("mistake", str(error)))

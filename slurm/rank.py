@@ -37,16 +37,13 @@ def link_logs(folder: Path, rank: str) -> None:
 def train_and_tell() -> int:
     from data_prep.cli import run
     from pipeline.train import train
-    from pipeline.training.signals import EXIT_SAVED
+    from pipeline.training.signals import EXIT_CODE_FILE, EXIT_SAVED, leave_code
 
+    # Also for the watchdog, which ends the process by itself.
+    os.environ[EXIT_CODE_FILE] = str(Path(os.environ["TIDAR_START_DIR"]) / "exit-code")
     code = run("train", train)
     if code:
-        # The first rank to end tells; the rest are often ended by torchrun because of it.
-        with (
-            contextlib.suppress(FileExistsError),
-            open(Path(os.environ["TIDAR_START_DIR"]) / "exit-code", "x") as file,
-        ):
-            file.write(str(code))
+        leave_code(code)
     return 0 if code == EXIT_SAVED else code
 
 

@@ -48,7 +48,10 @@ class TextTarCorpus(Corpus):
         try:
             with open_binary(path) as raw, tarfile.open(fileobj=raw, mode="r|*") as tar:
                 for member in tar:
-                    if not member.isfile():
+                    if member.isdir():
+                        continue
+                    if odd := _odd(member):
+                        self.refused[odd] += 1
                         continue
                     folder, slash, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
@@ -85,3 +88,13 @@ class TextTarCorpus(Corpus):
             if not isinstance(text, str):
                 raise UserError(f"{path}: sample {identity}: field {field!r} is not text")
         yield Document(identity, text)
+
+
+def _odd(member: tarfile.TarInfo) -> str | None:
+    """Why a member is refused: nothing is ever unpacked, but what is odd is nobody's text."""
+    if not member.isreg() or member.issparse():
+        return "link or device"
+    parts = member.name.split("/")
+    if member.name.startswith("/") or ".." in parts or not member.name.isprintable():
+        return "odd member name"
+    return None

@@ -2,10 +2,11 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.batch import Batch, make_batch, section_length
+from pipeline.data.order import numbers_after
 from pipeline.data.source import SequenceSource
 
 READ_AHEAD_STEPS = 2
@@ -26,22 +27,32 @@ class Share:
         """Sequences in an optimizer step."""
         return self.micro_batch_size * self.accumulation_steps * self.world_size
 
-    def numbers(self, sequences_seen: int) -> list[list[int]]:
+    def numbers(
+        self, sequences_seen: int, left_out: Sequence[tuple[int, int]] = ()
+    ) -> list[list[int]]:
         """Order numbers of the sequences of each round of the step after `sequences_seen`."""
+        step = numbers_after(sequences_seen, self.global_batch_size, left_out)
         size = self.micro_batch_size
         starts = (
-            sequences_seen + (step * self.world_size + self.rank) * size
-            for step in range(self.accumulation_steps)
+            (number * self.world_size + self.rank) * size
+            for number in range(self.accumulation_steps)
         )
-        return [list(range(start, start + size)) for start in starts]
+        return [step[start : start + size] for start in starts]
 
 
 def step_batches(
-    source: SequenceSource, share: Share, sequences_seen: int, *, with_slots: bool
+    source: SequenceSource,
+    share: Share,
+    sequences_seen: int,
+    *,
+    with_slots: bool,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> Generator[list[Batch]]:
     """Yield, without end, the micro-batches of one optimizer step after another.
 
     A thread reads ahead; what goes wrong there is raised here. Close the generator to end it.
+    Sequences whose order numbers lie in the ranges `left_out` never come; the order of all others
+    stays.
     """
     length = source.manifest.sequence_length
     slots = section_length(length, source.coverage, source.block_size) if with_slots else 0
@@ -52,9 +63,9 @@ def step_batches(
         while True:
             yield [
                 make_batch([source[n] for n in numbers], mask_token_id, slots)
-                for numbers in share.numbers(seen)
+                for numbers in share.numbers(seen, left_out)
             ]
-            seen += share.global_batch_size
+            seen = numbers_after(seen, share.global_batch_size, left_out)[-1] + 1
 
     return ahead(read(), READ_AHEAD_STEPS)
 

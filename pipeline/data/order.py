@@ -13,6 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def numbers_after(position: int, count: int, left_out: Sequence[tuple[int, int]]) -> list[int]:
+    """The next `count` order numbers from `position` on, without those that are left out.
+
+    Args:
+        position: the first that may be taken.
+        count: how many.
+        left_out: ranges (first, behind the last), sorted and disjoint.
+    """
+    numbers: list[int] = []
+    for first, end in left_out:
+        if position < first:
+            numbers.extend(range(position, min(first, position + count - len(numbers))))
+            if len(numbers) == count:
+                return numbers
+        position = max(position, end)
+    numbers.extend(range(position, position + count - len(numbers)))
+    return numbers
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the n-th sequence stands."""

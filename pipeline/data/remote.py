@@ -20,7 +20,7 @@ from typing import IO
 
 from data_prep.errors import UserError
 from data_prep.files import fsync_folder, write_text_atomic, written_atomically
-from data_prep.manifest import MANIFEST, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo
+from data_prep.manifest import MANIFEST, MAX_BYTES, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo
 from data_prep.tokenizers import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
 
 ORIGIN = "origin.json"
@@ -28,6 +28,8 @@ ORIGIN = "origin.json"
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 CHUNK_BYTES = 1 << 20
+MAX_SIDE_BYTES = 16 << 30
+"""Of the tokenizer, the counts and the index, whose sizes the manifest does not say."""
 
 
 def is_remote(place: str) -> bool:
@@ -82,22 +84,26 @@ def local_shard(folder: Path, shard: ShardInfo, cache_bytes: int | None = None) 
     with _locked(path.with_suffix(".lock")):
         if not path.exists():
             url = json.loads((folder / ORIGIN).read_text())["url"]
-            _copy(f"{url}/{shard.name}", path, shard.sha256)
+            _copy(f"{url}/{shard.name}", path, shard.sha256, shard.bytes)
     os.utime(path)
     if cache_bytes is not None:
         _evict(folder, path, cache_bytes)
     return path
 
 
-def _copy(url: str, path: Path, sha256: str | None) -> None:
-    """Copy a file, all or nothing, with its hash checked where it is known."""
+def _copy(url: str, path: Path, sha256: str | None, most: int = MAX_SIDE_BYTES) -> None:
+    """Copy a file of at most `most` bytes, all or nothing, its hash checked where it is known."""
     if path.exists():
         return
     for attempt in range(ATTEMPTS):
         digest = hashlib.sha256()
         try:
             with _opened(url) as source, written_atomically(path) as target:
+                size = 0
                 while chunk := source.read(CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > most:
+                        raise OSError(f"it has more than {most:,} bytes")
                     digest.update(chunk)
                     target.write(chunk)
                 if sha256 is not None and digest.hexdigest() != sha256:
@@ -111,9 +117,11 @@ def _small_file(url: str) -> bytes:
     for attempt in range(ATTEMPTS):
         try:
             with _opened(url) as source:
-                content = source.read()
+                content = source.read(MAX_BYTES + 1)
             if not content:
                 raise OSError("it is empty")
+            if len(content) > MAX_BYTES:
+                raise OSError(f"it has more than the {MAX_BYTES:,} bytes of a manifest")
             return content
         except Exception as error:
             _wait_or_raise(url, attempt, error)

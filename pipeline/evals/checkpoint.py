@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
+from data_prep.files import read_text_checked
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read_text_checked(path))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: damaged ({error}); use another checkpoint") from error
     return content if isinstance(content, dict) else {}

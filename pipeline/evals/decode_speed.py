@@ -7,6 +7,7 @@ every acceptance, and the AR loss with them.
 """
 
 import statistics
+from collections.abc import Iterator
 from functools import reduce
 from operator import add
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.source import Sequence
 from pipeline.decoding.methods import LOOKUP_TOKENS, PROPOSED
 from pipeline.decoding.settings import load_draft_model
 from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.heldout import HeldOut
+from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, score_drafts
@@ -28,7 +31,12 @@ NEED_A_MASK = ("tidar", "tidar_chosen", "block_diffusion")
 
 
 def evaluate_decode_speed(
-    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World, step: int | None
+    model: Transformer,
+    heldout: HeldOut,
+    config: DecodeSpeedConfig,
+    world: World,
+    step: int | None,
+    check: Check = never,
 ) -> list[dict[str, Any]]:
     """One row for each (method, temperature), equal on all ranks; keys as in `docs/metrics.md`.
 
@@ -41,6 +49,8 @@ def evaluate_decode_speed(
         config: how many of them, and how they are decoded.
         world: the ranks that share the work.
         step: optimizer step, copied into the rows; None where it is not known.
+        check: called between generations and sequences, equally often on all ranks; what it raises
+            ends the eval there.
 
     Raises:
         UserError: when no held-out document is long enough, or a prompt and its continuation do
@@ -52,10 +62,10 @@ def evaluate_decode_speed(
     methods = methods_of(model, config)
     measured = measure(
         model, prompts, categories, methods, config, block_size, world,
-        draft_model_of(model, heldout, config),
+        draft_model_of(model, heldout, config), check,
     )  # fmt: skip
     unigram = heldout.unigram()
-    scores = score_heldout(model, heldout, config, world)
+    scores = score_heldout(model, heldout, config, world, check)
     rows = []
     for temperature in config.temperatures:
         for method in methods:
@@ -66,10 +76,14 @@ def evaluate_decode_speed(
 
 
 def score_heldout(
-    model: Transformer, heldout: HeldOut, config: DecodeSpeedConfig, world: World
+    model: Transformer,
+    heldout: HeldOut,
+    config: DecodeSpeedConfig,
+    world: World,
+    check: Check = never,
 ) -> DraftScores:
     """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
-    call it together with the same weights."""
+    call it together with the same weights. `check` as in `evaluate_decode_speed`."""
     drafts = model.config.mask_token_id is not None
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     sequences = heldout.sequences(
@@ -81,8 +95,19 @@ def score_heldout(
         world_size=world.size,
     )
     probabilities = torch.from_numpy(heldout.unigram().probabilities).float()
-    own = score_drafts(model, sequences, block_size, probabilities)
+    total = min(config.score_sequences, heldout.manifest.heldout.sequences)
+    checked = _checked(sequences, -(-total // world.size), check)
+    own = score_drafts(model, checked, block_size, probabilities)
     return reduce(add, world.gather(own))
+
+
+def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
+    """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
+    for _ in range(rounds):
+        check()
+        sequence = next(sequences, None)
+        if sequence is not None:
+            yield sequence
 
 
 def draft_model_of(

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import product
 from operator import add
 
 import torch
@@ -17,6 +18,7 @@ from pipeline.decoding.methods import step_shape
 from pipeline.decoding.step import StepShape
 from pipeline.distributed import World
 from pipeline.evals.divergence import divergence_gap
+from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.evals.totals import MethodTotals
 from pipeline.model.transformer import Transformer
@@ -83,12 +85,15 @@ def measure(
     block_size: int,
     world: World,
     draft_model: Transformer | None = None,
+    check: Check = never,
 ) -> dict[Key, Measured]:
     """Decode this rank's prompts by every method at every temperature; sums over all ranks.
 
     Methods take turns at going first, prompt by prompt, and repeats go round all prompts, so that
-    a slow spell of the machine meets all alike. First calls are not timed.
+    a slow spell of the machine meets all alike. First calls are not timed. `check` is called
+    before each generation, also by a rank that has no prompt left in the last round.
     """
+    check()
     own = range(world.rank, len(prompts), world.size)
     keys = [(method, t) for t in config.temperatures for method in methods]
     shapes = choose_shapes(model, prompts, methods, config, block_size, world)
@@ -96,25 +101,32 @@ def measure(
         key: Measured([MethodTotals() for _ in range(config.repeats)], shape=shapes[key])
         for key in keys
     }
+    decoders: dict[Key, Decoder] = {}
     if own:
         decoders = {
             key: Decoder(model, key, [prompts[n] for n in own], config, shapes[key], draft_model)
             for key in keys
         }
-        for decoder in decoders.values():
-            decoder.run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
-        for repeat in range(config.repeats):
-            for turn, number in enumerate(own):
-                order = methods if turn % 2 == 0 else methods[::-1]
-                for temperature in config.temperatures:
-                    runs = {
-                        method: decoders[method, temperature].run(turn, number) for method in order
-                    }
-                    _add(found, model, runs, temperature, repeat, prompts[number])
-                    if repeat == 0 and categories[number] is not None:
-                        _add_category(found, runs, temperature, str(categories[number]))
-        for key, decoder in decoders.items():
-            found[key].peak_bytes = decoder.peak_bytes
+    for key in keys:
+        check()
+        if own:
+            decoders[key].run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
+    rounds = -(-len(prompts) // world.size)
+    for repeat, turn in product(range(config.repeats), range(rounds)):
+        order = methods if turn % 2 == 0 else methods[::-1]
+        for temperature in config.temperatures:
+            runs = {}
+            for method in order:
+                check()
+                if turn < len(own):
+                    runs[method] = decoders[method, temperature].run(turn, own[turn])
+            if runs:
+                _add(found, model, runs, temperature, repeat, prompts[own[turn]])
+                category = categories[own[turn]]
+                if repeat == 0 and category is not None:
+                    _add_category(found, runs, temperature, category)
+    for key, decoder in decoders.items():
+        found[key].peak_bytes = decoder.peak_bytes
     parts = world.gather(found)
     return {key: reduce(add, (part[key] for part in parts)) for key in keys}
 

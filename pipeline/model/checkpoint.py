@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.files import read_text_checked
 from data_prep.tokenizers import load_tokenizer
 from pipeline.model.checkpoint_files import verify_file_list
 from pipeline.model.config import ModelConfig
@@ -38,10 +39,10 @@ def newest_checkpoint(folder: Path) -> Path:
     """The checkpoint that `latest` names in `folder`, a run's `checkpoints`."""
     latest = folder / LATEST
     try:
-        name = latest.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
+        name = read_text_checked(latest).strip()
+    except (OSError, ValueError) as error:
         raise UserError(f"{latest}: cannot be read, so the run has no checkpoint yet") from error
-    if not name or not (folder / name).is_dir():
+    if not name or Path(name).name != name or not (folder / name).is_dir():
         raise UserError(f"{latest}: names {name!r}, which is not there; give another checkpoint")
     return folder / name
 
@@ -80,7 +81,7 @@ def open_checkpoint(folder: Path) -> Source:
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(read_text_checked(path))
         if state["identity"]["precision"] not in DTYPES:
             raise ValueError(f"precision {state['identity']['precision']!r} is unknown")
         return {"identity": state["identity"], "step": state["step"], "tokens": state["tokens"]}
@@ -90,7 +91,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _read_module(path: Path) -> Iterator[NamedWeight]:
     # Mapped, not read: pages come in as tensors are copied.
-    module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["module"]
+    module = load_checked(path, mmap=True, tensors_only=True)["module"]
     for name, tensor in module.items():
         yield NamedWeight(name, path, tensor.shape, tensor.contiguous)
 
@@ -102,7 +103,7 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
     parameters in memory; the slice mappings beside the partitions serve both stages.
     """
     _import_deepspeed()  # unpickling needs its classes
-    shapes = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)["param_shapes"]
+    shapes = load_checked(whole, mmap=True)["param_shapes"]
     ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
     for group, parameters in enumerate(shapes):
         for name, shape in parameters.items():
@@ -130,6 +131,8 @@ def _rank(path: Path) -> int:
 def _read_stage3(folder: Path) -> Iterator[NamedWeight]:
     """The fp32 weights under ZeRO 3, put together tensor by tensor by DeepSpeed's converter."""
     _import_deepspeed()
+    for path in sorted(folder.glob("*.pt")):
+        load_checked(path, mmap=True)  # the converter unpickles whatever it finds there
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It reports on stdout, where text that a model writes must stand alone.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.files import read_text_checked
 from pipeline.model.rotary import check_scaling
 
 
@@ -117,7 +118,7 @@ class ModelConfig:
     def load(cls, path: Path) -> "ModelConfig":
         """Read `path`, a JSON file written by `save`; raises UserError naming it when damaged."""
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(read_text_checked(path))
             known = {field.name for field in fields(cls)}
             return cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.files import read_text_checked
 from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from pipeline.model.config import ModelConfig
 from pipeline.model.source import EMBEDDING, NamedWeight, Source
@@ -277,7 +278,7 @@ def _tokenizer(folder: Path, tidar: dict[str, Any] | None) -> Tokenizer:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text_checked(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: missing or not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -18,14 +18,17 @@ def allowed_classes() -> list[Any]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, set]
 
 
-def load_checked(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """torch.load with `weights_only`, and DeepSpeed's few plain classes allowed.
+def load_checked(
+    path: Path, *, map_location: Any = "cpu", mmap: bool = False, tensors_only: bool = False
+) -> Any:
+    """torch.load with `weights_only`, and DeepSpeed's few plain classes allowed, unless
+    `tensors_only`: then DeepSpeed is not imported, either.
 
     Raises:
         UserError: when the file holds anything else, or cannot be read.
     """
     try:
-        with torch.serialization.safe_globals(allowed_classes()):
+        with torch.serialization.safe_globals([] if tensors_only else allowed_classes()):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except Exception as error:
         reason = first_line(error)

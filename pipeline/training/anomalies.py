@@ -2,22 +2,30 @@
 
 import statistics
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation times this estimates the standard deviation of a normal sample."""
 FEWEST = 16
 """Values before a score means anything."""
+REPORT, SKIP, ROLLBACK = "report", "skip", "rollback"
 
 
 @dataclass(frozen=True)
 class AnomalyConfig:
     max_skipped_in_a_row: int = 5
-    """Steps with a non-finite loss or gradient in a row that are skipped; one more ends the run."""
+    """Steps in a row that are skipped; one more ends the run."""
     spike_score: float = 0.0
-    """Report a loss or gradient norm whose robust z-score is above this; 0 reports none."""
+    """A loss or gradient norm whose robust z-score is above this is a spike; 0 finds none."""
     spike_window: int = 128
     """Steps that a score looks back on."""
+    on_spike: str = REPORT
+    """`report` it, `skip` the step, or `rollback` to the last checkpoint and go on from there
+    without the step's sequences."""
+    max_rollbacks: int = 3
+    """Rollbacks to one checkpoint; one more ends the run."""
 
     def __post_init__(self) -> None:
         if self.max_skipped_in_a_row < 0:
@@ -28,6 +36,13 @@ class AnomalyConfig:
             raise ValueError(f"spike_score must be 0 or more, got {self.spike_score}")
         if self.spike_window < FEWEST:
             raise ValueError(f"spike_window must be at least {FEWEST}, got {self.spike_window}")
+        if self.on_spike not in (REPORT, SKIP, ROLLBACK):
+            known = f"{REPORT}, {SKIP} or {ROLLBACK}"
+            raise ValueError(f"on_spike must be {known}, got {self.on_spike!r}")
+        if self.on_spike != REPORT and not self.spike_score:
+            raise ValueError(f"on_spike={self.on_spike} needs a spike_score above 0, such as 10")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks must be 0 or more, got {self.max_rollbacks}")
 
 
 class Anomalies:
@@ -53,13 +68,39 @@ class Anomalies:
             return {}
         found = {}
         for name, value in values.items():
-            before = self._values.setdefault(name, deque(maxlen=self.config.spike_window))
-            score = robust_score(value, before)
+            score = self.score(name, value)
             if score > self.config.spike_score:
                 found[name] = score
             else:
-                before.append(value)
+                self._before(name).append(value)
         return found
+
+    @property
+    def judge(self) -> Callable[[str, float], bool] | None:
+        """Says of a named value whether it is a spike for which its step is not to count; None
+        where spikes are only reported."""
+        if self.config.on_spike == REPORT:
+            return None
+        return lambda name, value: self.score(name, value) > self.config.spike_score
+
+    def score(self, name: str, value: float) -> float:
+        """The robust z-score of `value` among the last ones of that name."""
+        return robust_score(value, self._before(name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that later scores and counts depend on, for a checkpoint."""
+        recent = {name: list(values) for name, values in self._values.items()}
+        return {"skipped_in_a_row": self.skipped_in_a_row, "recent": recent}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `to_dict` gave; from nothing, where it is empty."""
+        self.skipped_in_a_row = int(saved.get("skipped_in_a_row", 0))
+        self._values.clear()
+        for name, values in saved.get("recent", {}).items():
+            self._before(name).extend(values)
+
+    def _before(self, name: str) -> deque[float]:
+        return self._values.setdefault(name, deque(maxlen=self.config.spike_window))
 
 
 def robust_score(value: float, before: deque[float]) -> float:

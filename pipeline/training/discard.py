@@ -1,9 +1,12 @@
-"""Dropping a step whose loss or gradient is not finite, so that no trace of it is left."""
+"""Keeping an update from the weights, so that no trace of its step is left."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+Refuses = Callable[[float], bool]
+"""Whether the update whose gradient has this norm is not to happen; alike on all ranks."""
 
 
 def is_plain(engine: Any) -> bool:
@@ -15,33 +18,36 @@ def discard_step(engine: Any) -> float:
     """Go past an accumulation boundary with weights and optimizer state as they were.
 
     All ranks call it, after the backward passes. Returns NaN, for the norm of the gradient.
-
-    Under ZeRO DeepSpeed keeps gradients in buffers of its own and drops them itself when their
-    norm is not finite, which a NaN in one of them makes sure of. Without ZeRO they are the
-    parameters' own, which it forgets after a step: there the optimizer is kept from stepping.
     """
-    optimizer = engine.optimizer
-    if not engine.zero_optimization():
-        step, optimizer.step = optimizer.step, _nothing
-        try:
-            engine.step()
-        finally:
-            optimizer.step = step
-        return math.nan
-    from deepspeed.utils import safe_set_full_grad
-
-    parameter = next(p for p in engine.module.parameters() if p.requires_grad)
-    parameter.grad = None  # or only this copy would be set, which DeepSpeed has taken in already
-    whole = getattr(parameter, "_hp_grad", None)
-    if whole is not None:  # bf16 under ZeRO 1: each rank takes the norm of its own whole copy
-        whole.fill_(math.nan)
-    else:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        poison = torch.full(shape, math.nan, dtype=torch.float32, device=engine.device)
-        safe_set_full_grad(parameter, poison)
-    engine.step()
+    with updates_refused(engine):
+        engine.step()
     return math.nan
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for an optimizer's step."""
+@contextmanager
+def updates_refused(engine: Any, refuses: Refuses | None = None) -> Iterator[None]:
+    """Within the context `engine.step()` leaves weights and optimizer state as they are, where
+    `refuses(norm)`, or always without it; everything else of the step happens as always.
+
+    Only the call of torch's optimizer is left out, in which all of DeepSpeed's wrappers end,
+    whatever buffers of the stage or of offloading hold the gradient. They take the global norm
+    before it, which nobody has before `engine.step()`, and what they copy from masters to weights
+    behind it is what was there. A plain optimizer has no norm: `refuses` is not for it.
+    """
+    wrapper = engine.optimizer
+    inner = wrapper if is_plain(engine) else wrapper.optimizer
+    update = inner.step
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if refuses is None:
+            return None
+        norm = wrapper._global_grad_norm
+        if norm is not None and refuses(float(norm)):
+            return None
+        return update(*args, **kwargs)
+
+    inner.step = checked
+    try:
+        yield
+    finally:
+        inner.step = update

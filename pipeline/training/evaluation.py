@@ -9,10 +9,12 @@ from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed, score_heldout
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
+from pipeline.evals.interruption import Check, EvalInterruptedError
 from pipeline.model.config import ModelConfig
 from pipeline.training.callbacks.ar_guard import write_base
 from pipeline.training.retention import eval_losses
 from pipeline.training.settings import TrainSettings
+from pipeline.training.signals import StopRequest
 from pipeline.training.weights import full_copy
 
 
@@ -52,22 +54,41 @@ class PeriodicEval:
             absent = step not in eval_losses(self.run_dir)
         return self.world.from_main(absent)
 
-    def measure_base(self, engine: Any, step: int) -> None:
+    def measure_base(self, engine: Any, step: int, stop: StopRequest) -> None:
         """Before the first step of a run from a base model: its held-out AR loss, kept in the run
-        directory, on the sequences that every eval scores. All ranks call it."""
+        directory, on the sequences that every eval scores. All ranks call it.
+
+        Raises:
+            EvalInterruptedError: on all ranks, when any of them was asked to stop.
+        """
         if step > 0 or self.init_from is None:
             return
         model = full_copy(engine, self.config)
-        scores = score_heldout(model, self.heldout, self.settings, self.world)
+        check = self._check_for(stop)
+        scores = score_heldout(model, self.heldout, self.settings, self.world, check)
         if self.world.is_main:
             write_base(self.run_dir, scores.ar_loss / max(scores.ar_tokens, 1))
         self.world.barrier()
 
-    def run(self, engine: Any, step: int) -> list[dict[str, Any]]:
-        """Rows as in `evals/decode_speed.jsonl`, equal on all ranks."""
+    def run(self, engine: Any, step: int, stop: StopRequest) -> list[dict[str, Any]]:
+        """Rows as in `evals/decode_speed.jsonl`, equal on all ranks.
+
+        Raises:
+            EvalInterruptedError: on all ranks, when any of them was asked to stop.
+        """
         model = full_copy(engine, self.config)
-        rows = evaluate_decode_speed(model, self.heldout, self.settings, self.world, step)
+        check = self._check_for(stop)
+        rows = evaluate_decode_speed(model, self.heldout, self.settings, self.world, step, check)
         if self.world.is_main and self.config.mask_token_id is not None:
             write_example(model, self.tokenizer, self.heldout, self.settings, step, self.example)
         self.world.barrier()
         return rows
+
+    def _check_for(self, stop: StopRequest) -> Check:
+        """Whether any rank was asked to stop, which all find out at the same place of the eval."""
+
+        def check() -> None:
+            if self.world.sum([float(bool(stop))])[0]:
+                raise EvalInterruptedError
+
+        return check

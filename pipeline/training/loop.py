@@ -1,18 +1,21 @@
 """The training loop: steps, and what is due between them."""
 
-import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.batch import Batch
+from pipeline.data.order import numbers_after
 from pipeline.distributed import World
-from pipeline.training.anomalies import Anomalies
+from pipeline.evals.interruption import EvalInterruptedError
+from pipeline.training.anomalies import ROLLBACK, Anomalies
 from pipeline.training.callbacks import Callback, Event, StepMetrics, make_event
 from pipeline.training.checkpoints import Checkpoints, Failed, Saved
 from pipeline.training.evaluation import PeriodicEval
+from pipeline.training.left_out import LeftOut, LeftOutFile
 from pipeline.training.mask_embedding import MaskEmbedding
+from pipeline.training.retention import step_in_name
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.signals import StopRequest
@@ -40,7 +43,8 @@ class Trainer:
     settings: TrainSettings
     engine: Any
     state: TrainState
-    batches: Generator[list[Batch]]
+    open_batches: Callable[[TrainState], Generator[list[Batch]]]
+    """The batches after a state, read ahead until they are closed."""
     world: World
     checkpoints: Checkpoints
     periodic_eval: PeriodicEval
@@ -48,6 +52,9 @@ class Trainer:
     watchdog: Watchdog
     slow_ranks: SlowRanks
     anomalies: Anomalies
+    left_out: LeftOutFile
+    say: Callable[[str], None]
+    """Tells the user something, on rank 0."""
     meter: SpeedMeter
     mask_embedding: MaskEmbedding
     notes: list[Event] = field(default_factory=list)
@@ -55,22 +62,27 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.saved_at = self.state.step
+        self.stop = StopRequest()
+        self.batches = self.open_batches(self.state)
+        self.anomalies.load(self.state.anomalies)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
-        self.watchdog.enter("in an eval")
-        self.periodic_eval.measure_base(self.engine, self.state.step)
+        self.stop = stop
         self.callbacks.on_start(self.state)
         for event in self.notes:
             self.callbacks.on_event(event)
-        with contextlib.closing(self.batches):
-            finished = self._run_steps(stop)
+        try:
+            finished = self._measure_base() and self._run_steps()
+        finally:
+            self.batches.close()
         self.callbacks.on_end(self.state, finished)
         return finished
 
-    def _run_steps(self, stop: StopRequest) -> bool:
+    def _run_steps(self) -> bool:
+        evaluated = True
         if self.periodic_eval.missing(self.state.step, self.settings.steps):
-            self._evaluate()  # a run that ended between a save and the eval after it
+            evaluated = self._evaluate()  # a run that ended between a save and the eval after it
         while self.state.step < self.settings.steps:
             started = time.perf_counter()
             self.watchdog.enter(DATA)
@@ -79,28 +91,45 @@ class Trainer:
             self.watchdog.enter("in a step")
             self._tell_saved(self.checkpoints.poll(wait=False))
             objective = self.settings.objective.at(self.state.step)
-            counts = count_globally(batches, self.world, bool(stop), objective)
+            counts = count_globally(batches, self.world, bool(self.stop), objective)
             if counts.stop_requests:
                 self._save_before_leaving()
                 return False
             rate = self._learning_rate()
             self.meter.begin()
             result = train_step(
-                self.engine, batches, counts, objective, self.world, rate, self.settings.attention
+                self.engine,
+                batches,
+                counts,
+                objective,
+                self.world,
+                rate,
+                self.settings.attention,
+                self.anomalies.judge,
             )
-            self.state.step += 1
-            self.state.tokens += counts.clean_tokens
-            self.state.consume(digests_in_order(batches, self.world))
-            if result.finite:
+            self._count(batches, counts)
+            if result.refused is not None and self._rolled_back(result):
+                continue
+            if result.finite and result.refused is None:
                 seconds = time.perf_counter() - started
                 self._tell_step(result, rate, counts, seconds, waited)
             else:
                 self._tell_skipped(result)
-            self._do_what_is_due(waited)
+            evaluated = self._do_what_is_due(waited)
         self._save_before_leaving()
-        return True
+        return evaluated
 
-    def _do_what_is_due(self, waited: float) -> None:
+    def _count(self, batches: list[Batch], counts: GlobalCounts) -> None:
+        """A step was made of `batches`, whatever came of it."""
+        state = self.state
+        first = numbers_after(state.sequences_seen, 1, state.left_out)[0]
+        state.step += 1
+        state.tokens += counts.clean_tokens
+        state.consume(digests_in_order(batches, self.world))
+        self.sequences = {"first_sequence": first, "last_sequence": state.sequences_seen - 1}
+
+    def _do_what_is_due(self, waited: float) -> bool:
+        """What follows a step; returns whether an eval that was due came to its end."""
         self.slow_ranks.waited(waited)
         for event in self.slow_ranks.compare(self.state.step):
             self.callbacks.on_event(event)
@@ -108,8 +137,8 @@ class Trainer:
         last = self.state.step == self.settings.steps
         if last or self.state.step % self.settings.checkpoint.every == 0:
             self._save(must=last)
-        if self.periodic_eval.due(self.state.step, self.settings.steps):
-            self._evaluate()
+        due = self.periodic_eval.due(self.state.step, self.settings.steps)
+        return self._evaluate() if due else True
 
     def _tell_step(
         self,
@@ -147,39 +176,102 @@ class Trainer:
         for name, score in spikes.items():
             value = getattr(result, name)
             text = f"{name} {value:.4g} is a spike (robust z-score {score:.1f}); the step counts"
-            details = {"value": value, "score": score, **self._sequences()}
+            details = {"value": value, "score": score, **self.sequences}
             self._tell("spike", text, quantity=name, **details)
 
     def _tell_skipped(self, result: StepResult) -> None:
-        what = "loss" if not result.loss_is_finite else "gradient"
-        sequences = self._sequences()
-        first, last = sequences["first_sequence"], sequences["last_sequence"]
-        text = f"{what} is not finite, so the step was skipped (sequences {first} to {last})"
-        self._tell("step_skipped", text, quantity=what, **sequences)
+        what = result.refused or ("gradient" if result.loss_is_finite else "loss")
+        details = self._spike(result) if result.refused else {}
+        why = f"{what} is not finite"
+        if result.refused:
+            score = f"robust z-score {details['score']:.1f}"
+            why = f"{what} {details['value']:.4g} is a spike ({score})"
+        first, last = self.sequences["first_sequence"], self.sequences["last_sequence"]
+        text = f"{why}, so the step was skipped (sequences {first} to {last})"
+        self._tell("step_skipped", text, quantity=what, **details, **self.sequences)
         if not self.anomalies.skipped():
             raise TrainingStoppedError(
-                f"step {self.state.step}: loss or gradient norm is not finite (sequences {first} "
-                f"to {last} of the run's order), as in the {self.anomalies.skipped_in_a_row - 1} "
-                "steps before it; no update of them was applied, and the last checkpoint is "
-                "intact; lower optimizer.learning_rate or look at these sequences"
+                f"step {self.state.step}: {why} (sequences {first} to {last} of the run's order); "
+                f"the {self.anomalies.skipped_in_a_row - 1} steps before it were skipped, too; no "
+                "update of them was applied, and the last checkpoint is intact; lower "
+                "optimizer.learning_rate or look at these sequences"
             )
 
-    def _sequences(self) -> dict[str, int]:
-        """The order numbers of the last step's sequences."""
-        end = self.state.sequences_seen
-        return {
-            "first_sequence": end - self.settings.global_batch_size,
-            "last_sequence": end - 1,
-        }
+    def _spike(self, result: StepResult) -> dict[str, float]:
+        """Value and score of what the step was refused for."""
+        assert result.refused is not None
+        value = getattr(result, result.refused)
+        return {"value": value, "score": self.anomalies.score(result.refused, value)}
+
+    def _rolled_back(self, result: StepResult) -> bool:
+        """Go back to the last checkpoint, and from there on without this step's sequences.
+
+        Returns False, with nothing done, when that is not wanted or there is no checkpoint yet.
+        """
+        if self.settings.anomalies.on_spike != ROLLBACK:
+            return False
+        self.watchdog.enter("going back to a checkpoint")
+        self._tell_saved(self.checkpoints.poll(wait=True))
+        newest = self.world.from_main(self.checkpoints.newest())
+        if newest is None:
+            return False
+        assert result.refused is not None
+        spike, step, to_step = self._spike(result), self.state.step, step_in_name(newest)
+        what = f"{result.refused} {spike['value']:.4g} at step {step} is a spike"
+        if self.left_out.rollbacks_to(to_step) >= self.settings.anomalies.max_rollbacks:
+            raise TrainingStoppedError(
+                f"{what} again: the run went back to {newest} "
+                f"{self.left_out.rollbacks_to(to_step)} times; lower optimizer.learning_rate, or "
+                "raise anomalies.spike_score or anomalies.max_rollbacks"
+            )
+        first, last = self.sequences["first_sequence"], self.sequences["last_sequence"]
+        entry = LeftOut(first, last, step, to_step, result.refused, spike["value"], spike["score"])
+        problem = self.left_out.add(entry)
+        if problem is not None:
+            raise TrainingStoppedError(f"{what}, and going back is not possible: {problem}")
+        self._restore()
+        text = f"{what} (robust z-score {spike['score']:.1f}); back to step {self.state.step}, and "
+        text += f"on without sequences {first} to {last}"
+        details = {"quantity": result.refused, "to_step": self.state.step, **spike}
+        event = make_event("rolled_back", step, text, **details, **self.sequences)
+        self.callbacks.on_event(event)
+        return True
+
+    def _restore(self) -> None:
+        """Put the newest undamaged checkpoint in place of everything since."""
+        state, told = self.checkpoints.restore(self.engine, self.say)
+        assert state is not None, "a checkpoint was there a moment ago"
+        for name, reason in told["damaged"].items():
+            self._tell("checkpoint_damaged", reason, name=name)
+        state.left_out = self.left_out.ranges(state.left_out)
+        self.state, self.saved_at = state, state.step
+        self.anomalies.load(state.anomalies)
+        self.batches.close()
+        self.batches = self.open_batches(state)
+        self.callbacks.on_rollback(state)
 
     def _learning_rate(self) -> float:
         settings = self.settings
         peak = settings.optimizer.learning_rate
         return learning_rate(self.state.step, settings.steps, peak, settings.schedule)
 
-    def _evaluate(self) -> None:
+    def _measure_base(self) -> bool:
         self.watchdog.enter("in an eval")
-        self.callbacks.on_eval(self.periodic_eval.run(self.engine, self.state.step))
+        try:
+            self.periodic_eval.measure_base(self.engine, self.state.step, self.stop)
+        except EvalInterruptedError:
+            return False
+        return True
+
+    def _evaluate(self) -> bool:
+        """Evaluate, unless asked to stop meanwhile: the next start then does it from its start."""
+        self.watchdog.enter("in an eval")
+        try:
+            rows = self.periodic_eval.run(self.engine, self.state.step, self.stop)
+        except EvalInterruptedError:
+            return False
+        self.callbacks.on_eval(rows)
+        return True
 
     def _save_before_leaving(self) -> None:
         """Whatever is not on disk yet has to be now."""
@@ -193,6 +285,7 @@ class Trainer:
         self.watchdog.enter("saving")
         self._tell_saved(self.checkpoints.poll(wait=True))
         self.saved_at = self.state.step
+        self.state.anomalies = self.anomalies.to_dict()
         self._tell_saved(self.checkpoints.save(self.engine, self.state), must=must)
         if must:
             self._tell_saved(self.checkpoints.poll(wait=True), must=True)

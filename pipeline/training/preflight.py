@@ -5,13 +5,15 @@ prints one table, and names the hosts that stand out. Then all ranks together me
 and go once forward and backward through the real model.
 """
 
+import logging
 import os
 import platform
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,20 @@ def wanted(choice: str, world: World) -> bool:
 
 def check_hosts(
     settings: TrainSettings, source: SequenceSource, world: World, say: Callable[[str], None]
-) -> None:
-    """Compare what the ranks find; raises UserError on all of them naming hosts that stand out."""
+) -> float:
+    """Compare what the ranks find; raises UserError on all of them naming hosts that stand out.
+
+    Returns:
+        float: the seconds it took.
+    """
+    started = time.perf_counter()
     world.barrier()
     reports = world.gather(look_around(settings, source, world))
     say(table(reports))
     problems = find_problems(reports)
     if problems:
         raise UserError(f"preflight: {'; '.join(problems)} (preflight=false skips this check)")
+    return time.perf_counter() - started
 
 
 def look_around(settings: TrainSettings, source: SequenceSource, world: World) -> dict[str, Any]:
@@ -161,11 +169,15 @@ def try_step(
     source: SequenceSource,
     world: World,
     say: Callable[[str], None],
-) -> None:
+) -> float:
     """Time an all-reduce, and a forward and backward of a real batch that is then dropped.
 
     Weights, optimizer state and the place in the data stay as they were.
+
+    Returns:
+        float: the seconds that all of it took.
     """
+    began = time.perf_counter()
     seconds, bandwidth = time_all_reduce(world)
     drafts = settings.objective.drafts
     length, coverage = source.manifest.sequence_length, source.coverage
@@ -179,7 +191,8 @@ def try_step(
     micro_steps = engine.micro_steps
     engine.set_gradient_accumulation_boundary(True)
     accumulate(engine, batches, counts, objective, world, settings.attention)
-    discard_step(engine)
+    with quiet_deepspeed():  # which would warn of the gradients that this step drops
+        discard_step(engine)
     engine._is_gradient_accumulation_boundary = None  # by the count again
     engine.micro_steps = micro_steps
     if world.device.type == "cuda":
@@ -189,6 +202,20 @@ def try_step(
         f"{1e3 * seconds:.1f} ms ({bandwidth:.2f} GB/s), one forward and backward in "
         f"{time.perf_counter() - started:.2f} s"
     )
+    return time.perf_counter() - began
+
+
+@contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """Within the context DeepSpeed's own log has errors only."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def time_all_reduce(world: World) -> tuple[float, float]:

@@ -38,10 +38,15 @@ class CheckpointConfig:
             raise ValueError(f"on_failure must be stop or go_on, got {self.on_failure!r}")
 
 
-def step_of(folder: Path) -> int:
+def step_in_name(name: str) -> int:
     """The step in a checkpoint's name, `step-00000100`; -1 where there is none."""
-    number = folder.name.removeprefix("step-")
+    number = name.removeprefix("step-")
     return int(number) if number.isdigit() else -1
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder; -1 where its name has none."""
+    return step_in_name(folder.name)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
+from data_prep.secrets import without_secrets
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -144,7 +145,7 @@ class TrainSettings(PlainKeys):
             wandb=parse(WandbConfig, cfg.wandb, "wandb"),
             ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
             mask_guard=parse(MaskGuardConfig, cfg.mask_guard, "mask_guard"),
-            resolved=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            resolved=without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         )
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.identity import run_identity, run_topology
+from pipeline.training.left_out import LeftOutFile
 from pipeline.training.loop import Trainer
 from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.run_dir import write_config
@@ -68,8 +69,7 @@ def build_trainer(
         settings.global_batch_size,
     )
     checked = preflight.wanted(settings.preflight, world)
-    if checked:
-        preflight.check_hosts(settings, source, world, say)
+    preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
     config = model_config(settings)
     model = build_model(settings, config, world, say)
     engine = build_engine(
@@ -93,15 +93,21 @@ def build_trainer(
     if state is not None:
         say(f"continuing {settings.run_dir} after step {state.step}")
     state = state or TrainState()
+    left_out = LeftOutFile(settings.run_dir, world)
+    state.left_out = left_out.ranges(state.left_out)
     if checked:
-        preflight.try_step(engine, settings, source, world, say)
+        preflight_s += preflight.try_step(engine, settings, source, world, say)
     share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
     return Trainer(
         settings=settings,
         engine=engine,
         state=state,
-        batches=step_batches(
-            source, share, state.sequences_seen, with_slots=settings.objective.drafts
+        open_batches=lambda state: step_batches(
+            source,
+            share,
+            state.sequences_seen,
+            with_slots=settings.objective.drafts,
+            left_out=state.left_out,
         ),
         world=world,
         checkpoints=checkpoints,
@@ -110,6 +116,8 @@ def build_trainer(
         watchdog=watchdog,
         slow_ranks=SlowRanks(engine.module, world, settings.watch),
         anomalies=Anomalies(settings.anomalies),
+        left_out=left_out,
+        say=say,
         meter=SpeedMeter(
             model.config,
             world.device,
@@ -120,7 +128,7 @@ def build_trainer(
         mask_embedding=MaskEmbedding(
             model.model.embed_tokens, model.config.mask_token_id, settings.mask_guard
         ),
-        notes=notes_of_start(state, told, checkpoints.load_s, world),
+        notes=notes_of_start(state, told, checkpoints.load_s, preflight_s, world),
     )
 
 
@@ -132,13 +140,14 @@ def write_extra(folder: Path, settings: TrainSettings, config: ModelConfig) -> N
 
 
 def notes_of_start(
-    state: TrainState, told: dict[str, Any], load_s: float, world: World
+    state: TrainState, told: dict[str, Any], load_s: float, preflight_s: float, world: World
 ) -> list[Event]:
     """The events of a start: where it begins, and what was passed over or changed."""
     step, name = state.step, told.get("name")
     where = f"from {name}, loaded in {load_s:.1f} s" if name else "from the beginning"
     text = f"{world.size} processes go on {where}" if name else f"{world.size} processes {where}"
     started = {"checkpoint": name, "load_s": load_s if name else None, "processes": world.size}
+    started["preflight_s"] = round(preflight_s, 3)
     notes = [make_event("started", step, text, **started)]
     for damaged, reason in told.get("damaged", {}).items():
         notes.append(make_event("checkpoint_damaged", step, reason, name=damaged))

@@ -4,13 +4,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 EXIT_SAVED = 75
 """Exit code of a run that was asked to stop, saved, and can be continued (EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+EXIT_CODE_FILE = "TIDAR_EXIT_CODE_FILE"
 
 
 class StopRequest:
@@ -44,6 +45,18 @@ def code_for_launcher(code: int) -> int:
     """
     saved_under_torchrun = code == EXIT_SAVED and UNDER_TORCHRUN in os.environ
     return 0 if saved_under_torchrun else code
+
+
+def leave_code(code: int) -> None:
+    """Leave this process's exit code in the file that `TIDAR_EXIT_CODE_FILE` names, if it does.
+
+    For launchers that, as torchrun, end with 1 whatever code a rank ended with. The first rank to
+    end tells; the rest are often ended by torchrun because of it.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file:
+        with suppress(OSError), open(file, "x") as target:
+            target.write(str(code))
 
 
 @contextmanager

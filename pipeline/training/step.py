@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +16,11 @@ from pipeline.model.attention import training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import draft_weights, make_targets
-from pipeline.training.discard import discard_step, is_plain
+from pipeline.training.discard import Refuses, discard_step, is_plain, updates_refused
 from pipeline.training.engine import gradient_norm, set_learning_rate
+
+Judge = Callable[[str, float], bool]
+"""Whether a step with this `loss` or `grad_norm` is not to count; alike on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class StepResult:
     loss_diffusion: float | None
     grad_norm: float
     seconds: float
+    refused: str | None = None
+    """`loss` or `grad_norm`, where the judge refused the step for it: no weight has moved."""
 
     @property
     def loss_is_finite(self) -> bool:
@@ -87,20 +94,34 @@ def train_step(
     world: World,
     learning_rate: float,
     attention: str = "auto",
+    refuses: Judge | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
     Weights and optimizer state are left as they were, on all ranks alike, when the loss or the
-    gradient is not finite.
+    gradient is not finite, or when `refuses` says so of one of them.
     """
     started = time.perf_counter()
     own = accumulate(engine, batches, counts, objective, world, attention)
     loss, ar_total, diffusion_total, _ = world.sum(own)
     loss_ar = ar_total / max(counts.ar_labels, 1)
     loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
-    grad_norm = apply(engine, learning_rate) if math.isfinite(loss) else discard_step(engine)
+    refused: str | None = None
+
+    def refuse(norm: float) -> bool:
+        nonlocal refused
+        if refused is None and refuses is not None and refuses("grad_norm", norm):
+            refused = "grad_norm"
+        return refused is not None
+
+    if refuses is not None and math.isfinite(loss) and refuses("loss", loss):
+        refused = "loss"
+    if math.isfinite(loss):
+        grad_norm = apply(engine, learning_rate, refuse if refuses is not None else None)
+    else:
+        grad_norm = discard_step(engine)
     seconds = time.perf_counter() - started
-    return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds)
+    return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds, refused)
 
 
 def accumulate(
@@ -134,12 +155,20 @@ def accumulate(
     return total.tolist()
 
 
-def apply(engine: Any, learning_rate: float) -> float:
-    """Clip and update the weights; returns the gradient norm before clipping."""
+def apply(engine: Any, learning_rate: float, refuses: Refuses | None = None) -> float:
+    """Clip and update the weights, unless `refuses(norm)`; returns the gradient norm before
+    clipping."""
     set_learning_rate(engine, learning_rate)
-    own_norm = gradient_norm(engine) if is_plain(engine) else None
-    if own_norm is not None and not math.isfinite(own_norm):
-        return discard_step(engine)
-    engine.step()
-    norm = own_norm if own_norm is not None else engine.get_global_grad_norm()
+    if is_plain(engine):
+        own_norm = gradient_norm(engine)
+        if not math.isfinite(own_norm):
+            return discard_step(engine)
+        if refuses is not None and refuses(own_norm):
+            discard_step(engine)
+        else:
+            engine.step()
+        return own_norm
+    with updates_refused(engine, refuses) if refuses is not None else nullcontext():
+        engine.step()
+    norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None else math.nan

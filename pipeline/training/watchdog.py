@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.training.signals import leave_code
+
 EXIT_LOST = 4
 """Exit code of a run that ended because a rank hung or was lost; its last checkpoint is intact."""
 ASKED = ".stacks-asked-for"
@@ -120,6 +122,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(self.grace_s)
+        leave_code(EXIT_LOST)
         os._exit(EXIT_LOST)
 
     def _say(self, text: str) -> None:

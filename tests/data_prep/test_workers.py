@@ -12,6 +12,7 @@ from data_prep import workers
 from data_prep.corpora import open_corpus
 from data_prep.errors import UserError
 from data_prep.plan import make_tasks
+from data_prep.tasks import run_task
 from data_prep.workers import Worker, run_tasks
 
 
@@ -57,7 +58,7 @@ def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path, monkey
         os.kill(made[1].pid, signal.SIGKILL)
 
     with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
-        run_tasks(tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+        run_tasks(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
     assert all(not process.is_alive() for process in made), "the others must not stay behind"
 
 
@@ -70,7 +71,7 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+        run_tasks(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
     assert time.monotonic() - started[0] < 5
     assert multiprocessing.active_children() == []
 
@@ -78,7 +79,7 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
 def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
     """As the system closes it when the main process is killed."""
     settings, corpus, tasks = job
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     while worker.receive()[0] != "done":
         pass
@@ -92,7 +93,7 @@ def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
 
 def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
     settings, corpus, _ = job
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(3)
     with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
         worker.receive()
@@ -109,13 +110,13 @@ def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_pa
     settings, corpus, tasks = job
     settings.output_dir.mkdir()
     (settings.output_dir / "tasks").write_text("a file where a folder goes")
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     with pytest.raises(FileExistsError):
         ending(worker)
     worker.stop()
     corpus.config = type(corpus.config)(path=corpus.config.path, text_field="body")
-    worker = Worker(settings, corpus, tokenizer_path, "plain")
+    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
     worker.send(tasks[0])
     with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
         ending(worker)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing_programs, read
+
+from bench.private_slurm import Cluster, missing_programs, read
 
 ROOT = Path(__file__).parents[2]
 PREPARE = (

@@ -1,7 +1,8 @@
 """A preparation that two jobs of an array share, of which one is killed at work."""
 
-from cluster import wait_until
 from conftest import PREPARE
+
+from bench.private_slurm import wait_until
 
 
 def contents(folder) -> dict[str, bytes]:

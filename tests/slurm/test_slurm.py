@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import wait_until
 from conftest import ROOT
+
+from bench.private_slurm import wait_until
 
 STARTED_S = 90
 """Longest wait for a start of training: two nodes import torch and DeepSpeed on shared cores."""

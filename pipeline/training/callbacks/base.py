@@ -75,6 +75,9 @@ class Callback:
     def on_event(self, event: Event) -> None:
         """Something happened; `event` as in `events.jsonl`."""
 
+    def on_rollback(self, state: TrainState) -> None:
+        """The run went back to `state`, and repeats the steps after it with other data."""
+
     def on_end(self, state: TrainState, finished: bool) -> None:
         """The run ends: all steps done, or stopped to be continued."""
 
@@ -104,6 +107,10 @@ class Callbacks(Callback):
     def on_event(self, event: Event) -> None:
         for member in self.members:
             member.on_event(event)
+
+    def on_rollback(self, state: TrainState) -> None:
+        for member in self.members:
+            member.on_rollback(state)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         for member in self.members:

@@ -19,6 +19,10 @@ class MetricsFiles(Callback):
     def on_start(self, state: TrainState) -> None:
         for path in (self.metrics, self.decode_speed):
             path.parent.mkdir(parents=True, exist_ok=True)
+        self.on_rollback(state)
+
+    def on_rollback(self, state: TrainState) -> None:
+        for path in (self.metrics, self.decode_speed):
             cut_after(path, state.step)
 
     def on_step(self, metrics: StepMetrics) -> None:

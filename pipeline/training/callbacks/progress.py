@@ -38,6 +38,9 @@ class ProgressDisplay(Callback):
             self.task = self.bar.add_task("", total=self.steps, completed=state.step)
             self.bar.start()
 
+    def on_rollback(self, state: TrainState) -> None:
+        self.first_step, self.training_s = state.step, 0.0
+
     def on_step(self, metrics: StepMetrics) -> None:
         self.training_s += metrics.step_seconds
         done = metrics.step - self.first_step

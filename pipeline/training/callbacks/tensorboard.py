@@ -38,6 +38,12 @@ class TensorBoard(Callback):
         if self.writer is not None:
             self._guard("write", self.writer.flush)
 
+    def on_rollback(self, state: TrainState) -> None:
+        """What lies after `state` is hidden, as after a restart."""
+        if self.writer is not None:
+            self._guard("finish", self.writer.close)
+            self._guard("start", lambda: self._start(state.step))
+
     def on_end(self, state: TrainState, finished: bool) -> None:
         if self.writer is not None:
             self._guard("finish", self.writer.close)

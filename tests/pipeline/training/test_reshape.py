@@ -20,20 +20,25 @@ from pipeline.training.engine import (
 from pipeline.training.reshape import MOMENTS, WEIGHT, FullState, load_reshaped, read_full_state
 from pipeline.training.retention import CheckpointConfig
 from pipeline.training.state import TrainState
+from pipeline.training.step import apply
 
-CASES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 3)]
-NEXT = {("fp32", 0): 3, ("fp32", 1): 3, ("fp32", 2): 0, ("fp32", 3): 2,
-        ("bf16", 0): 1, ("bf16", 1): 3, ("bf16", 3): 0}  # fmt: skip
-"""The stage that each case is loaded into."""
+CASES = {
+    "fp32-0": "fp32-3", "fp32-1": "fp32-3-offload", "fp32-2": "fp32-0", "fp32-3": "fp32-2",
+    "bf16-0": "bf16-1", "bf16-1": "bf16-3", "bf16-3": "bf16-0",
+    "fp32-2-offload": "fp32-1", "bf16-3-offload": "bf16-2-offload",
+}  # fmt: skip
+"""Precision, stage, and whether the optimizer's state is on the host; and what each is loaded into
+next."""
 
 
-def new_engine(world: World, precision: str, stage: int, seed: int):
+def new_engine(world: World, case: str, seed: int):
+    precision, stage, *offload = case.split("-")
     model = random_model(small_config(), seed).train()
     return build_engine(
         model.to(torch.bfloat16) if precision == "bf16" else model,
         world,
         optimizer=OptimizerConfig(learning_rate=1e-2, gradient_clipping=0.5),
-        config=DeepSpeedConfig(stage=stage),
+        config=DeepSpeedConfig(stage=int(stage), offload_optimizer=bool(offload)),
         precision=precision,
         micro_batch_size=1,
         accumulation_steps=1,
@@ -51,9 +56,13 @@ def update(engine, number: int, world: World) -> None:
     engine.step()
 
 
-def save(engine, world: World, folder: Path, asynchronous: bool = False) -> None:
+def checkpoints_in(folder: Path, world: World, asynchronous: bool = False) -> Checkpoints:
     config = CheckpointConfig(asynchronous=asynchronous)
-    checkpoints = Checkpoints(folder, world, config, {}, {}, lambda path: None)
+    return Checkpoints(folder, world, config, {}, {}, lambda path: None)
+
+
+def save(engine, world: World, folder: Path, asynchronous: bool = False) -> None:
+    checkpoints = checkpoints_in(folder, world, asynchronous)
     outcome = checkpoints.save(engine, TrainState(step=1))
     if asynchronous:
         assert outcome is None
@@ -64,29 +73,40 @@ def save(engine, world: World, folder: Path, asynchronous: bool = False) -> None
 
 
 def train_and_save(world: World, folder: Path) -> None:
-    """Two updates with a discarded one between them, in every case; then the same without."""
-    for precision, stage in CASES:
-        name = f"{precision}-{stage}"
-        engine = new_engine(world, precision, stage, seed=1)
+    """Two updates with discarded and refused ones between them, in every case; then the same
+    without. And one update more, in an engine that went back and in one that was started anew."""
+    for name in CASES:
+        engine = new_engine(world, name, seed=1)
         update(engine, 0, world)
         for scale in (math.nan, 1.0):  # a gradient that is not finite, and one that is
             backward(engine, 5, world, scale)
             set_learning_rate(engine, 1e-2)
             assert math.isnan(discard_step(engine))
-        update(engine, 1, world)
+        backward(engine, 6, world)
+        norms: list[float] = []
+        found = apply(engine, 1e-2, lambda norm, norms=norms: norms.append(norm) is None)
+        assert found == norms[0] > 0
+        backward(engine, 1, world)
+        assert apply(engine, 1e-2, lambda norm: False) > 0
         save(engine, world, folder / name)
-        engine = new_engine(world, precision, stage, seed=1)
+        update(engine, 7, world)
+        for after, other in (("back", engine), ("anew", new_engine(world, name, seed=2))):
+            restored, _ = checkpoints_in(folder / name, world).restore(other, lambda text: None)
+            assert restored == TrainState(step=1)
+            update(other, 3, world)
+            save(other, world, folder / f"{name}-{after}")
+        engine = new_engine(world, name, seed=1)
         update(engine, 0, world)
         update(engine, 1, world)
         save(engine, world, folder / f"{name}-straight", asynchronous=True)
 
 
 def reload_and_save(world: World, source: Path, target: Path) -> None:
-    """Load each case into the stage it is to have next, and save that."""
-    for precision, stage in CASES:
-        engine = new_engine(world, precision, NEXT[precision, stage], seed=2)
-        load_reshaped(engine, source / f"{precision}-{stage}" / "checkpoints" / "step-00000001")
-        save(engine, world, target / f"{precision}-{stage}")
+    """Load each case into what it is to be next, and save that."""
+    for name, following in CASES.items():
+        engine = new_engine(world, following, seed=2)
+        load_reshaped(engine, source / name / "checkpoints" / "step-00000001")
+        save(engine, world, target / name)
         update(engine, 2, world)  # the engine is whole: it can go on
 
 
@@ -94,7 +114,7 @@ def reload_and_save(world: World, source: Path, target: Path) -> None:
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Saved by two processes, from there by one in another stage, from there by two in a third."""
     root = tmp_path_factory.mktemp("reshape")
-    names = ("two", "one", "again", "wide")
+    names = ("two", "one", "again")
     paths = {name: root / name for name in names}
     for path in paths.values():
         path.mkdir()
@@ -108,25 +128,29 @@ def state_of(folder: Path, name: str) -> FullState:
     return read_full_state(folder / name / "checkpoints" / "step-00000001")
 
 
-def assert_equal(left: FullState, right: FullState) -> None:
+def assert_equal(left: FullState, right: FullState, updates: int = 2) -> None:
     assert left.shapes == right.shapes
-    assert left.updates == right.updates == 2
+    assert left.updates == right.updates == updates
     for name in left.shapes:
         for kind in (WEIGHT, *MOMENTS):
             assert torch.equal(left.read(name, kind), right.read(name, kind)), (name, kind)
 
 
-@pytest.mark.parametrize(("precision", "stage"), CASES)
-def test_state_survives_other_processes_and_stages(folders, precision, stage):
-    name = f"{precision}-{stage}"
+@pytest.mark.parametrize("name", CASES)
+def test_state_survives_other_processes_and_stages(folders, name):
     saved = state_of(folders["two"], name)
     assert saved.read("model.norm.weight", "exp_avg").abs().sum() > 0
     assert_equal(saved, state_of(folders["one"], name))
     assert_equal(saved, state_of(folders["again"], name))
 
 
-@pytest.mark.parametrize(("precision", "stage"), CASES)
-def test_a_discarded_step_and_a_background_save_leave_no_trace(folders, precision, stage):
+@pytest.mark.parametrize("name", CASES)
+def test_a_discarded_step_and_a_background_save_leave_no_trace(folders, name):
     """The straight run never had the discarded steps, and was saved while it went on."""
-    name = f"{precision}-{stage}"
     assert_equal(state_of(folders["two"], name), state_of(folders["two"], f"{name}-straight"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_going_back_to_a_checkpoint_is_starting_from_it(folders, name):
+    back, anew = (state_of(folders["two"], f"{name}-{how}") for how in ("back", "anew"))
+    assert_equal(back, anew, updates=3)

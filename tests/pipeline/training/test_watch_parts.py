@@ -112,8 +112,10 @@ with Watchdog(Path(sys.argv[1]), 3, WatchConfig(hang_timeout_s=0.5), grace_s=0.1
 def test_a_hang_is_ended_with_stacks_and_only_a_hang(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", HANGING, str(tmp_path)], cwd=Path(__file__).parents[3],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": ".", "TIDAR_EXIT_CODE_FILE": str(tmp_path / "code")},
     )  # fmt: skip
+    assert (tmp_path / "code").read_text() == str(EXIT_LOST)  # for the Slurm job behind torchrun
     assert done.returncode == EXIT_LOST
     assert done.stdout == "never too long at one thing\n"
     assert "error: rank 3 on" in done.stderr

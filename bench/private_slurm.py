@@ -1,11 +1,21 @@
-"""A real Slurm on this host: munged, slurmctld and two slurmd in folders and ports of their own."""
+"""A real Slurm on this host: munged, slurmctld and two slurmd in folders and ports of their own.
+
+    python -m bench.private_slurm        starts one, says how to use it, ends it at Ctrl-C
+
+For the tests, the benchmark of starts, and for trying docs/cluster.md without a cluster. Needs
+Debian's slurm-wlm and munge, and changes nothing outside its folder.
+"""
 
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +70,7 @@ class Cluster:
     """Two nodes, `n1` and `n2`; `start` before use, `stop` at the end."""
 
     folder: Path
-    daemons: list[subprocess.Popen] = field(default_factory=list)
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,7 +125,8 @@ class Cluster:
             text=True,
             check=False,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        if check and done.returncode:
+            raise RuntimeError(f"{command}: {done.stdout}{done.stderr}")
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
@@ -139,7 +150,8 @@ class Cluster:
 
     def _daemon(self, name: str, *arguments: str) -> None:
         program = find(name)
-        assert program is not None
+        if program is None:
+            raise FileNotFoundError(f"{name}: not installed")
         with (self.folder / f"{name}-{len(self.daemons)}.out").open("w") as out:
             self.daemons.append(
                 subprocess.Popen(
@@ -163,13 +175,46 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_until(condition, timeout_s: float, explain) -> None:
-    """Poll until `condition()`; fails with `explain()` after `timeout_s`."""
+def wait_until(condition: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:
+    """Poll until `condition()`; raises TimeoutError with `explain()` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s:\n{explain()}"
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout_s} s:\n{explain()}")
         time.sleep(0.25)
 
 
 def read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
+
+
+def main() -> int:
+    missing = missing_programs()
+    if missing:
+        print(
+            f"error: {', '.join(missing)} not installed; apt-get install slurm-wlm munge",
+            file=sys.stderr,
+        )
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="tidar-slurm-") as name:
+        cluster = Cluster(Path(name))
+        try:
+            cluster.start()
+            print(
+                f"Two nodes, {' and '.join(NODES)}, with two CPUs each. In another shell:\n\n"
+                f"  export SLURM_CONF={cluster.folder}/slurm.conf TIDAR_INTERFACE=lo\n\n"
+                "Ctrl-C ends it, and its jobs.",
+                flush=True,
+            )
+            cluster.daemons[1].wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            cluster.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

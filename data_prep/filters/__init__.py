@@ -1,0 +1,1 @@
+"""What keeps documents out of training: rules of quality, duplicates, texts of evals."""

@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-setup-extras: $(VENV)/.installed-extras ## what evals=tasks, evals=code and filters need as well; their tests skip without
+setup-extras: $(VENV)/.installed-extras ## what evals=tasks, evals=code, filters and fast BPE need as well; their tests skip without
 
 $(VENV)/.installed-extras: $(STAMP)
-	$(PIP) --editable '.[dev,eval,code,filters]'
+	$(PIP) --editable '.[dev,eval,code,filters,tiktoken]'
 	@touch $@
 
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)

@@ -7,6 +7,7 @@ interrupted and saved.
 
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
@@ -23,6 +24,8 @@ from data_prep.config import nearest
 from data_prep.errors import UserError
 
 EXIT_BAD_INPUT = 2
+EXIT_CLOSED_PIPE = 141
+"""As a shell gives it for SIGPIPE."""
 NOISE = (
     "full_key:", "object_type=", "Config search path:", "provider=",
 )  # fmt: skip
@@ -46,14 +49,33 @@ def run(
 ) -> int:
     """Compose `config_name` with the overrides in sys.argv, call `task(cfg)`, return an exit code.
 
+    Where whoever reads the output ends first, as `head` does, so does the command, in silence.
+
     The values of `verbatim_keys` are taken letter for letter, whatever they mean to Hydra.
 
     Hydra's own error handling is switched off: it prints several lines and always exits with 1.
     """
+    try:
+        try:
+            return _run(config_name, task, verbatim_keys)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        # Or Python's own flush at the end would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+
+
+def _run(
+    config_name: str, task: Callable[[DictConfig], int | None], verbatim_keys: Collection[str]
+) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
     codes: list[int] = []
     mistakes: list[str] = []
+    closed: list[BrokenPipeError] = []
     composed = False
 
     def guarded(cfg: DictConfig) -> None:
@@ -65,6 +87,10 @@ def run(
         except (UserError, OmegaConfBaseException) as error:
             # Caught inside the job, or Hydra adds lines of its own before it passes it on.
             mistakes.append(one_line(error))
+        except BrokenPipeError as error:
+            if not _nobody_reads_stdout():
+                raise
+            closed.append(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
@@ -74,10 +100,23 @@ def run(
         if composed:
             raise
         mistakes.append(describe_override(error, config_name))
+    if closed:
+        raise closed[0]
     if mistakes:
         report_mistake(mistakes[0])
         return EXIT_BAD_INPUT
     return max(codes, default=0)
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether stdout is a pipe whose other end is closed: another pipe may have broken."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
 def quote_verbatim(argument: str, keys: Collection[str]) -> str:

@@ -11,6 +11,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_prep.bpe_lines import SPACE_SIGN, boundary_of, is_bpe, plain_pieces, runs_of_lines
+from data_prep.byte_bpe import ByteBpe, byte_bpe
 from data_prep.errors import UserError
 from data_prep.files import read_text_checked, sha256_of, write_text_atomic, written_atomically
 from data_prep.manifest import TokenizerInfo
@@ -48,10 +50,13 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     """Not an id that text can have; the mask's where the vocabulary has none for padding."""
-    encoders: tuple[str, ...] = ("batch", "plain")
-    """Ways of `encode_batch`, the fastest first; the last is `encode` itself."""
     encoder = "plain"
     """The way in use. A faster one has to be compared with `encode` on the text at hand."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Ways of `encode_batch`, the fastest first; the last is `encode` itself."""
+        return "batch", "plain"
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -122,7 +127,6 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{source}: not a SentencePiece model") from error
         self.vocab_size = self._model.vocab_size()
         if is_bpe(content):
-            self.encoders = ("lines", "batch", "plain")
             self._boundary = boundary_of(plain_pieces(self._model))
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         self.mask_id = self._model.piece_to_id(MASK_PIECE)
@@ -139,6 +143,10 @@ class SentencePieceTokenizer(Tokenizer):
         if self.decode(self.encode(probe)) != probe:
             # A model that puts a space before each text would put one before each part.
             self._space_sign = None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (*(("lines",) if self._boundary else ()), "batch", "plain")
 
     def encode(self, text: str) -> list[int]:
         if self._space_sign is None or SPACE_SIGN not in text:
@@ -224,7 +232,27 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def _byte_bpe(self) -> ByteBpe | None:
+        """Made when it is asked for: with a large vocabulary that takes a second."""
+        return byte_bpe(self.content())
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (*(("tiktoken",) if self._byte_bpe else ()), "batch", "plain")
+
     def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if self.encoder == "tiktoken":
+            if self._byte_bpe is None:
+                raise UserError(
+                    "tokenizer: tiktoken was chosen where these data were begun and is missing "
+                    "here; pip install 'tidar-pretrain[tiktoken]'"
+                )
+            fast = map(self._byte_bpe.encode, texts)
+            return [
+                np.array(self.encode(text), dtype=np.int32) if ids is None else ids
+                for ids, text in zip(fast, texts, strict=True)
+            ]
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 

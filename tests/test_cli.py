@@ -130,3 +130,28 @@ def test_the_real_command_line(tmp_path):
     assert done.stdout == ""
     assert done.stderr == "error: workers: must be at least 1, got 0\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["output_dir=x"]])
+def test_a_reader_that_has_ended_ends_the_command_in_silence(tmp_path, arguments):
+    """As `head` does; the pipe is closed before the command writes."""
+    code = "from data_prep.cli import run; import sys; sys.exit(run('prepare', print))"
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, text=True,
+        check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch):
+    def breaks(cfg):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "argv", ["tidar-prepare", "output_dir=x"])
+    with pytest.raises(BrokenPipeError):
+        run("prepare", breaks)

@@ -2,18 +2,24 @@
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from data_prep.cli import run
+from data_prep.corpora import open_corpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
+from data_prep.plan import Task
 from data_prep.prepare import prepare
 from data_prep.tokenizers import SentencePieceTokenizer, train_sentencepiece
 
 DOCUMENTS = 90
+CODE_BYTES = 700_000
 CHARACTERS = 4000
 
 
@@ -107,3 +113,45 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     if op == "==" and isinstance(left, bytes) and isinstance(right, bytes):
         return [f"bytes differ: {len(left)} and {len(right)} long"]
     return None
+
+
+@pytest.fixture(scope="session")
+def mixed() -> list[str]:
+    """Code, many scripts, emoji, every code point that is one, and what a broken decoder leaves."""
+    code = [d.text for d in StdlibCorpus(StdlibConfig(max_bytes=CODE_BYTES)).documents()]
+    points = [
+        chr(n)
+        for n in range(1, sys.maxunicode + 1)
+        if unicodedata.category(chr(n)) not in ("Cs", "Cn", "Co")
+    ]
+    scripts = ["".join(points[start : start + 997]) for start in range(0, len(points), 997)]
+    broken = [
+        bytes(np.random.default_rng(n).integers(0, 256, 500, dtype=np.uint8)).decode(
+            errors="replace"
+        )
+        for n in range(20)
+    ]
+    ends = [
+        "\r\n\r\n a\n\n\n\tb\n",
+        "\n",
+        "\n\n\n",
+        "a\x0bb\x0cc\u2028d\x85e",
+        "🙂\n👩\u200d👩\u200d👧 \n",
+    ]
+    texts = [*code, *scripts, *broken, *ends]
+    assert sum(len(text.encode()) for text in texts) > 1_000_000
+    return texts
+
+
+@pytest.fixture
+def corpus_of():
+    """Make a folder of texts a corpus; returns it, and one task of all of it."""
+
+    def make(tmp_path, texts):
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number:03d}.txt").write_text(text, newline="")
+        section = {"kind": "text_folder", "path": str(tmp_path)}
+        corpus = open_corpus(OmegaConf.create(section))
+        return corpus, [Task(0, tuple(corpus.parts()), "")]
+
+    return make

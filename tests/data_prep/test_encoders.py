@@ -1,48 +1,11 @@
 """Fast ways of encoding: identical on a megabyte of everything, and refused where they are not."""
 
-import sys
-import unicodedata
-
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from data_prep.corpora import open_corpus
-from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
 from data_prep.errors import UserError
-from data_prep.plan import Task
 from data_prep.preparing import choose_encoder
 from data_prep.tokenizers import SentencePieceTokenizer, train_sentencepiece
-
-CODE_BYTES = 700_000
-
-
-@pytest.fixture(scope="module")
-def mixed() -> list[str]:
-    """Code, many scripts, emoji, every code point that is one, and what a broken decoder leaves."""
-    code = [d.text for d in StdlibCorpus(StdlibConfig(max_bytes=CODE_BYTES)).documents()]
-    points = [
-        chr(n)
-        for n in range(1, sys.maxunicode + 1)
-        if unicodedata.category(chr(n)) not in ("Cs", "Cn", "Co")
-    ]
-    scripts = ["".join(points[start : start + 997]) for start in range(0, len(points), 997)]
-    broken = [
-        bytes(np.random.default_rng(n).integers(0, 256, 500, dtype=np.uint8)).decode(
-            errors="replace"
-        )
-        for n in range(20)
-    ]
-    ends = [
-        "\r\n\r\n a\n\n\n\tb\n",
-        "\n",
-        "\n\n\n",
-        "a\x0bb\x0cc\u2028d\x85e",
-        "🙂\n👩\u200d👩\u200d👧 \n",
-    ]
-    texts = [*code, *scripts, *broken, *ends]
-    assert sum(len(text.encode()) for text in texts) > 1_000_000
-    return texts
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +29,9 @@ def test_too_few_pieces_for_the_characters_is_named(mixed):
         train_sentencepiece(mixed[:60], 1000, "bpe", 400_000, seed=0)
 
 
-def corpus_of(tmp_path, texts):
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number:03d}.txt").write_text(text, newline="")
-    section = {"kind": "text_folder", "path": str(tmp_path)}
-    corpus = open_corpus(OmegaConf.create(section))
-    return corpus, [Task(0, tuple(corpus.parts()), "")]
-
-
-def test_the_first_that_gives_the_same_is_chosen(bpe, tmp_path, mixed, monkeypatch, capsys):
+def test_the_first_that_gives_the_same_is_chosen(
+    bpe, corpus_of, tmp_path, mixed, monkeypatch, capsys
+):  # fmt: skip
     corpus, tasks = corpus_of(tmp_path, mixed[:5])
     choose_encoder(bpe, corpus, tasks)
     assert bpe.encoder == "lines"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
-from data_prep.corpora.files import File, find_files, is_url, needed, open_binary
+from data_prep.corpora.files import File, find_files, is_url, needed, open_binary, spans_of
 from data_prep.corpora.parquet import check_columns, row_document
 from data_prep.errors import UserError
 
@@ -52,13 +52,10 @@ class ArrowCorpus(Corpus):
             if file.size <= part_bytes or is_url(file.path):
                 made.append(Part(*place, file.size, file.stamp))
                 continue
-            first = size = number = 0
-            for number, own in enumerate(self._batch_sizes(file)):
-                if number > first and size + own > part_bytes:
-                    made.append(Part(*place, size, file.stamp, first, number))
-                    first, size = number, 0
-                size += own
-            made.append(Part(*place, size, file.stamp, first, number + 1))
+            made += [
+                Part(*place, size, file.stamp, first, end)
+                for first, end, size in spans_of(self._batch_sizes(file), part_bytes)
+            ]
         return made
 
     def read_part(self, part: Part) -> Iterator[Document]:

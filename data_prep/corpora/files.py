@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -138,16 +138,24 @@ def _filesystem(path: str, key: str) -> tuple[Any, str]:
         raise UserError(f"{key}: {path} cannot be opened ({error})") from error
 
 
+def spans_of(sizes: Iterable[int], most: int) -> Iterator[tuple[int, int, int]]:
+    """Neighbours together, up to about `most`: the first, the one behind the last, and their size;
+    a larger one stands alone."""
+    first = end = size = 0
+    for own in sizes:
+        if end > first and size + own > most:
+            yield first, end, size
+            first, size = end, 0
+        size += own
+        end += 1
+    if end > first:
+        yield first, end, size
+
+
 def runs_of(files: Sequence[File], run_bytes: int) -> Iterator[Sequence[File]]:
     """Neighbouring files together, up to about `run_bytes`; a larger file stands alone."""
-    first, size = 0, 0
-    for number, file in enumerate(files):
-        if number > first and size + file.size > run_bytes:
-            yield files[first:number]
-            first, size = number, 0
-        size += file.size
-    if first < len(files):
-        yield files[first:]
+    for first, end, _ in spans_of((file.size for file in files), run_bytes):
+        yield files[first:end]
 
 
 def os_reason(error: OSError) -> str:

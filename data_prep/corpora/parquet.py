@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
-from data_prep.corpora.files import find_files, needed, open_binary
+from data_prep.corpora.files import find_files, needed, open_binary, spans_of
 from data_prep.errors import UserError
 
 BATCH_ROWS = 1024
@@ -86,14 +86,10 @@ class ParquetCorpus(Corpus):
                     ]
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{file.path}: cannot be read to its end ({error})") from error
-            first, size = 0, 0
-            for number, own in enumerate(sizes):
-                if number > first and size + own > part_bytes:
-                    made.append(Part(*place, size, file.stamp, first, number))
-                    first, size = number, 0
-                size += own
-            if sizes:
-                made.append(Part(*place, size, file.stamp, first, len(sizes)))
+            made += [
+                Part(*place, size, file.stamp, first, end)
+                for first, end, size in spans_of(sizes, part_bytes)
+            ]
         return made
 
     def read_part(self, part: Part) -> Iterator[Document]:

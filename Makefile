@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-setup-extras: $(VENV)/.installed-extras ## what evals=tasks (lm-eval) filters (datatrove) and fast BPE (tiktoken) need as well; their tests skip without
+setup-extras: $(VENV)/.installed-extras ## what evals=tasks, evals=code, filters and fast BPE need as well; their tests skip without
 
 $(VENV)/.installed-extras: $(STAMP)
-	$(PIP) --editable '.[dev,eval,filters,tiktoken]'
+	$(PIP) --editable '.[dev,eval,code,filters,tiktoken]'
 	@touch $@
 
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)

@@ -38,7 +38,7 @@ class Options:
     """ids of the tokenizer; the last is the mask token"""
     block_sizes: tuple[int, ...] = (4, 8, 16)
     """K of the TiDAR variants"""
-    cached: tuple[int, ...] = (128, 1024, 4096)
+    cached: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
     """tokens in the cache before a step"""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """rows side by side, at the first number of cached tokens and the first K"""
@@ -66,7 +66,11 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
             seconds = variant["wall_seconds"]["median"] / STEPS_A_ROUND
             variant["milliseconds_per_forward"] = 1e3 * seconds
             if name != "ar":
-                outcome.ratios[f"{prefix}{name} / ar"] = ratio(samples[name], samples["ar"])
+                found = ratio(samples[name], samples["ar"])
+                outcome.ratios[f"{prefix}{name} / ar"] = found
+                if name.startswith("K="):
+                    even = found["wall"]["of_medians"]
+                    outcome.figures[f"{prefix}{name}: tokens a forward to break even"] = even
 
     for cached in options.cached:
         _compare(model, options, cached, 1, options.block_sizes, measure)
@@ -121,6 +125,10 @@ def _simulate(
     """Speed over AR at the published acceptance: every block, and the blocks that pay here."""
     size, cached = max(options.block_sizes), options.cached[0]
     curve = measure_curve(model, rounds[0])
+    for length, times in zip(curve.cached, curve.forward, strict=True):
+        for queries, seconds in zip(curve.queries, times, strict=True):
+            name = f"latency curve, {length} cached, {queries} queries: ms"
+            outcome.figures[name] = 1e3 * seconds
     for name, rate in PUBLISHED.items():
         acceptance = [_constant_acceptance(min(rate, 0.9 * size), size)] * (size - 1)
         choice = choose(acceptance, curve, cached)
@@ -164,7 +172,7 @@ def decoding_steps(
     def work() -> None:
         for _ in range(STEPS_A_ROUND):
             for row in range(batch):  # what the step before has kept is dropped again
-                engine.rewind(row, cached, drafted=bool(shape.blocks))
+                engine.rewind(row, cached, drafted=shape.drafting)
             engine.step()
 
     return work
@@ -185,7 +193,7 @@ class Simulation:
             model, self._cached, shape, options.temperature, more=count * shape.drafts
         )
         self._shape = shape
-        rng, drafted = random.Random(0), bool(shape.blocks)
+        rng, drafted = random.Random(0), shape.drafting
         self._plan: list[tuple[int, bool]] = []
         """Tokens of each step, and whether a draft is there afterwards."""
         for _ in range(count):
@@ -200,7 +208,7 @@ class Simulation:
 
     def __call__(self) -> None:
         length = self._cached
-        self._engine.rewind(0, length, drafted=bool(self._shape.blocks))
+        self._engine.rewind(0, length, drafted=self._shape.drafting)
         for accepted, drafted in self._plan:
             self._engine.step()
             length += accepted

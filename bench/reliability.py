@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome.figures.update(refuse_bad_inputs(folder))
         outcome.figures.update(time_resume(data_dir, folder / "straight", options))
         outcome.figures.update(time_saving(folder, options.parameters_m))
-    path = write(outcome, "reliability", options, torch.device("cpu"), results)
+    path = write(outcome, "reliability", options, torch.device("cpu"), results, "bench.reliability")
     for key, value in outcome.figures.items():
         print(f"{key}: {value}")
     print(path)

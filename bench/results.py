@@ -36,12 +36,18 @@ class Outcome:
 
 
 def write(
-    outcome: Outcome, benchmark: str, options: Any, device: torch.device, folder: Path
+    outcome: Outcome,
+    benchmark: str,
+    options: Any,
+    device: torch.device,
+    folder: Path,
+    module: str = "bench",
 ) -> Path:
-    """Write `<benchmark>-<device type>.json` into `folder`, all or nothing; returns its path."""
+    """Write `<benchmark>-<device type>.json` into `folder`, all or nothing; returns its path.
+    `module` is what `python -m` runs."""
     content = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": revision(),
         "machine": machine(device),

@@ -229,7 +229,9 @@ def run(arguments: list[str] | None) -> None:
         finally:
             if private:
                 private.stop()
-    path = write(outcome, "slurm_starts", options, torch.device("cpu"), given.results)
+    path = write(
+        outcome, "slurm_starts", options, torch.device("cpu"), given.results, "bench.slurm_starts"
+    )
     for key, value in outcome.figures.items():
         print(f"{key}: {value}")
     print(path)

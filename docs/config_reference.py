@@ -103,7 +103,8 @@ def page() -> str:
                 prefix = "" if package[1] == "_global_" else f"{package[1]}."
             about, entries = read_file(path, prefix)
             about = about.removeprefix(f"@package {package[1]} ") if package else about
-            lines += [f"**`{folder.name}={path.stem}`** {about}", "", *rows(entries), ""]
+            lines += [f"**`{folder.name}={path.stem}`** {about}", ""]
+            lines += [*rows(entries), ""] if entries else []
     return "\n".join(lines)
 
 

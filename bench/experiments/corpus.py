@@ -1,23 +1,28 @@
 """Text of the experiments: Python sources, and held-out files that the training text does not hold.
 
+    python -m bench.experiments.corpus installed FOLDER --sequence-length 2048 --vocab-size 32000
+
 A held-out file leaves when too many of its n-grams of words stand in a training file: a copy of a
 module, or one of many tables made by the same script, would be recited and not predicted.
 """
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli import EXIT_BAD_INPUT, report_mistake
 from data_prep.corpora.base import Document
-from data_prep.corpora.files import local_file
+from data_prep.corpora.files import File, local_file
 from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
 from data_prep.corpora.text_folder import FilesCorpus
+from data_prep.errors import UserError
 from data_prep.files import write_text_atomic, written_atomically
 from data_prep.settings import in_heldout
 
@@ -56,14 +61,16 @@ def prepare(choice: CorpusChoice, folder: Path) -> Path:
     if not about.is_file():
         write_text_atomic(about, json.dumps(write_corpus(choice, text), indent=1) + "\n")
     if not (data / "manifest.json").is_file():
-        subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-m", "data_prep.prepare", "corpus=jsonl", f"corpus.path={text}",
              "corpus.id_field=id", f"output_dir={data}",
              f"sequence_length={choice.sequence_length}", "layout.block_size=8",
              f"tokenizer.vocab_size={choice.vocab_size}",
              f"heldout_fraction={choice.heldout_fraction}"],
-            cwd=ROOT, check=True,
-        )  # fmt: skip
+            cwd=ROOT, check=False,
+        ).returncode  # fmt: skip
+        if code:
+            raise UserError(f"{data}: could not be prepared; the message above says why")
     return data
 
 
@@ -106,7 +113,16 @@ def open_sources(choice: CorpusChoice) -> FilesCorpus:
     root = Path(sysconfig.get_path("purelib"))
     paths = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(root).parts)]
     beside = [local_file(p, f"site-packages/{p.relative_to(root).as_posix()}") for p in paths]
-    return FilesCorpus([*stdlib.files, *beside])
+    return FilesCorpus([*stdlib.files, *_first_bytes(beside, choice.max_bytes, stdlib.total_bytes)])
+
+
+def _first_bytes(files: Iterable[File], most: int | None, taken: int) -> Iterator[File]:
+    """Files until `most` bytes are reached, of which `taken` are gone."""
+    for file in files:
+        taken += file.size
+        if most is not None and taken > most:
+            return
+        yield file
 
 
 def ngrams_of_heldout(corpus: FilesCorpus, fraction: float) -> dict[str, set[int]]:
@@ -124,3 +140,24 @@ def ngrams(text: str) -> set[int]:
     """Hashes of the runs of `NGRAM` words and signs in `text`, equal within one process."""
     words = [hash(word) for word in WORD.findall(text)]
     return {hash(tuple(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.corpus")
+    parser.add_argument("corpus", choices=CORPORA)
+    parser.add_argument("folder", type=Path, help="for the text and the prepared data")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--max-bytes", type=int, help="stop after this much text")
+    given = vars(parser.parse_args(arguments))
+    choice, folder = CORPORA[given.pop("corpus")], given.pop("folder")
+    try:
+        print(prepare(replace(choice, **given), folder))
+    except UserError as error:
+        report_mistake(str(error))
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

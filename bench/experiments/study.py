@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.experiments.budgets import Budgets
 from bench.experiments.corpus import ROOT, CorpusChoice, prepare
 from bench.experiments.record import make_result
-from bench.experiments.runs import BY_NAME, Budgets, Run
+from bench.experiments.runs import BY_NAME, Run
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 

@@ -24,6 +24,8 @@ class Engine(Protocol):
     proposer: Proposer | None
     verified: list[int]
     """Drafts that each row's last step had to verify."""
+    queries: int
+    """Query tokens of a row in the last step."""
 
     def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
         """Read a prompt into a row; tokens final at once, and the forwards it took."""
@@ -60,6 +62,8 @@ class Progress:
     """How many it made before the limits cut them."""
     drafts: int
     """Drafts that it had to verify; 0 for a prompt."""
+    queries: int
+    """Its query tokens; 0 for a prompt."""
     forwards: int
     """1, or the number of pieces in which the prompt was read."""
     seconds: float
@@ -92,7 +96,7 @@ def decode_requests(engine: Engine, requests: Sequence[Request]) -> Iterator[Pro
                 else:
                     owner[row] = number
                     texts[number] += first
-                yield Progress(number, tokens, len(first), 0, forwards, seconds, True, done)
+                yield Progress(number, tokens, len(first), 0, 0, forwards, seconds, True, done)
         if not owner:
             continue
         if engine.proposer is not None:
@@ -108,7 +112,17 @@ def decode_requests(engine: Engine, requests: Sequence[Request]) -> Iterator[Pro
                 engine.release(row)
                 del owner[row]
             seconds = now - started[number]
-            yield Progress(number, tokens, len(made[row]), verified[row], 1, seconds, False, done)
+            yield Progress(
+                number,
+                tokens,
+                len(made[row]),
+                verified[row],
+                engine.queries,
+                1,
+                seconds,
+                False,
+                done,
+            )
 
 
 def clock(device: torch.device) -> float:

@@ -64,7 +64,7 @@ class BlockDiffusionEngine:
             prefill_chunk,
             config.mask_token_id,
         )
-        self.batch_size, self.verified = 1, [0]
+        self.batch_size, self.verified, self.queries = 1, [0], 0
         self.proposer: Proposer | None = None
         self.shape = block_diffusion_shape(block_size)
         """The forward that reads a finished block and opens the next."""
@@ -128,6 +128,7 @@ class BlockDiffusionEngine:
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in order, perhaps none."""
         shape = self._next
+        self.queries = shape.num_queries
         self._load_uniforms()
         if isinstance(self.cache, RaggedCache):
             needed = -(-(self._length + shape.num_queries) // WIDTH_STEP) * WIDTH_STEP

@@ -73,6 +73,8 @@ class StepEngine:
         self.streams = RowStreams(batch_size)
         self.verified = [0] * batch_size
         """Drafts that each row's last step had to verify."""
+        self.queries = 0
+        """Query tokens of a row in the last step."""
         self._drafted = [False] * batch_size
         self._active: list[bool] = [False] * batch_size
         self._tables: dict[StepShape, _Tables] = {}
@@ -213,6 +215,7 @@ class StepEngine:
         """One forward: the tokens that became final in each row; idle rows give none."""
         shape = self.shape if any(self._drafted) else self.shape.short
         self.verified = [shape.drafts - 1 if drafted else 0 for drafted in self._drafted]
+        self.queries = shape.num_queries
         self._load_uniforms()
         if isinstance(self.cache, RaggedCache):
             self.cache.width = self._width(shape)

@@ -37,6 +37,8 @@ class Generation:
     none for ar."""
     drafts: list[int] = field(default_factory=list)
     """Drafts that each of these steps had to verify, 0 … K - 1."""
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    """Query tokens and seconds of every forward after the prompt."""
     forward_of_token: list[int] = field(default_factory=list)
     """The forward, counted from 0, that made each token of `tokens` final."""
     seconds: float = 0.0
@@ -308,6 +310,8 @@ def finish_each(
         result.forwards += progress.forwards
         result.forward_of_token += [result.forwards - 1] * len(progress.tokens)
         result.tokens += progress.tokens
+        if not progress.prefill:
+            result.steps.append((progress.queries, progress.seconds - result.seconds))
         result.seconds = progress.seconds
         if progress.prefill:
             result.prefill_seconds = progress.seconds

@@ -10,16 +10,19 @@ import logging
 import os
 import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep.files import write_text_atomic
 from pipeline.decoding.batch import clock
 from pipeline.decoding.cache import KVCache
+from pipeline.decoding.graphs import GraphedSteps
 from pipeline.model.transformer import Transformer
 
 VERSION = 1
@@ -95,45 +98,49 @@ def identity(model: Transformer) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
-    """Medians over `rounds`, all points in turn in each, so that a slow spell meets all alike."""
+    """Medians over `rounds`, all points in turn in each, so that a slow spell meets all alike.
+
+    On a GPU the forwards are captured, as those of decoding are: launched kernel by kernel, small
+    forwards would all take the same.
+    """
     begun = clock(next(model.parameters()).device)
     limit = max(model.config.max_positions - 1, 1)
     cached = tuple(dict.fromkeys(min(length, limit) for length in CACHED))
     first = next(model.parameters())
     cache = KVCache(model.config, cached[-1] + QUERIES[-1], dtype=first.dtype, device=first.device)
     ids = torch.zeros(1, QUERIES[-1], dtype=torch.int64, device=first.device)
+    positions = torch.arange(cached[-1] + QUERIES[-1], device=first.device)
     rows = torch.zeros(QUERIES[-1], model.config.hidden_size, dtype=first.dtype).to(first.device)
-    forward: dict[tuple[int, int], list[float]] = {}
-    head: dict[int, list[float]] = {}
-    for number in range(rounds + 1):
+    graphs = GraphedSteps(first.device) if first.device.type == "cuda" else None
+    warmup = 1 if graphs is None else 2  # a captured forward runs once as it is, then is captured
+    taken: dict[Hashable, list[float]] = {}
+
+    def measure(key: Hashable, work: Callable[[], Tensor]) -> None:
+        started = clock(first.device)
+        work() if graphs is None else graphs(key, work)
+        taken.setdefault(key, []).append(clock(first.device) - started)
+
+    for number in range(rounds + warmup):
         spent = clock(first.device) - begun
         if number == 1 and spent * rounds > ENOUGH_SECONDS / 4:
             logging.getLogger(__name__).warning(
                 "measuring what a forward takes here, once for this model and device"
             )
-        if number > 1 and spent > ENOUGH_SECONDS:
+        if number > warmup and spent > ENOUGH_SECONDS:
             break
         for queries in QUERIES:
             for length in cached:
                 cache.length = length
-                positions = length + torch.arange(queries, device=first.device)
-                started = clock(first.device)
-                model.hidden(ids[:, :queries], positions, cache=cache)
-                taken = clock(first.device) - started
-                if number:  # the first round warms up
-                    forward.setdefault((length, queries), []).append(taken)
-            started = clock(first.device)
-            model.lm_head(rows[:queries])
-            if number:
-                head.setdefault(queries, []).append(clock(first.device) - started)
+                where = positions[length : length + queries]
+                work = partial(model.hidden, ids[:, :queries], where, cache=cache)
+                measure((length, queries), work)
+            measure(queries, partial(model.lm_head, rows[:queries]))
+    medians = {key: statistics.median(times[warmup:]) for key, times in taken.items()}
     return LatencyCurve(
         QUERIES,
         cached,
-        tuple(
-            tuple(statistics.median(forward[length, queries]) for queries in QUERIES)
-            for length in cached
-        ),
-        tuple(statistics.median(head[queries]) for queries in QUERIES),
+        tuple(tuple(medians[length, queries] for queries in QUERIES) for length in cached),
+        tuple(medians[queries] for queries in QUERIES),
     )
 
 

@@ -160,6 +160,7 @@ def _decoding_part(
         "tokens_per_decoding_forward": totals.tokens_per_decoding_forward,
         "queries_per_forward": shape.num_queries if shape.drafting else size,
         "seconds_per_decoding_forward": own.step_seconds(),
+        "seconds_by_queries": reduce(add, own.repeats).seconds_by_queries(),
         "repeats": len(own.repeats),
         "tokens_per_second": statistics.median(own.speeds()),
         "tokens_per_second_range": {"min": min(own.speeds()), "max": max(own.speeds())},

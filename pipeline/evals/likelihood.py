@@ -8,6 +8,7 @@ block that begins 0 … K - 1 positions before it. Letters: K block length.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
+from pipeline.evals.texts import read_texts
 from pipeline.model.transformer import Transformer
 from pipeline.objective.scoring import score_sequence
 
@@ -89,15 +91,48 @@ def evaluate_likelihood(
     whole = total.sequences == split.sequences
     # Decoding each document finds the same number, but where a cut went through a character.
     text_bytes = split.text_bytes if whole else total.text_bytes
+    by_source = None
+    if config.texts_file is not None:
+        longest = heldout.manifest.sequence_length
+        texts = read_texts(Path(config.texts_file).expanduser(), tokenizer, longest, block_size)
+        by_source = {
+            source: _of_source(model, tokenizer, sequences, block_size, costs, drafts, world)
+            for source, sequences in texts.items()
+        }
+    return {
+        "sequences": total.sequences,
+        "whole_split": whole,
+        **_figures(total, text_bytes, drafts),
+        "unigram_entropy": unigram.entropy,
+        "block_size": block_size if drafts else None,
+        "by_source": by_source,
+    }
+
+
+def _of_source(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    sequences: list[Sequence],
+    block_size: int,
+    costs: Tensor,
+    drafts: bool,
+    world: World,
+) -> dict[str, Any]:
+    own = sum_up(model, tokenizer, sequences[world.rank :: world.size], block_size, costs)
+    total = sum(world.gather(own), LikelihoodSums.zero(block_size))
+    return _figures(total, total.text_bytes, drafts)
+
+
+def _figures(total: LikelihoodSums, text_bytes: int, drafts: bool) -> dict[str, Any]:
+    """Losses, perplexities and code lengths of what `total` sums up, `text_bytes` long."""
     ar_loss = total.ar_loss / max(total.ar_tokens, 1)
     diffusion_tokens = int(total.diffusion_tokens.sum())
     diffusion_loss = float(total.diffusion_loss.sum()) / max(diffusion_tokens, 1)
     bits = (total.ar_loss + total.first_loss) / math.log(2)
     diffusion_bits = float(total.diffusion_loss.sum()) / math.log(2)
     places = zip(total.diffusion_loss.tolist(), total.diffusion_tokens.tolist(), strict=True)
+    by_place = [loss / count if count else None for loss, count in places]
     return {
-        "sequences": total.sequences,
-        "whole_split": whole,
         "documents": total.documents,
         "text_bytes": text_bytes,
         "ar_tokens": total.ar_tokens,
@@ -105,15 +140,11 @@ def evaluate_likelihood(
         "perplexity": math.exp(ar_loss),
         "bits_per_byte": bits / max(text_bytes, 1),
         "unigram_loss": total.unigram_loss / max(total.ar_tokens, 1),
-        "unigram_entropy": unigram.entropy,
-        "block_size": block_size if drafts else None,
         "diffusion_tokens": diffusion_tokens,
         "diffusion_loss": diffusion_loss if drafts else None,
         "diffusion_perplexity": math.exp(diffusion_loss) if drafts else None,
         "diffusion_bits_per_byte": diffusion_bits / max(text_bytes, 1) if drafts else None,
-        "diffusion_loss_by_place": [loss / count if count else None for loss, count in places]
-        if drafts
-        else None,
+        "diffusion_loss_by_place": by_place if drafts else None,
     }
 
 

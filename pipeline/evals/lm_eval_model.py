@@ -5,8 +5,8 @@ request at a time by TiDAR or AR. A context that is empty is the end token: docu
 no token of their own in training.
 """
 
+import time
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from data_prep.tokenizers import Tokenizer
 from pipeline.decoding import stream
 from pipeline.decoding.sampling import Sampling
 from pipeline.distributed import World
+from pipeline.evals.decoders import Cost, Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
 
@@ -28,29 +29,27 @@ NEUTRAL = {"min_p": (None, 0), "typical_p": (None, 1), "num_beams": (None, 1)}
 others are refused where a task samples."""
 
 
-@dataclass
-class Generated:
-    """What `generate_until` cost for one task on this rank."""
-
-    answers: int = 0
-    tokens: int = 0
-    forwards: int = 0
-
-
 class TidarLM(TemplateLM):
     """Every rank holds the whole model and answers its share of the requests."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, config: TasksConfig, world: World
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: TasksConfig,
+        decoder: Decoder,
+        world: World,
     ) -> None:
         super().__init__()
         self.model = model
         self.tidar_tokenizer = tokenizer
         self.config = config
+        self.decoder = decoder
         self.world = world
         self._rank, self._world_size = world.rank, world.size
         self._device = next(model.parameters()).device
-        self.generated: defaultdict[str, Generated] = defaultdict(Generated)
+        self.generated: defaultdict[str, Cost] = defaultdict(Cost)
+        """What `generate_until` cost for each task on this rank."""
 
     @property
     def eot_token_id(self) -> int:
@@ -149,7 +148,7 @@ class TidarLM(TemplateLM):
             answers.append(self._answer(context, options, cost))
         return answers
 
-    def _answer(self, context: str, options: dict[str, Any], cost: Generated) -> str:
+    def _answer(self, context: str, options: dict[str, Any], cost: Cost) -> str:
         limit, stops = options["max_gen_toks"], [stop for stop in options["until"] if stop]
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         if limit >= self.max_length:
@@ -157,10 +156,11 @@ class TidarLM(TemplateLM):
                 f"evals.tasks.tasks: an answer may have {limit} tokens, the model has "
                 f"{self.max_length} positions; leave this task out"
             )
+        started = time.perf_counter()
         steps = stream(
             self.model,
             prompt[-(self.max_length - limit) :],
-            method=self.config.method,
+            method=self.decoder.method,
             block_size=self.config.block_size,
             max_new_tokens=limit,
             sampling=self._sampling(options),
@@ -176,6 +176,7 @@ class TidarLM(TemplateLM):
             text = self.tidar_tokenizer.decode(tokens)
             if any(stop in text for stop in stops):
                 break
+        cost.seconds += time.perf_counter() - started
         return postprocess_generated_text(text, stops, None)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
@@ -190,7 +191,7 @@ class TidarLM(TemplateLM):
         penalty = options.get("repetition_penalty")
         return Sampling(
             temperature=temperature,
-            trust=self.config.trust,
+            trust=self.decoder.trust,
             seed=self.config.seed,
             top_k=int(top_k) if top_k is not None and top_k > 0 else None,
             top_p=1.0 if top_p is None else float(top_p),

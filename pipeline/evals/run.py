@@ -16,11 +16,13 @@ from data_prep.manifest import Manifest
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from pipeline.distributed import World
 from pipeline.evals.checkpoint import Origin
+from pipeline.evals.code.evaluate import evaluate_code
+from pipeline.evals.code.table import code_rows
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
 from pipeline.evals.markdown import comparison_table
-from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
+from pipeline.evals.settings import CodeConfig, DecodeSpeedConfig, LikelihoodConfig, TasksConfig
 from pipeline.evals.table import text_table
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
@@ -29,7 +31,12 @@ SCHEMAS = {
     "decode_speed": DecodeSpeedConfig,
     "likelihood": LikelihoodConfig,
     "tasks": TasksConfig,
+    "code": CodeConfig,
 }
+WITHOUT_DATA = {"tasks", "code"}
+"""Evals that bring text of their own."""
+ROWS = {"tasks": task_rows, "code": code_rows}
+"""How the results of these become columns of a table."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -64,7 +71,7 @@ class EvaluateSettings:
             for name, schema in SCHEMAS.items()
             if name in cfg.evals
         }
-        needs_data = set(evals) - {"tasks"}
+        needs_data = set(evals) - WITHOUT_DATA
         if cfg.dtype is not None and str(cfg.dtype) not in DTYPES:
             raise UserError(f"dtype: unknown value {str(cfg.dtype)!r}; known are bf16 and fp32")
         if cfg.device not in (None, "cpu", "cuda"):
@@ -102,6 +109,9 @@ def run_evals(
         say(f"running {name}")
         if name == "tasks":
             results[name] = evaluate_tasks(model, tokenizer, config, world)
+            continue
+        if name == "code":
+            results[name] = evaluate_code(model, tokenizer, config, world)
             continue
         assert heldout is not None, "from_config asks for data"
         if name == "decode_speed":
@@ -152,7 +162,7 @@ def describe(results: dict[str, Any]) -> str:
     for name in SCHEMAS:
         if name in results:
             found = results[name]
-            columns = task_rows(found) if name == "tasks" else found
+            columns = ROWS[name](found) if name in ROWS else found
             columns = columns if isinstance(columns, list) else [columns]
             parts.append(f"{name}\n{text_table(columns)}")
         if name == "decode_speed" and name in results:

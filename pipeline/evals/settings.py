@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.decoding.methods import CONFIDENCE
+from pipeline.evals.code.sandbox import Limits
+from pipeline.evals.decoders import check_decoders
 
+BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
 EVAL_METHODS = (
     "ar", "tidar", "tidar_chosen", "block_diffusion", "prompt_lookup", "speculative",
 )  # fmt: skip
@@ -83,6 +86,8 @@ class LikelihoodConfig:
     """K of the mask section; None takes the one trained with."""
     seed: int = 0
     """Which sequences are taken where not all are."""
+    texts_file: str | None = None
+    """JSON lines with `text` and perhaps `source`, scored by source beside the split."""
 
     def __post_init__(self) -> None:
         _at_least(1, "sequences", self.sequences)
@@ -101,12 +106,12 @@ class TasksConfig:
     """Documents of each task, for trying out: scores are then not comparable. None takes all."""
     num_fewshot: int | None = None
     """Examples in the prompt; None takes each task's own number."""
-    method: str = "tidar"
-    """How `generate_until` tasks decode: `tidar` or `ar`. Likelihood tasks run plain causal."""
+    decoders: list[str] = field(default_factory=lambda: ["tidar"])
+    """How `generate_until` tasks decode, one after the other. Likelihood tasks run plain causal."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
-    trust: float = 1.0
-    """Weight of the AR logits in the decoder's target; below 1 is not lossless."""
+    trust: float = 0.5
+    """Weight of the AR logits in the target of `tidar_diffusion`, which is not lossless."""
     max_new_tokens: int = 256
     """Longest answer where a task names no limit of its own."""
     batch_size: int = 8
@@ -119,15 +124,69 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, for example tasks=[hellaswag]")
-        if self.method not in ("tidar", "ar"):
-            raise ValueError(f"method must be tidar or ar, got {self.method!r}")
-        if not 0.0 <= self.trust <= 1.0:
-            raise ValueError(f"trust must be in [0, 1], got {self.trust}")
+        check_decoders(self.decoders)
+        if not 0.0 <= self.trust < 1.0:
+            raise ValueError(f"trust must be in [0, 1), got {self.trust}")
         if self.tasks_dir is not None and not Path(self.tasks_dir).expanduser().is_dir():
             raise ValueError(f"tasks_dir: {self.tasks_dir} is not a folder")
         for name in ("limit", "block_size", "max_new_tokens", "batch_size"):
             _at_least(1, name, getattr(self, name))
         _at_least(0, "num_fewshot", self.num_fewshot)
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """Code benchmarks; see `conf/evals/code.yaml`."""
+
+    benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
+    humaneval_file: str | None = None
+    mbpp_file: str | None = None
+    humaneval_plus_file: str | None = None
+    mbpp_plus_file: str | None = None
+    decoders: list[str] = field(default_factory=lambda: ["ar", "tidar", "tidar_diffusion"])
+    trust: float = 0.5
+    """Of `tidar_diffusion`."""
+    block_size: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    k: list[int] = field(default_factory=lambda: [1])
+    max_new_tokens: int = 512
+    limit: int | None = None
+    seed: int = 0
+    workers: int = 1
+    timeout_s: float = 60.0
+    test_seconds: float = 3.0
+    memory_gib: float = 4.0
+    all_guards: bool = True
+    confirm_run_unsafe_code: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
+        if unknown or not self.benchmarks:
+            known = ", ".join(BENCHMARKS)
+            raise ValueError(f"benchmarks must be some of {known}, got {self.benchmarks}")
+        check_decoders(self.decoders)
+        if not 0.0 <= self.trust < 1.0:
+            raise ValueError(f"trust must be in [0, 1), got {self.trust}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        for name in ("samples", "max_new_tokens", "workers", "block_size", "limit"):
+            _at_least(1, name, getattr(self, name))
+        if not self.k or not 1 <= min(self.k) <= max(self.k) <= self.samples:
+            raise ValueError(f"k must be from 1 to samples ({self.samples}), got {self.k}")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("samples must be 1 at temperature 0: all greedy answers are the same")
+        for name in ("timeout_s", "test_seconds", "memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def file_of(self, benchmark: str) -> str | None:
+        path: str | None = getattr(self, f"{benchmark}_file")
+        return path
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.timeout_s, self.test_seconds, self.memory_gib, self.all_guards)
 
 
 def _at_least(least: int, name: str, value: int | None) -> None:

@@ -10,6 +10,7 @@ from data_prep.config import first_line
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from pipeline.distributed import World
+from pipeline.evals.decoders import Cost, decoders_of
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
 
@@ -25,14 +26,12 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Scores by task and group, equal on all ranks; keys as in `docs/metrics.md`.
 
+    All tasks run with the first decoder; with the others only those that generate.
+
     Raises:
         UserError: when lm-eval is not installed, a task is not known, or the model cannot draft.
     """
-    if config.method == "tidar" and model.config.mask_token_id is None:
-        raise UserError(
-            "evals.tasks.method: this model has no mask token, so it cannot draft; use "
-            "evals.tasks.method=ar"
-        )
+    decoders = decoders_of(config.decoders, config.trust, model, "evals.tasks.decoders")
     try:
         import lm_eval
 
@@ -42,11 +41,43 @@ def evaluate_tasks(
             f"evals=tasks: needs lm-eval ({error}); pip install 'tidar-pretrain[eval]'"
         ) from error
     manager = _task_manager(config)
-    adapter = TidarLM(model, tokenizer, config, world)
+    tasks = list(config.tasks)
+    first: dict[str, Any] = {}
+    by_decoder: dict[str, Any] = {}
+    for decoder in decoders:
+        adapter = TidarLM(model, tokenizer, config, decoder, world)
+        found = world.from_main(_evaluate(adapter, tasks, manager))
+        costs = _costs(adapter, world)
+        first = first or found
+        by_decoder[decoder.name] = {
+            "trust": decoder.trust,
+            "results": {task: found["results"][task] for task in costs},
+            "generation": costs,
+        }
+        tasks = list(costs)
+        if not tasks:
+            break
+    return {
+        "lm_eval_version": lm_eval.__version__,
+        "limit": config.limit,
+        "results": first["results"],
+        "groups": first.get("groups") or {},
+        "versions": first["versions"],
+        "n_shot": first["n-shot"],
+        "n_samples": first["n-samples"],
+        "decoders": by_decoder,
+    }
+
+
+def _evaluate(adapter: "TidarLM", tasks: list[str], manager: Any) -> Any:
+    """The library's results of `tasks`, None on ranks but the first."""
+    import lm_eval
+
+    config = adapter.config
     try:
-        found = lm_eval.simple_evaluate(
+        return lm_eval.simple_evaluate(
             model=adapter,
-            tasks=config.tasks,
+            tasks=tasks,
             num_fewshot=config.num_fewshot,
             limit=config.limit,
             task_manager=manager,
@@ -63,18 +94,6 @@ def evaluate_tasks(
         if "confirm_run_unsafe_code" not in str(error):
             raise
         raise UserError(f"evals.tasks.confirm_run_unsafe_code: {first_line(error)}") from error
-    found = world.from_main(found)
-    return {
-        "lm_eval_version": lm_eval.__version__,
-        "method": config.method,
-        "limit": config.limit,
-        "results": found["results"],
-        "groups": found.get("groups") or {},
-        "versions": found["versions"],
-        "n_shot": found["n-shot"],
-        "n_samples": found["n-samples"],
-        "generation": _generation(adapter, world),
-    }
 
 
 def _task_manager(config: TasksConfig) -> Any:
@@ -97,28 +116,37 @@ def _task_manager(config: TasksConfig) -> Any:
     )
 
 
-def _generation(adapter: "TidarLM", world: World) -> dict[str, dict[str, Any]]:
-    """Answers, tokens and forwards of each task that generates, over all ranks."""
-    totals: dict[str, dict[str, Any]] = {}
-    for part in world.gather({name: vars(cost) for name, cost in adapter.generated.items()}):
+def _costs(adapter: "TidarLM", world: World) -> dict[str, dict[str, Any]]:
+    """What each task that generates cost, over all ranks."""
+    totals: dict[str, Cost] = {}
+    for part in world.gather(dict(adapter.generated)):
         for task, cost in part.items():
-            total = totals.setdefault(task, dict.fromkeys(cost, 0))
-            totals[task] = {name: total[name] + value for name, value in cost.items()}
-    for total in totals.values():
-        total["tokens_per_forward"] = total["tokens"] / max(total["forwards"], 1)
-    return totals
+            totals[task] = totals.get(task, Cost()) + cost
+    return {task: total.rates() for task, total in totals.items()}
 
 
 def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One column for each task: its scores, and tokens per forward where it generates."""
+    """One column for each task, or for each decoder of a task that generates: its scores, and the
+    tokens per forward and second that they were made with."""
     rows = []
     for task, scores in results["results"].items():
-        numbers = {
-            name.removesuffix(",none"): value
-            for name, value in scores.items()
-            if isinstance(value, int | float)
+        made = {
+            name: found for name, found in results["decoders"].items() if task in found["results"]
         }
-        generation = results["generation"].get(task, {})
-        speed = {"tokens_per_forward": generation.get("tokens_per_forward")}
-        rows.append({"task": task, **numbers, **speed})
+        if not made:
+            rows.append({"task": task, **_numbers(scores)})
+        for name, found in made.items():
+            cost = found["generation"][task]
+            speed = {key: cost[key] for key in ("tokens_per_forward", "tokens_per_second")}
+            rows.append(
+                {"task": task, "decoder": name, **_numbers(found["results"][task]), **speed}
+            )
     return rows
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, float]:
+    return {
+        name.removesuffix(",none"): value
+        for name, value in scores.items()
+        if isinstance(value, int | float)
+    }

@@ -27,6 +27,10 @@ class MethodTotals:
     """Steps that came to verify the draft at a position of the block, by position (1 … K - 1)."""
     accepted: Counter[int] = field(default_factory=Counter)
     """Steps that accepted it."""
+    steps: Counter[int] = field(default_factory=Counter)
+    """Forwards after the prompt, by their query tokens."""
+    step_seconds: Counter[int] = field(default_factory=Counter)
+    """Their seconds, likewise."""
 
     @classmethod
     def of(cls, run: Generation, *, matches: bool) -> "MethodTotals":
@@ -39,7 +43,14 @@ class MethodTotals:
             # refused. A step without a draft says nothing.
             reached.update(range(1, min(count, drafts) + 1))
             accepted.update(range(1, count))
+        steps: Counter[int] = Counter()
+        step_seconds: Counter[int] = Counter()
+        for queries, seconds in run.steps:
+            steps[queries] += 1
+            step_seconds[queries] += seconds  # type: ignore[assignment]
         return cls(
+            steps=steps,
+            step_seconds=step_seconds,
             prompts=1,
             tokens=len(run.tokens),
             forwards=run.forwards,
@@ -84,6 +95,11 @@ class MethodTotals:
     def distinct_4grams(self) -> float | None:
         """Share of 4-grams that are the first of their kind; None for texts under 4 tokens."""
         return self.distinct_fourgrams / self.fourgrams if self.fourgrams else None
+
+    def seconds_by_queries(self) -> dict[str, float] | None:
+        """Mean time of a forward after the prompt, by its query tokens; None without any."""
+        means = {str(n): self.step_seconds[n] / self.steps[n] for n in sorted(self.steps)}
+        return means or None
 
     def acceptance(self, block_size: int) -> list[float | None]:
         """For positions 1 … K - 1, the share of the steps that reached it which accepted it."""

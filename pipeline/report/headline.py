@@ -124,7 +124,7 @@ def warnings(run: Run) -> list[str]:
             found += _row_warnings(row, words)
     greedy = run.last_eval("tidar", 0.0)
     if greedy:
-        found += _greedy_warnings(greedy)
+        found += _greedy_warnings(greedy, run.last_eval("tidar_chosen", 0.0))
     return found
 
 
@@ -148,7 +148,7 @@ def _row_warnings(row: Row, words: str) -> list[str]:
     return found
 
 
-def _greedy_warnings(greedy: Row) -> list[str]:
+def _greedy_warnings(greedy: Row, chosen: Row | None) -> list[str]:
     found = []
     loss, entropy = as_number(greedy.get("ar_loss")), as_number(greedy.get("unigram_entropy"))
     if loss is not None and entropy is not None and loss >= entropy:
@@ -169,4 +169,9 @@ def _greedy_warnings(greedy: Row) -> list[str]:
             "at once; that is nearly free only where a forward is bound by reading weights, as "
             "for large models on a GPU. On a CPU the extra tokens cost time."
         )
+        best = as_number(chosen.get("speedup_over_ar")) if chosen else None
+        if best is not None:
+            found[-1] += (
+                f" The step chosen for this machine decoded at {best:.2f}× the speed of AR."
+            )
     return found

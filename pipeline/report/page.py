@@ -20,8 +20,8 @@ FILE_NAME = "report.html"
 def build_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run; works at any moment of a run.
 
-    The page needs no network. The same files give the same bytes. The old page stays in place
-    until the new one is complete.
+    The page needs no network. The same files, with their times, give the same bytes. The old page
+    stays in place until the new one is complete.
 
     Returns:
         Path: the page.
@@ -31,7 +31,9 @@ def build_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    page = render(read_run(run_dir), read_starts(run_dir), checkpoint)
+    run = read_run(run_dir)
+    updated = (run_dir / "metrics.jsonl").stat().st_mtime
+    page = render(run, read_starts(run_dir), checkpoint, updated)
     target = run_dir / FILE_NAME
     partial = run_dir / f".{FILE_NAME}.{os.getpid()}"
     try:
@@ -42,9 +44,17 @@ def build_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: Run, starts: Starts | None = None, checkpoint: str | None = None) -> str:
-    """The whole page as HTML; `checkpoint` names the newest one."""
-    standing = standing_section(run, starts, checkpoint)
+def render(
+    run: Run,
+    starts: Starts | None = None,
+    checkpoint: str | None = None,
+    updated: float | None = None,
+) -> str:
+    """The whole page as HTML, with the run's starts and the name of its newest checkpoint.
+
+    `updated` is when the last step was recorded, in seconds since the epoch.
+    """
+    standing = standing_section(run, starts, checkpoint, updated)
     package = resources.files("pipeline.report")
     parts = {
         "title": escape(f"{run.name}: TiDAR training report"),

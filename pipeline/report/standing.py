@@ -106,17 +106,29 @@ def pace_of(run: Run, name: str) -> float | None:
     return median(values) if values else None
 
 
-def standing_section(run: Run, starts: Starts | None, checkpoint: str | None) -> str:
-    """Step, pace, checkpoint and what is left as a table, and below it one line for each start."""
+def standing_section(
+    run: Run, starts: Starts | None, checkpoint: str | None, updated: float | None
+) -> str:
+    """Step, pace, checkpoint and what is left as a table, and below it one line for each start.
+
+    `checkpoint` names the newest one; `updated` is when the last step was recorded, in seconds
+    since the epoch.
+    """
     step, steps = int(run.metrics[-1]["step"]), run.setting("steps")
     pace = pace_of(run, "step_seconds")
     known = isinstance(steps, int) and steps > step and pace is not None
-    left = span((steps - step) * pace) if known else MISSING
+    left = (steps - step) * pace if known else None
     rows = [
         ["step", f"{step:,} of {steps:,}" if isinstance(steps, int) else f"{step:,}"],
         ["speed", f"{compact(pace_of(run, 'tokens_per_second'))} tokens/s, {fixed(pace)} s a step"],
         ["last checkpoint", escape(checkpoint or "none yet")],
-        ["training left at this pace", left],
+        ["training left at this pace", MISSING if left is None else span(left)],
+        [
+            "expected end",
+            MISSING
+            if left is None or updated is None
+            else f"{moment(updated + left)}, without another stop",
+        ],
         ["starts", escape(starts) if starts else MISSING],
     ]
     text = table(("", "now"), rows)
@@ -131,18 +143,21 @@ def standing_section(run: Run, starts: Starts | None, checkpoint: str | None) ->
 def start_cells(number: int, start: Event, end: Event | None) -> list[str]:
     began = as_number(start.get("time"))
     ended = as_number(end.get("time")) if end else None
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)) if began else MISSING
     node = f" (first on {end['failed_node']})" if end and end.get("failed_node") else ""
     return [
         f"{number}",
         escape(f"{start.get('job')}, start {start.get('start')}"),
         escape(start.get("nodes")),
-        when,
+        moment(began) if began else MISSING,
         span(ended - began) if began and ended else MISSING,
         escape(end.get("code")) if end else "no end recorded",
         escape(end.get("checkpoint") or MISSING) if end else MISSING,
         escape(f"{end.get('why')}{node}") if end else "",
     ]
+
+
+def moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def span(seconds: float) -> str:

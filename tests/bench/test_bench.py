@@ -90,6 +90,16 @@ def test_options_reach_the_result(tmp_path):
         "5 cached, batch 2: ar": 2, "5 cached, batch 2: K=1": 4,
         "ar": 1, "host part of ar": 1, "host part of K=1": 2,
     }  # fmt: skip
+    even = {
+        n: v for n, v in result["figures"].items() if n.endswith("tokens a forward to break even")
+    }
+    assert even
+    for name, value in even.items():
+        step = result["ratios"][name.removesuffix(": tokens a forward to break even") + " / ar"]
+        assert value == step["wall"]["of_medians"]
+    curve = [v for n, v in result["figures"].items() if n.startswith("latency curve, ")]
+    assert len(curve) >= 9
+    assert all(value > 0 for value in curve)
     simulated = [name for name, v in result["variants"].items() if v.get("simulated")]
     assert len(simulated) == 4
     assert all(name.startswith("simulated ") for name in simulated)

@@ -18,6 +18,10 @@ def test_twenty_kills_and_three_signals_on_two_ranks(tmp_path):
     check(json.loads((tmp_path / "reliability-cpu.json").read_text()))
 
 
+def test_the_committed_run_survived_all():
+    check(json.loads((ROOT / "bench" / "results" / "reliability-cpu.json").read_text()))
+
+
 def check(result: dict) -> None:
     assert result["options"]["processes"] == 2
     figures = result["figures"]

@@ -113,7 +113,12 @@ metric_list:
 
 def local_tasks(folder: Path) -> TasksConfig:
     """Settings for the tasks that `write_tasks` wrote."""
-    return TasksConfig(tasks=["local_choice", "local_answer"], tasks_dir=str(folder), batch_size=3)
+    return TasksConfig(
+        tasks=["local_choice", "local_answer"],
+        tasks_dir=str(folder),
+        batch_size=3,
+        decoders=["ar", "tidar", "tidar_diffusion"],
+    )
 
 
 def model_config(tokenizer: Tokenizer, **changes) -> ModelConfig:

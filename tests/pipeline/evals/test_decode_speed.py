@@ -28,7 +28,7 @@ from pipeline.objective.acceptance import score_drafts
 
 CLOCK = (
     "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",
-    "speedup_over_ar_range", "seconds_per_decoding_forward",
+    "speedup_over_ar_range", "seconds_per_decoding_forward", "seconds_by_queries",
 )  # fmt: skip
 
 
@@ -203,6 +203,9 @@ def test_speeds_are_medians_over_repeats_with_their_range(data, model, monkeypat
     assert tidar["speedup_over_ar_range"] == pytest.approx({"min": 1 / 3, "max": 5 / 6})
     assert tidar["conversion"] == pytest.approx(0.5 / tidar["tokens_per_forward"])
     assert tidar["queries_per_forward"] == BLOCK_SIZE + BLOCK_SIZE**2
+    assert list(ar["seconds_by_queries"]) == ["1"]
+    assert list(tidar["seconds_by_queries"]) == [str(BLOCK_SIZE + BLOCK_SIZE**2)]
+    assert tidar["seconds_by_queries"][str(BLOCK_SIZE + BLOCK_SIZE**2)] > 0
     decoding = 12 / (tidar["forwards"] - 1)
     assert tidar["tokens_per_decoding_forward"] == decoding
     assert tidar["peak_memory_bytes"] is None

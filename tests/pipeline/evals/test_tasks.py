@@ -12,6 +12,7 @@ from evals_data import HAS_LM_EVAL, OneRank, local_tasks, make_model, model_conf
 
 from data_prep.errors import UserError
 from pipeline.decoding import generate
+from pipeline.evals.decoders import Cost, Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 
@@ -32,7 +33,7 @@ def test_without_lm_eval_the_remedy_is_named(data, model, monkeypatch):
 
 def test_a_twin_cannot_draft_answers(data):
     twin = make_model(model_config(data.tokenizer).without_drafting())
-    with pytest.raises(UserError, match=r"evals\.tasks\.method=ar"):
+    with pytest.raises(UserError, match=r"evals\.tasks\.decoders=\[ar\]"):
         evaluate_tasks(twin, data.tokenizer, CONFIG, OneRank())
 
 
@@ -40,8 +41,8 @@ def test_a_twin_cannot_draft_answers(data):
     ("changes", "message"),
     [
         ({"tasks": []}, "tasks is empty"),
-        ({"method": "beam"}, "method must be tidar or ar"),
-        ({"trust": 1.5}, "trust must be in"),
+        ({"decoders": ["beam"]}, "decoders must be different ones of ar"),
+        ({"trust": 1.0}, "trust must be in"),
         ({"tasks_dir": "/no/such/folder"}, "is not a folder"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -59,11 +60,24 @@ def test_rows_for_the_table():
             "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A"},
             "b": {"alias": "b", "exact_match,strict": 0.25},
         },
-        "generation": {"b": {"answers": 1, "tokens": 6, "forwards": 3, "tokens_per_forward": 2.0}},
+        "decoders": {
+            "ar": {
+                "results": {"b": {"exact_match,strict": 0.25}},
+                "generation": {"b": Cost(1, 6, 6, 2.0).rates()},
+            },
+            "tidar_diffusion": {
+                "results": {"b": {"exact_match,strict": 0.5}},
+                "generation": {"b": Cost(1, 6, 3, 1.5).rates()},
+            },
+        },
     }
+    speeds = ("tokens_per_forward", "tokens_per_second")
     assert task_rows(results) == [
-        {"task": "a", "acc": 0.5, "tokens_per_forward": None},
-        {"task": "b", "exact_match,strict": 0.25, "tokens_per_forward": 2.0},
+        {"task": "a", "acc": 0.5},
+        {"task": "b", "decoder": "ar", "exact_match,strict": 0.25}
+        | dict(zip(speeds, (1.0, 3.0), strict=True)),
+        {"task": "b", "decoder": "tidar_diffusion", "exact_match,strict": 0.5}
+        | dict(zip(speeds, (2.0, 4.0), strict=True)),
     ]
 
 
@@ -99,10 +113,16 @@ def test_local_tasks_end_to_end(data, model, tasks_dir):
     assert found["results"]["local_choice"]["acc,none"] == right / 4
     assert found["results"]["local_answer"]["exact_match,none"] == matches / 4
     assert found["n_samples"]["local_choice"]["effective"] == 4
-    assert found["generation"].keys() == {"local_answer"}
-    cost = found["generation"]["local_answer"]
-    assert cost["answers"] == 4
-    assert cost["tokens_per_forward"] == cost["tokens"] / cost["forwards"] >= 1.0
+    assert list(found["decoders"]) == ["ar", "tidar", "tidar_diffusion"]
+    for name, made in found["decoders"].items():
+        cost = made["generation"]["local_answer"]
+        assert made["generation"].keys() == made["results"].keys() == {"local_answer"}
+        assert cost["answers"] == 4
+        assert cost["tokens_per_forward"] == cost["tokens"] / cost["forwards"] >= 1.0
+        assert cost["tokens_per_second"] == cost["tokens"] / cost["seconds"] > 0
+        if name != "tidar_diffusion":  # that one may answer otherwise
+            assert made["results"]["local_answer"]["exact_match,none"] == matches / 4
+    assert found["decoders"]["ar"]["generation"]["local_answer"]["tokens_per_forward"] == 1.0
     json.dumps(found)
 
 
@@ -110,7 +130,18 @@ def test_local_tasks_end_to_end(data, model, tasks_dir):
 def test_two_ranks_say_what_one_says(data, two_ranks, tasks_dir):
     model = make_model(model_config(data.tokenizer))
     config = local_tasks(tasks_dir)
-    assert two_ranks["tasks"] == evaluate_tasks(model, data.tokenizer, config, OneRank())
+    one = evaluate_tasks(model, data.tokenizer, config, OneRank())
+    assert without_clocks(two_ranks["tasks"]) == without_clocks(one)
+
+
+def without_clocks(found: dict) -> dict:
+    """Results without what differs from run to run."""
+    found = json.loads(json.dumps(found))
+    for made in found["decoders"].values():
+        for cost in made["generation"].values():
+            assert cost.pop("seconds") > 0
+            assert cost.pop("tokens_per_second") > 0
+    return found
 
 
 @needs_lm_eval
@@ -145,7 +176,7 @@ def test_data_that_cannot_be_had_is_named(data, model, tasks_dir, tmp_path):
 def adapter(data, model):
     from pipeline.evals.lm_eval_model import TidarLM
 
-    return TidarLM(model, data.tokenizer, CONFIG, OneRank())
+    return TidarLM(model, data.tokenizer, CONFIG, Decoder("tidar", "tidar", 1.0), OneRank())
 
 
 def requests(*arguments: tuple) -> list[SimpleNamespace]:
@@ -197,7 +228,7 @@ def test_long_texts_score_every_token_once(data, model, adapter):
 @needs_lm_eval
 @pytest.mark.parametrize("method", ["ar", "tidar"])
 def test_answers_end_before_the_stop_string(data, model, adapter, method):
-    adapter.config = replace(CONFIG, method=method)
+    adapter.decoder = Decoder(method, method, 1.0)
     context = data.tokenizer.encode("lazy dogs")
     full = data.tokenizer.decode(generate(model, context, method="ar", max_new_tokens=12).tokens)
     stop = full[3:5]

@@ -38,6 +38,14 @@ def test_steps_without_a_draft_count_for_no_position():
     assert MethodTotals.of(run, matches=True).acceptance(4) == [1 / 2, 0.0, None]
 
 
+def test_time_is_counted_by_query_tokens():
+    run = generation([1, 2, 3], [1, 1, 1])
+    run.steps = [(20, 1.0), (5, 0.25), (20, 2.0)]
+    totals = MethodTotals.of(run, matches=True)
+    assert (totals + totals).seconds_by_queries() == {"5": 0.25, "20": 1.5}
+    assert MethodTotals().seconds_by_queries() is None
+
+
 def test_distinct_fourgrams():
     loop = MethodTotals.of(generation([7, 8] * 6, []), matches=True)
     assert (loop.fourgrams, loop.distinct_fourgrams) == (9, 2)

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -254,11 +255,16 @@ def test_it_says_where_the_run_stands(tmp_path: Path) -> None:
         {"event": "start", "job": "7", "start": 2, "time": 4900.0, "nodes": "n[1,3]"},
     ]  # fmt: skip
     write_lines(run_dir / "starts.jsonl", lines)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run_dir / "metrics.jsonl", [{**row, "step_seconds": 2.0} for row in rows])
+    os.utime(run_dir / "metrics.jsonl", (5000.0, 5000.0))
     page = page_of(run_dir)
     assert "Where the run stands" in page.headings
     for said in (
         "300 of 400", "step-00000290", "3: 1 saved and requeued, 1 crashed", "1 h 2 min", "12 s",
-        "1970-01-01 00:16:40 UTC", "crash 1 <b> (first on n2)", "n[1,3]", "no end recorded",
+        "1970-01-01 00:16:40 UTC", "3 min 20 s",
+        "1970-01-01 01:26:40 UTC, without", "crash 1 <b> (first on n2)", "n[1,3]",
+        "no end recorded",
     ):  # fmt: skip
         assert said in page.text, said
 
@@ -314,6 +320,33 @@ def test_warns_of_what_looks_better_than_it_is(
     assert said in page_of(run_dir).text
 
 
+def test_other_decoders_stand_in_the_table_and_the_chosen_step_answers_a_slow_one(
+    tmp_path: Path,
+) -> None:
+    run_dir = write_run(tmp_path / "demo")
+    path = run_dir / "evals" / "decode_speed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    slow = [{**row, "speedup_over_ar": 0.6} if row["method"] == "tidar" else row for row in rows]
+    of_tidar = [row for row in rows if row["method"] == "tidar"]
+    measured = {
+        "queries_per_forward": 12, "seconds_per_decoding_forward": 0.0125,
+        "largest_divergence_gap": 0.03, "peak_memory_bytes": 3 * 2**30, "speedup_over_ar": 1.25,
+    }  # fmt: skip
+    others = [
+        {**row, **measured, "method": method}
+        for row in of_tidar
+        for method in ("tidar_chosen", "block_diffusion", "speculative")
+    ]
+    write_lines(path, slow + others)
+    text = page_of(run_dir).text
+    assert "The step chosen for this machine decoded at 1.25× the speed of AR." in text
+    for shown in (
+        "TiDAR, chosen step", "block diffusion (not lossless)", "speculative", "12.5", "3.00 GiB",
+        "0.03",
+    ):  # fmt: skip
+        assert shown in text
+
+
 def test_ar_run_shows_no_diffusion(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "twin", objective="ar"))
     assert "Training loss" in page.headings
@@ -338,8 +371,10 @@ def test_run_without_evals_yet(tmp_path: Path) -> None:
 def test_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "demo")
     path = run_dir / "metrics.jsonl"
+    os.utime(path, (5000.0, 5000.0))  # the expected end counts from it
     whole = page_of(run_dir).source
     path.write_text(path.read_text() + '{"step": 301, "loss": 4.')
+    os.utime(path, (5000.0, 5000.0))
     assert page_of(run_dir).source == whole
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:7], "garbage\n", *lines[8:]]))

@@ -8,6 +8,8 @@ EVAL_ROWS = [
     {
         "step": 0, "method": method, "temperature": temperature, "block_size": 3, "prompts": 2,
         "tokens": 20, "forwards": 10, "tokens_per_forward": 2.0, "tokens_per_second": 31.5,
+        "conversion": 0.6, "queries_per_forward": 20, "seconds_per_decoding_forward": 0.03,
+        "divergences": None, "largest_divergence_gap": None, "peak_memory_bytes": None,
         "speedup_over_ar": 0.75, "exact_match_ar": 1.0 if temperature == 0 else None,
         "acceptance_by_position": [0.625, None] if method == "tidar" else None,
         "distinct_4grams": 0.5, "ar_loss": 3.25, "diffusion_loss": 4.5, "unigram_loss": 6.0,

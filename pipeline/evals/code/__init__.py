@@ -1,0 +1,1 @@
+"""Code benchmarks: HumanEval, HumanEval+, MBPP, MBPP+, and the sandbox that runs the answers."""

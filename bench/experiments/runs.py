@@ -36,6 +36,7 @@ class Run:
 
 
 TIDAR = "objective=tidar"
+EARLY = "objective.position_decay=0.8"
 KL = (
     "objective=tidar_kl", "objective.agreement_from_step=0", "objective.agreement_ramp_steps=100",
 )  # fmt: skip
@@ -59,6 +60,11 @@ RUNS = (
     Run("tv", "acceptance-aligned loss, total variation", "agreement", TV),
     Run("kl", "acceptance-aligned loss, AR head as teacher (KL)", "agreement", KL),
     Run("alpha_03", "α = 0.3", "alpha", (TIDAR, "objective.alpha=0.3")),
+    Run("early", "places of a block count 0.8 to the power of their number", "early places",
+        (TIDAR, EARLY)),
+    Run("kl_early", "teacher, early places", "combination", (*KL, EARLY)),
+    Run("kl_early_50", "teacher, early places, half of the positions", "combination",
+        (*KL, EARLY, "layout.coverage=0.5")),
     Run("k4", "K = 4", "block length", (TIDAR, "layout.block_size=4")),
     Run("k16", "K = 16", "block length", (TIDAR, "layout.block_size=16")),
     Run("mixed", "K = 4, 8 and 16 in one run", "block length",

@@ -5,6 +5,7 @@ frozen: OmegaConf does not merge into a frozen dataclass inside another.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from data_prep.errors import UserError
 
@@ -34,15 +35,21 @@ class RepetitionRules:
     dup_para_frac: float | None = 0.3
     dup_line_char_frac: float | None = 0.2
     dup_para_char_frac: float | None = 0.2
-    top_n_grams: list[list[float]] = field(default_factory=lambda: [[2, 0.2], [3, 0.18], [4, 0.16]])
-    dup_n_grams: list[list[float]] = field(
+    top_n_grams: list[list[Any]] = field(default_factory=lambda: [[2, 0.2], [3, 0.18], [4, 0.16]])
+    dup_n_grams: list[list[Any]] = field(
         default_factory=lambda: [[5, 0.15], [6, 0.14], [7, 0.13], [8, 0.12], [9, 0.11], [10, 0.1]]
     )
 
     def __post_init__(self) -> None:
         for key in ("top_n_grams", "dup_n_grams"):
             for pair in getattr(self, key):
-                if len(pair) != 2 or pair[0] < 1 or pair[0] != int(pair[0]):
+                # Not typed: OmegaConf takes no whole number for a float inside a list.
+                if not (
+                    len(pair) == 2
+                    and isinstance(pair[0], int)
+                    and isinstance(pair[1], int | float)
+                    and pair[0] > 0
+                ):
                     raise UserError(
                         f"filters.repetition.{key}: {pair} is not [n, share]; write [[2,0.2],...]"
                     )

@@ -254,3 +254,16 @@ def test_options_that_the_decoder_lacks_are_refused(adapter):
         adapter._sampling({**sampled, "min_p": 0.1})
     with pytest.raises(UserError, match="may have 500 tokens"):
         adapter.generate_until(requests(("the", {"until": [], "max_gen_toks": 500})))
+
+
+@needs_lm_eval
+@pytest.mark.long
+def test_the_published_tasks_are_known_by_name():
+    from pipeline.evals.tasks import _task_manager
+
+    names = [
+        "mmlu", "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "gsm8k",
+        "minerva_math",
+    ]  # fmt: skip
+    manager = _task_manager(TasksConfig(tasks=names))
+    assert sorted(manager.match_tasks(names)) == sorted(names)

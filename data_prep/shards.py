@@ -23,7 +23,7 @@ from data_prep.files import written_atomically
 from data_prep.layout import COLUMNS, Layout
 from data_prep.manifest import ShardInfo
 
-MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued)\.npy")
+MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued|prompt_lengths)\.npy")
 MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
 PROMPTS = "prompt_lengths.npy"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.data.batch import Batch, make_batch, section_length
 from pipeline.data.order import numbers_after
-from pipeline.data.source import SequenceSource
+from pipeline.data.source import Source
 
 READ_AHEAD_STEPS = 2
 
@@ -41,7 +41,7 @@ class Share:
 
 
 def step_batches(
-    source: SequenceSource,
+    source: Source,
     share: Share,
     sequences_seen: int,
     *,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -20,6 +21,8 @@ class DataConfig:
     """Shards used longest ago are removed beyond this; None keeps all."""
     skip_damaged: bool = False
     """Go on without a shard that cannot be read; its sequences come as padding."""
+    mix: dict[str, Any] | None = None
+    """By name: `dir` and `weight` of sets that are trained on together."""
 
     def __post_init__(self) -> None:
         if self.cache_bytes is not None and self.cache_bytes < 0:
@@ -35,9 +38,21 @@ def open_data_dir(cfg: DictConfig) -> Path:
     config = parse(DataConfig, cfg.data, "data")
     if config.dir is None or not is_remote(config.dir):
         return existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
+    return open_place(config.dir, config, "data.dir")
+
+
+def open_place(place: str, config: DataConfig, key: str) -> Path:
+    """The prepared folder at `place`, a path or a URL that stands under `key` in the config."""
+    if not is_remote(place):
+        path = Path(place).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"{key}: {path} does not exist; give the path of a folder written by tidar-prepare"
+            )
+        return path
     if config.cache_dir is None:
         raise UserError(
-            f"data.cache_dir: has no value, and {config.dir} has to be copied somewhere; set "
+            f"data.cache_dir: has no value, and {place} has to be copied somewhere; set "
             "data.cache_dir=... to a folder on a disk of the node"
         )
-    return mirror(config.dir, Path(config.cache_dir).expanduser())
+    return mirror(place, Path(config.cache_dir).expanduser())

@@ -4,6 +4,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,27 @@ class Sequence:
         return self.document_lengths[:-1] if self.padding else self.document_lengths
 
 
+class Source(Protocol):
+    """What batches are made from: the sequences of a run in its order, from 0 on without end."""
+
+    manifest: Manifest
+    """Of the data that says the sequence length and the tokenizer."""
+
+    def __getitem__(self, n: int) -> Sequence: ...
+
+    @property
+    def block_size(self) -> int:
+        """K, the most positions that a block drafts."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the positions that are drafted."""
+
+    @property
+    def epoch_sequences(self) -> int:
+        """Sequences of all the data."""
+
+
 class SequenceSource:
     """The sequences of one split of a prepared data folder, in the run's order."""
 
@@ -142,7 +164,11 @@ class SequenceSource:
         self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
 
     def __getitem__(self, n: int) -> Sequence:
-        """The n-th sequence of the run.
+        """The n-th sequence of the run; see `at_step`."""
+        return self.at_step(n, n // self._sequences_per_step)
+
+    def at_step(self, n: int, step: int) -> Sequence:
+        """The n-th sequence of this data, laid out as in optimizer step `step`.
 
         Raises:
             UserError: naming a shard that cannot be read, unless `data.skip_damaged` is on: then
@@ -168,9 +194,12 @@ class SequenceSource:
         if self.choice.stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
-        step = n // self._sequences_per_step
         layout = self._lay_out(sequence, step, np.random.default_rng(key))
         return replace(sequence, layout=layout)
+
+    @property
+    def epoch_sequences(self) -> int:
+        return self.order.epoch_sequences
 
     @property
     def block_size(self) -> int:

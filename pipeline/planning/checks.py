@@ -14,6 +14,8 @@ from urllib.parse import urlparse
 
 from data_prep.errors import UserError
 from data_prep.manifest import ShardInfo
+from pipeline.data.mix import MixedSource
+from pipeline.data.remote import is_remote
 from pipeline.planning.plan import GIB, Plan
 
 WANDB_TIMEOUT_S = 3.0
@@ -29,7 +31,16 @@ def check_data(plan: Plan, data_dir: Path | None) -> str:
     shards = [*train.manifest.train.shards, *train.manifest.heldout.shards]
     if data_dir is not None:
         check_files(data_dir, shards)
-    epochs = train.steps * train.global_batch_size / max(train.manifest.train.sequences, 1)
+    sequences = train.steps * train.global_batch_size
+    if train.mix:
+        for one in train.mix:
+            if not is_remote(str((train.data.mix or {})[one.name]["dir"])):
+                own = one.manifest
+                check_files(one.dir, [*own.train.shards, *own.heldout.shards])
+        source = MixedSource(train.mix, train.manifest, train.seed, train.layout, train.data,
+                             train.global_batch_size)  # fmt: skip
+        return source.describe(sequences)
+    epochs = sequences / max(train.manifest.train.sequences, 1)
     place = f"in {data_dir}" if data_dir else "at the URL, not looked at"
     return f"{len(shards)} shards {place}; the run reads them {epochs:.2f} times"
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from data_prep.errors import UserError
+from pipeline.data.mix import mix_identity
 from pipeline.model.config import ModelConfig
 from pipeline.training.settings import TrainSettings
 
@@ -12,8 +13,11 @@ def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]
     """What must not change between the starts of a run, by the name a user knows it by."""
     tokenizer = settings.manifest.tokenizer
     shape = {f"model.{key}": value for key, value in config.to_dict().items()}
+    data: dict[str, Any] = {"data fingerprint": settings.manifest.fingerprint()}
+    if settings.mix:
+        data["data fingerprint"], data["data.mix"] = mix_identity(settings.mix)
     return {
-        "data fingerprint": settings.manifest.fingerprint(),
+        **data,
         "tokenizer": tokenizer.sha256,
         **shape,
         "seed": settings.seed,

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
 from pipeline.data.batch import make_batch, section_length
-from pipeline.data.source import SequenceSource
+from pipeline.data.source import Source
 from pipeline.distributed import World
 from pipeline.training.discard import discard_step
 from pipeline.training.settings import TrainSettings
@@ -47,7 +47,7 @@ def wanted(choice: str, world: World) -> bool:
 
 
 def check_hosts(
-    settings: TrainSettings, source: SequenceSource, world: World, say: Callable[[str], None]
+    settings: TrainSettings, source: Source, world: World, say: Callable[[str], None]
 ) -> float:
     """Compare what the ranks find; raises UserError on all of them naming hosts that stand out.
 
@@ -64,7 +64,7 @@ def check_hosts(
     return time.perf_counter() - started
 
 
-def look_around(settings: TrainSettings, source: SequenceSource, world: World) -> dict[str, Any]:
+def look_around(settings: TrainSettings, source: Source, world: World) -> dict[str, Any]:
     """What this rank sees: versions, device, memory, disk, data, clock."""
     import deepspeed
 
@@ -107,9 +107,9 @@ def free_disk_gib(run_dir: Path, rank: int) -> float:
     return free / GIB
 
 
-def read_some(source: SequenceSource, world: World) -> str:
+def read_some(source: Source, world: World) -> str:
     """Read a sequence out of a shard, another one on each rank."""
-    count = source.order.epoch_sequences
+    count = source.epoch_sequences
     source[world.rank * count // world.size]
     return "ok"
 
@@ -166,7 +166,7 @@ def table(reports: list[dict[str, Any]]) -> str:
 def try_step(
     engine: Any,
     settings: TrainSettings,
-    source: SequenceSource,
+    source: Source,
     world: World,
     say: Callable[[str], None],
 ) -> float:

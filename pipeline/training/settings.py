@@ -11,6 +11,7 @@ from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.secrets import without_secrets
+from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -91,6 +92,8 @@ class TrainSettings(PlainKeys):
 
     data_dir: Path
     data: DataConfig
+    mix: tuple[MixedSet, ...]
+    """The sets of `data.mix`; empty where `data.dir` is all."""
     manifest: Manifest
     model: ModelConfig
     layout: LayoutChoice
@@ -127,13 +130,18 @@ class TrainSettings(PlainKeys):
             values["init_from"] = existing_path(
                 cfg, "init_from", "a Hugging Face folder or a checkpoint"
             )
+        planned = manifest is not None and cfg.data.dir is None
+        data = parse(DataConfig, cfg.data, "data")
+        manifest = manifest or Manifest.load(data_dir)
+        layout = parse(LayoutChoice, cfg.layout, "layout")
         return cls(
             **values,
             data_dir=data_dir,
-            data=parse(DataConfig, cfg.data, "data"),
-            manifest=manifest or Manifest.load(data_dir),
+            data=data,
+            mix=() if planned else open_mix(data, manifest, layout),
+            manifest=manifest,
             model=parse(ModelConfig, cfg.model, "model"),
-            layout=parse(LayoutChoice, cfg.layout, "layout"),
+            layout=layout,
             objective=parse(ObjectiveConfig, cfg.objective, "objective"),
             optimizer=parse(OptimizerConfig, cfg.optimizer, "optimizer"),
             schedule=parse(ScheduleConfig, cfg.schedule, "schedule"),

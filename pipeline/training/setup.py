@@ -9,6 +9,7 @@ from rich.console import Console
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.data.loader import Share, step_batches
+from pipeline.data.mix import MixedSource
 from pipeline.data.source import SequenceSource
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
@@ -58,16 +59,9 @@ def build_trainer(
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     settings.check_device(world.device)
     accumulation_steps = settings.accumulation_steps(world.size)
-    manifest = settings.manifest
-    source = SequenceSource(
-        settings.data_dir,
-        manifest,
-        manifest.train,
-        settings.seed,
-        settings.layout,
-        settings.data,
-        settings.global_batch_size,
-    )
+    source = open_source(settings)
+    if isinstance(source, MixedSource):
+        say(source.describe(settings.steps * settings.global_batch_size))
     checked = preflight.wanted(settings.preflight, world)
     preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
     config = model_config(settings)
@@ -130,6 +124,15 @@ def build_trainer(
         ),
         notes=notes_of_start(state, told, checkpoints.load_s, preflight_s, world),
     )
+
+
+def open_source(settings: TrainSettings) -> SequenceSource | MixedSource:
+    """The training sequences: those of `data.dir`, or of all sets of `data.mix`."""
+    manifest, batch = settings.manifest, settings.global_batch_size
+    seed, layout, data = settings.seed, settings.layout, settings.data
+    if settings.mix:
+        return MixedSource(settings.mix, manifest, seed, layout, data, batch)
+    return SequenceSource(settings.data_dir, manifest, manifest.train, seed, layout, data, batch)
 
 
 def write_extra(folder: Path, settings: TrainSettings, config: ModelConfig) -> None:

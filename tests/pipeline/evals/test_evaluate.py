@@ -255,7 +255,7 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
     trained = [row for row in map(json.loads, lines) if row["step"] == 12]
     clock = (
         "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",
-        "speedup_over_ar_range", "seconds_per_decoding_forward",
+        "speedup_over_ar_range", "seconds_per_decoding_forward", "seconds_by_queries",
     )  # fmt: skip
     for row, expected in zip(results["decode_speed"], trained, strict=True):
         assert row.keys() == expected.keys()

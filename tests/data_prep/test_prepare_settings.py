@@ -32,7 +32,7 @@ MISTAKES = [
     ("array=1", "array: '1' is not i/n"),
     ("heldout_fraction=0", "heldout_fraction: must be in (0, 1), got 0"),
     ("heldout_fraction=1", "heldout_fraction: must be in (0, 1), got 1"),
-    ("heldout_fraction=nan", "heldout_fraction: must be in (0, 1), got nan"),
+    ("heldout_fraction=nan", "heldout_fraction: must be a finite number, got nan"),
     ("verify=maybe", "verify: Value 'maybe' is not a valid bool"),
     ("layout.block_size=0", "layout.block_size: must be at least 1, got 0"),
     ("layout.coverage=0", "layout.coverage: must be in (0, 1], got 0"),
@@ -108,6 +108,7 @@ def test_every_key_of_the_config_carries_a_comment():
     for path in (
         CONF / "prepare.yaml",
         *CONF.glob("corpus/*.yaml"),
+        *CONF.glob("filters/*.yaml"),
         *CONF.glob("tokenizer/*.yaml"),
     ):
         lines = path.read_text().splitlines()

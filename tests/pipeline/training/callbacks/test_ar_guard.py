@@ -59,5 +59,6 @@ def test_a_run_from_a_base_model_is_watched(data_dir, trained_run, tmp_path):
     assert "ar_guard at step 2: held-out AR loss rose" in done.stdout  # at that learning rate
     events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
     (event,) = [event for event in events if event["event"] == "ar_guard"]
-    assert event["ar_loss"] == pytest.approx(base + event["rise"]) and event["rise"] > 0
+    assert event["ar_loss"] == pytest.approx(base + event["rise"])
+    assert event["rise"] > 0
     assert read_base(trained_run) is None  # it started from nothing

@@ -124,7 +124,8 @@ def headline(results: Results) -> str:
             rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
     return table(
         ["run", "seeds", "bits/byte", "AR loss", "expected tokens/forward, T = 1",
-         "of a unigram draft", "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1"],
+         "of a unigram draft", "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1",
+         "tokens/s ÷ AR on a CPU, T = 0 / 1"],
         rows,
     )  # fmt: skip
 
@@ -147,7 +148,31 @@ def speed_cells(own: list[Result]) -> list[str]:
         spread(own, figure("tokens_per_forward", "greedy"), ".2f"),
         spread(own, figure("tokens_per_forward", "sampled"), ".2f"),
         distinct,
+        " / ".join(spread(own, figure("speedup_over_ar", t), ".2f") for t in ("greedy", "sampled")),
     ]
+
+
+def gpu(folder: Path) -> str:
+    """What `bench/gpu_train.sh` found where it was run."""
+    path = folder / "gpu_train-cuda.json"
+    if not path.is_file():
+        return "It has not been run yet: no figure of this project comes from a GPU."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    bits = {name: own["bits_per_byte"] for name, own in found["likelihood"].items()}
+    rows = [
+        [row["method"], f"{row['temperature']:g}", f"{row['tokens_per_forward']:.2f}",
+         f"{row['speedup_over_ar']:.2f}", number(row["distinct_4grams"], ".2f"),
+         f"{row['ar_loss']:.3f}", number(row["unigram_expected_tokens_per_forward"], ".2f")]
+        for row in found["decode_speed"]
+    ]  # fmt: skip
+    quality = (
+        f"{found['machine']['gpu']}, torch {found['machine']['torch']}, {found['date'][:10]}: "
+        f"held-out bits per byte {bits['tidar']:.3f}, AR twin {bits['twin']:.3f}, ratio "
+        f"{found['bits_per_byte_over_twin']:.3f} (≤ 1.01 wanted)."
+    )
+    head = ["method", "T", "tokens/forward", "tokens/s ÷ AR", "distinct 4-grams", "AR loss",
+            "unigram T/F"]  # fmt: skip
+    return f"{quality}\n\n{table(head, rows)}"
 
 
 def recipes(results: Results) -> str:
@@ -280,6 +305,7 @@ def page(folder: Path = RESULTS) -> str:
         "recipes": recipes(results),
         "origin": origin(results),
         "benchmarks": benchmarks(folder),
+        "gpu": gpu(folder),
         "reliability": reliability(folder),
     }
     text = TEMPLATE.read_text(encoding="utf-8")

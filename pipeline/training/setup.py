@@ -168,13 +168,18 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
     if not world.is_main:
         return Callback()
     run_dir = settings.run_dir
-    return Callbacks(
+    told = Callbacks(
         [
             MetricsFiles(run_dir),
             EventsFile(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say, ranks),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
-            ArGuard(run_dir, settings.ar_guard, say),
+        ]
+    )
+    return Callbacks(
+        [
+            told,
+            ArGuard(run_dir, settings.ar_guard, say, told.on_event),
             Report(run_dir, say),
             *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]

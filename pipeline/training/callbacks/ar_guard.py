@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_text_atomic
-from pipeline.training.callbacks.base import Callback
+from pipeline.training.callbacks.base import Callback, Event, make_event
 
 BASE_FILE = "ar_base.json"
 """Under `evals`: the held-out AR loss of `init_from`, before the first step."""
@@ -38,12 +38,21 @@ def read_base(run_dir: Path) -> float | None:
 
 
 class ArGuard(Callback):
-    """Says at every eval how far the held-out AR loss is from the base model's."""
+    """Says at every eval how far the held-out AR loss is from the base model's; too far above it
+    is an event, `ar_guard`."""
 
-    def __init__(self, run_dir: Path, config: ArGuardConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ArGuardConfig,
+        say: Callable[[str], None],
+        tell: Callable[[Event], None],
+    ) -> None:
+        """`tell`: takes the event to all who write events down or pass them on."""
         self.run_dir = run_dir
         self.config = config
         self.say = say
+        self.tell = tell
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
         base = read_base(self.run_dir)
@@ -54,8 +63,10 @@ class ArGuard(Callback):
         rise = loss - base
         self.say(f"step {step}: held-out AR loss {loss:.4f}, base model {base:.4f} ({rise:+.4f})")
         if rise > self.config.most_rise:
-            self.say(
-                f"warning: step {step}: held-out AR loss rose by {rise:.4f} nats a token, more "
-                f"than ar_guard.most_rise={self.config.most_rise:g}; raise objective.alpha or "
+            text = (
+                f"held-out AR loss rose by {rise:.4f} nats a token, more than "
+                f"ar_guard.most_rise={self.config.most_rise:g}; raise objective.alpha or "
                 "lower optimizer.learning_rate"
             )
+            details = {"ar_loss": loss, "base": base, "rise": rise}
+            self.tell(make_event("ar_guard", step, text, **details))

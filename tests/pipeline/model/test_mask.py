@@ -83,14 +83,34 @@ def test_too_few_slots_is_refused():
         layout_spans([6], layout, 5)
 
 
+def mixed_blocks() -> Layout:
+    """Blocks of 3, 1, 2 and 4 positions in documents of 6 and 7 tokens, some not drafted."""
+    return Layout.from_table([[0, 1, 4, 0], [0, 5, 6, 3], [6, 6, 8, 4], [6, 9, 13, 6]])
+
+
+ISOLATION = {
+    "shifted": ([5, 4], {"block_size": 2, "shift": True}),
+    "partial": ([9, 5], {"block_size": 3, "coverage": 0.5}),
+    "partial and shifted": ([8, 6], {"block_size": 3, "coverage": 0.6, "shift": True}),
+    "three documents": ([4, 1, 6], {"block_size": 3}),
+    "blocks longer than documents": ([2, 3, 3], {"block_size": 8}),
+    "mixed block lengths": ([6, 7], {}),
+}
+
+
 @pytest.mark.parametrize("backend", ["dense", "tiles", "flex"])
-def test_only_allowed_inputs_change_a_logit(backend):
+@pytest.mark.parametrize("name", ISOLATION)
+def test_only_allowed_inputs_change_a_logit(backend, name):
     """Change one input at a time: a row's logits move iff the rule lets it see that column.
 
     With two layers attention is followed further, so the reach is the rule's transitive closure.
     """
-    lengths, block_size = [5, 4], 2
-    layout = build_layout(lengths, block_size, shift=True, rng=np.random.default_rng(0))
+    lengths, options = ISOLATION[name]
+    if options:
+        layout = build_layout(lengths, rng=np.random.default_rng(0), **options)
+    else:
+        layout = mixed_blocks()
+    clean = sum(lengths)
     allowed = rule(lengths, layout)
     reach = (allowed.float() @ allowed.float()) > 0
     config = ModelConfig(
@@ -106,7 +126,7 @@ def test_only_allowed_inputs_change_a_logit(backend):
     spans = Spans(*(torch.from_numpy(part) for part in rows))
     mask = training_mask(spans, torch.device("cpu"), backend)
     tokens = torch.randint(0, 11, (1, len(allowed)), generator=torch.Generator().manual_seed(0))
-    position = torch.cat([torch.arange(9), torch.from_numpy(layout.slot_position).long()])
+    position = torch.cat([torch.arange(clean), torch.from_numpy(layout.slot_position).long()])
     with torch.no_grad():
         base = model(tokens, position, mask)
         for column in range(len(allowed)):

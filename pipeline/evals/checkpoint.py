@@ -17,8 +17,8 @@ class Origin:
 
     step: int | None
     """Optimizer steps it was trained for."""
-    data_dir: Path | None
-    """The data folder of its run."""
+    data: dict[str, Any]
+    """The section `data` of its run's config; empty where the folder has no config."""
 
     @classmethod
     def of(cls, path: Path) -> "Origin":
@@ -33,8 +33,7 @@ class Origin:
         state = _read(path / "state.json", json.loads)
         config = _read(path / "config.yaml", yaml.safe_load)
         data = config.get("data")
-        folder = data.get("dir") if isinstance(data, dict) else None
-        return cls(state.get("step"), Path(str(folder)).expanduser() if folder else None)
+        return cls(state.get("step"), data if isinstance(data, dict) else {})
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Held-out text as evals need it: whole documents to continue, packed sequences to score."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +11,34 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.mix import MixedSet
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.evals.settings import DecodeSpeedConfig
 
 
 class HeldOut:
-    """The held-out split of a prepared data folder."""
+    """The held-out split of a prepared data folder, and those of the sets of a `data.mix`."""
 
-    def __init__(self, data_dir: Path, manifest: Manifest) -> None:
+    def __init__(self, data_dir: Path, manifest: Manifest, mix: ListOf[MixedSet] = ()) -> None:
+        """`mix` are the sets that the model was trained on together, if there were several.
+
+        Raises:
+            UserError: when the folder, or that of a set, has no held-out split.
+        """
         if manifest.heldout.sequences == 0:
             raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
         self.manifest = manifest
         self._data_dir = data_dir
+        self._mix = {one.name: HeldOut(one.dir, one.manifest) for one in mix}
+
+    def by_source(self) -> dict[str, "HeldOut"]:
+        """The held-out split of each set of the mix by its name, in the order of the names; empty
+        where there is no mix.
+
+        `sequences` of each takes the same arguments as here. A set may be this folder itself.
+        """
+        return {name: self._mix[name] for name in sorted(self._mix)}
 
     @property
     def tokenizer(self) -> Tokenizer:

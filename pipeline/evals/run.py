@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data_prep.config import existing_path, parse
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 from data_prep.manifest import Manifest
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.mix import open_mix
+from pipeline.data.place import DataConfig, open_place
+from pipeline.data.remote import is_remote
+from pipeline.data.source import LayoutChoice
 from pipeline.distributed import World
 from pipeline.evals.checkpoint import Origin
 from pipeline.evals.code.evaluate import evaluate_code
@@ -37,6 +41,8 @@ WITHOUT_DATA = {"tasks", "code"}
 """Evals that bring text of their own."""
 ROWS = {"tasks": task_rows, "code": code_rows}
 """How the results of these become columns of a table."""
+LAID_OUT_ANEW = LayoutChoice(block_size=1, coverage=1.0)
+"""Evals choose their own layouts: how the sets of a mix were laid out does not matter."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -50,6 +56,8 @@ class EvaluateSettings:
     """Settings of each eval asked for, by name."""
     data_dir: Path | None
     """None where no eval needs data."""
+    data: DataConfig
+    """Where that is, and the sets of `data.mix`."""
     output: Path | None
     dtype: torch.dtype | None
     """None takes the checkpoint's own."""
@@ -72,6 +80,9 @@ class EvaluateSettings:
             if name in cfg.evals
         }
         needs_data = set(evals) - WITHOUT_DATA
+        data, data_dir = DataConfig(), None
+        if needs_data:
+            data, data_dir = _open_data(cfg, origin)
         if cfg.dtype is not None and str(cfg.dtype) not in DTYPES:
             raise UserError(f"dtype: unknown value {str(cfg.dtype)!r}; known are bf16 and fp32")
         if cfg.device not in (None, "cpu", "cuda"):
@@ -80,7 +91,8 @@ class EvaluateSettings:
             checkpoint=checkpoint,
             origin=origin,
             evals=evals,
-            data_dir=_data_dir(cfg, origin) if needs_data else None,
+            data_dir=data_dir,
+            data=data,
             output=None if cfg.output is None else Path(str(cfg.output)).expanduser(),
             dtype=None if cfg.dtype is None else DTYPES[str(cfg.dtype)],
             device=cfg.device,
@@ -103,7 +115,7 @@ def run_evals(
     """Run every eval on all ranks together; the content of the output file, equal on all."""
     heldout = None
     if settings.data_dir is not None:
-        heldout = open_heldout(settings.data_dir, tokenizer)
+        heldout = open_heldout(settings.data_dir, tokenizer, settings.data)
     results: dict[str, Any] = {}
     for name, config in settings.evals.items():
         say(f"running {name}")
@@ -134,8 +146,9 @@ def run_evals(
     }
 
 
-def open_heldout(data_dir: Path, tokenizer: Tokenizer) -> HeldOut:
-    """The held-out split of `data_dir`, which must be in the model's own tokens.
+def open_heldout(data_dir: Path, tokenizer: Tokenizer, data: DataConfig | None = None) -> HeldOut:
+    """The held-out split of `data_dir`, which must be in the model's own tokens, and those of the
+    sets of `data.mix`.
 
     Raises:
         UserError: when the data was prepared with another tokenizer, or has no held-out split.
@@ -145,7 +158,9 @@ def open_heldout(data_dir: Path, tokenizer: Tokenizer) -> HeldOut:
             f"data.dir: {data_dir} was prepared with another tokenizer than the checkpoint's; "
             "give the data that the model was trained on, or data prepared with its tokenizer"
         )
-    return HeldOut(data_dir, Manifest.load(data_dir))
+    manifest = Manifest.load(data_dir)
+    mix = () if data is None else open_mix(data, manifest, LAID_OUT_ANEW)
+    return HeldOut(data_dir, manifest, mix)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -175,17 +190,25 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _data_dir(cfg: DictConfig, origin: Origin) -> Path:
-    if cfg.data.dir is not None:
-        return existing_path(cfg, "data.dir", "a folder written by tidar-prepare")
-    if origin.data_dir is None:
+def _open_data(cfg: DictConfig, origin: Origin) -> tuple[DataConfig, Path]:
+    """The data that the command line names, else that of the checkpoint's run; and its folder."""
+    given = parse(DataConfig, cfg.data, "data")
+    if given.dir is not None:
+        return given, open_place(given.dir, given, "data.dir")
+    known = {f.name for f in fields(DataConfig)}
+    own = {key: value for key, value in origin.data.items() if key in known}
+    if own.get("dir") is None:
         raise UserError(
             "data.dir: has no value, and the checkpoint does not name its data; set data.dir=... "
             "on the command line"
         )
-    if not origin.data_dir.exists():
+    data = parse(DataConfig, OmegaConf.create(own), "data")
+    asked = {name: getattr(given, name) for name in known}
+    data = replace(data, **{name: value for name, value in asked.items() if value})
+    assert data.dir is not None, "looked at above"
+    if not is_remote(data.dir) and not Path(data.dir).expanduser().exists():
         raise UserError(
-            f"data.dir: {origin.data_dir}, which the checkpoint names, does not exist here; set "
+            f"data.dir: {data.dir}, which the checkpoint names, does not exist here; set "
             "data.dir=... on the command line"
         )
-    return origin.data_dir
+    return data, open_place(data.dir, data, "data.dir")

@@ -26,7 +26,7 @@ class PeriodicEval:
         self.settings = settings.decode_speed
         self.config = config
         self.world = world
-        self.heldout = HeldOut(settings.data_dir, settings.manifest)
+        self.heldout = HeldOut(settings.data_dir, settings.manifest, settings.mix)
         self.tokenizer = load_tokenizer(settings.data_dir)
         self.run_dir = settings.run_dir
         self.init_from = settings.init_from

@@ -15,7 +15,10 @@ from hydra import compose, initialize_config_dir
 
 from data_prep.cli import config_dir
 from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from pipeline.data.batch import sequence_digest
 from pipeline.evals.checkpoint import Origin
+from pipeline.evals.heldout import HeldOut
 from pipeline.evals.run import (
     SCHEMAS,
     EvaluateSettings,
@@ -50,11 +53,11 @@ def checkpoint(tmp_path, data) -> Path:
 
 def test_origin_of_a_checkpoint_and_of_its_run(checkpoint, data):
     for path in (checkpoint, checkpoint.parents[1]):
-        assert Origin.of(path) == Origin(40, data.folder)
+        assert Origin.of(path) == Origin(40, {"dir": str(data.folder)})
 
 
 def test_origin_of_a_model_that_says_nothing(tmp_path):
-    assert Origin.of(tmp_path) == Origin(None, None)
+    assert Origin.of(tmp_path) == Origin(None, {})
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.yaml"])
@@ -116,6 +119,58 @@ def test_data_that_moved_is_named(checkpoint):
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": "/gone"}}))
     with pytest.raises(UserError, match=r"data\.dir: /gone, which the checkpoint names"):
         settings(f"checkpoint={checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def second_set(data, tmp_path_factory) -> Path:
+    """Another part of the same documents held out, in the tokens of `data`."""
+    folder = tmp_path_factory.mktemp("second")
+    own = data.folder / "tokenizer.model"
+    return write_data(folder, "seed=5", f"tokenizer.path={own}").output_dir
+
+
+def digests(heldout) -> list[bytes]:
+    return [sequence_digest(sequence) for sequence in heldout.sequences(None, 0, 4, shift=False)]
+
+
+def test_data_of_a_url_is_measured_like_its_folder(checkpoint, data, tmp_path):
+    """Given on the command line, or named by the checkpoint."""
+    url, cache = f"pipe:cat {data.folder}", tmp_path / "cache"
+    with pytest.raises(UserError, match=r"data\.cache_dir: has no value"):
+        settings(f"checkpoint={checkpoint}", f"data.dir='{url}'")
+    given = settings(f"checkpoint={checkpoint}", f"data.dir='{url}'", f"data.cache_dir={cache}")
+    run = {"data": {"dir": url, "cache_dir": str(cache), "skip_damaged": True, "later_key": 1}}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(run))
+    named = settings(f"checkpoint={checkpoint}")
+    moved = settings(f"checkpoint={checkpoint}", f"data.cache_dir={tmp_path / 'elsewhere'}")
+    assert given.data_dir == named.data_dir
+    assert given.data_dir.parent == cache
+    assert moved.data_dir.parent == tmp_path / "elsewhere"
+    expected = digests(data.heldout)
+    for found in (given, moved):
+        assert digests(open_heldout(found.data_dir, data.tokenizer, found.data)) == expected
+
+
+def test_sets_of_a_mix_are_held_out_one_by_one(checkpoint, data, second_set):
+    """Those of the run, unless other data is given; and those of the command line."""
+    mix = {
+        "web": {"dir": str(data.folder), "weight": {0: 0.5, 10: 0.25}},
+        "code": {"dir": str(second_set), "weight": 1},
+    }
+    run = {"data": {"dir": str(data.folder), "mix": mix}}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(run))
+    found = settings(f"checkpoint={checkpoint}")
+    sets = open_heldout(found.data_dir, data.tokenizer, found.data).by_source()
+    assert list(sets) == ["code", "web"]
+    second = HeldOut(second_set, Manifest.load(second_set))
+    assert digests(sets["web"]) == digests(data.heldout)
+    assert digests(sets["code"]) == digests(second) != digests(data.heldout)
+    other = settings(f"checkpoint={checkpoint}", f"data.dir={second_set}")
+    assert not open_heldout(other.data_dir, data.tokenizer, other.data).by_source()
+    text = f"data.mix={{a:{{dir:{data.folder},weight:1}},b:{{dir:{second_set},weight:1}}}}"
+    named = settings(f"checkpoint={checkpoint}", f"data.dir={second_set}", text)
+    sets = open_heldout(named.data_dir, data.tokenizer, named.data).by_source()
+    assert [digests(one) for one in sets.values()] == [digests(data.heldout), digests(second)]
 
 
 def test_cuda_without_a_gpu_is_refused(checkpoint):
@@ -200,7 +255,7 @@ def test_the_command_on_a_trained_run(trained_run, tmp_path):
     trained = [row for row in map(json.loads, lines) if row["step"] == 12]
     clock = (
         "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",
-        "speedup_over_ar_range", "seconds_per_decoding_forward",
+        "speedup_over_ar_range", "seconds_per_decoding_forward", "seconds_by_queries",
     )  # fmt: skip
     for row, expected in zip(results["decode_speed"], trained, strict=True):
         assert row.keys() == expected.keys()

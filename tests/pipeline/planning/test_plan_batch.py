@@ -89,8 +89,9 @@ def test_flops_are_those_that_are_executed(shape, checkpointing):
 
 def test_an_agreement_loss_takes_the_head_once_more_for_every_slot():
     """Half of the rows are slots, each compared with one AR distribution."""
+    step = training_step(CONFIG, torch.float32, "none", agreement="kl")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training_step(CONFIG, torch.float32, "none", agreement="kl")()
+        step()
     flops = step_flops(
         CONFIG,
         sequences=SEQUENCES,

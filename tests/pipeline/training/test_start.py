@@ -107,8 +107,9 @@ def test_no_rank_holds_the_whole_model_twice(started):
         assert found["filled", 1] <= 2.1 * largest
         # Its half, and what DeepSpeed cut up but Python's collector has not yet let go.
         assert whole / 2 <= found["allocated", 3] < 0.85 * whole
-        # Gathering and cutting up again takes some copies of the one at hand.
-        assert largest <= found["filled", 3] < 0.3 * whole
+        # Gathering and cutting up again takes some copies of the one at hand. How many are alive
+        # at once depends on Python's collector; a second whole model would be far above.
+        assert largest <= found["filled", 3] < 0.5 * whole
 
 
 def test_the_mask_embedding_is_reported_once_a_start(started):

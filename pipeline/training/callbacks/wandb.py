@@ -145,7 +145,7 @@ class Wandb(Callback):
         values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
         sources = sources_table(rows)
         if sources:
-            names = ["step", "temperature", "source", *SOURCES_TABLE]
+            names: list[str | int] = ["step", "temperature", "source", *SOURCES_TABLE]
             values["decode/sources"] = wandb.Table(columns=names, data=sources)
         for temperature in sorted({row["temperature"] for row in rows}):
             of_it = [r for r in rows if (r["method"], r["temperature"]) == ("tidar", temperature)]

@@ -6,6 +6,7 @@ same documents. CPU times hold all processes. Targets: at least 90 % of the toke
 reading not slower than webdataset, padding at most 0.1 %.
 """
 
+import functools
 import os
 import tempfile
 import time
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import prepare
 from bench.data_memory import peak_of_preparation
+from bench.data_preparing import composed, prepare_folder, repeated_library, write_jsonl
 from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
 from bench.results import Outcome
@@ -48,7 +49,7 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     with tempfile.TemporaryDirectory(prefix="tidar-bench-") as name:
         folder = Path(name)
         texts = repeated_library(options.max_bytes)
-        source = prepare.write_jsonl(folder / "text.jsonl", texts)
+        source = write_jsonl(folder / "text.jsonl", texts)
         for model in MODELS:
             measure_preparation(outcome, options, folder / model, source, texts, model, rounds)
         data = folder / MODELS[0] / "first"
@@ -67,40 +68,24 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     return outcome
 
 
-def repeated_library(max_bytes: int) -> list[str]:
-    """The modules of Python's library again and again, up to `max_bytes` bytes."""
-    once = prepare.standard_library(max_bytes)
-    texts: list[str] = []
-    size = 0
-    while True:
-        for text in once:
-            size += len(text.encode())
-            if size > max_bytes:
-                return texts
-            texts.append(text)
-
-
 def measure_preparation(
     outcome: Outcome, options: Options, folder: Path, source: Path, texts: list[str], model: str,
     rounds: int,
 ) -> None:  # fmt: skip
     """`tidar-prepare` with 1 and 2 workers, and the tokenizer alone with the same encoder."""
-    settings = prepare.Options(
-        vocab_size=options.vocab_size, sequence_length=options.sequence_length
-    )
-    given = [
-        *prepare.overrides(settings, source), f"tokenizer.model_type={model}",
-        "heldout_fraction=0.05",
-    ]  # fmt: skip
-    first = prepare.prepare_folder(folder / "first", prepare.composed(given))
+    given = functools.partial(
+        composed, source, f"tokenizer.model_type={model}", vocab_size=options.vocab_size,
+        sequence_length=options.sequence_length, heldout_fraction=0.05,
+    )  # fmt: skip
+    first = prepare_folder(folder / "first", given())
     path = folder / "first" / first.tokenizer.file
     tokenizer = load_tokenizer(path)
     tokenizer.encoder = first.encoder
     numbers = iter(range(10**9))
 
     def whole(workers: int) -> Callable[[], object]:
-        cfg = prepare.composed([*given, f"tokenizer.path={path}", f"workers={workers}"])
-        return lambda: prepare.prepare_folder(folder / f"round-{next(numbers)}", cfg)
+        cfg = given(f"tokenizer.path={path}", f"workers={workers}")
+        return lambda: prepare_folder(folder / f"round-{next(numbers)}", cfg)
 
     alone = f"{model}, tokenizer alone"
     variants = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import prepare
+from bench.data_preparing import composed, prepare_folder, standard_library, write_jsonl
 from bench.inputs import model_config, new_model
 from bench.measure import interleaved, ratio
 from bench.results import Outcome
@@ -44,17 +44,15 @@ class Options:
 def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="tidar-bench-") as name:
         folder = Path(name) / "data"
-        settings = prepare.Options(
-            max_bytes=options.max_bytes,
+        texts = standard_library(options.max_bytes)
+        source = write_jsonl(Path(name) / "text.jsonl", texts)
+        cfg = composed(
+            source,
+            f"layout.block_size={options.block_size}",
             vocab_size=options.vocab_size,
             sequence_length=options.length,
-            block_size=options.block_size,
         )
-        texts = prepare.standard_library(options.max_bytes)
-        source = prepare.write_jsonl(Path(name) / "text.jsonl", texts)
-        manifest = prepare.prepare_folder(
-            folder, prepare.composed(prepare.overrides(settings, source))
-        )
+        manifest = prepare_folder(folder, cfg)
         return measure(options, folder, manifest, device, rounds, warmup)
 
 

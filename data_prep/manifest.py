@@ -20,6 +20,8 @@ TOKEN_COUNTS = "token_counts.npy"
 SHARD_INDEX = "shard_index.npy"
 CONTAMINATED = "contaminated.jsonl"
 """Documents that were removed for holding an eval's text; only where they were looked for."""
+STATS_PAGE = "stats.html"
+"""Bars of what the folder holds, where somebody asked for them; no part of the data."""
 CHECKSUM = "checksum"
 SPLITS = ("train", "heldout")
 MAX_BYTES = 512 << 20

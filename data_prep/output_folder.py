@@ -14,6 +14,7 @@ from data_prep.manifest import (
     MANIFEST,
     SHARD_INDEX,
     SPLITS,
+    STATS_PAGE,
     TOKEN_COUNTS,
     Manifest,
 )
@@ -23,7 +24,8 @@ from data_prep.tokenizers import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEP
 
 TOKENIZER_FILES = {SENTENCEPIECE_FILE, HUGGINGFACE_FILE, HUGGINGFACE_CONFIG}
 OWN_NAMES = {
-    *SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, CONTAMINATED, FOLDER, *TOKENIZER_FILES
+    *SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, CONTAMINATED, STATS_PAGE, FOLDER,
+    *TOKENIZER_FILES,
 }  # fmt: skip
 """Everything that a prepared folder, finished or not, may hold beside temporary files."""
 

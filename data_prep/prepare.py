@@ -26,7 +26,7 @@ from data_prep.plan import Task, make_tasks, own_tasks
 from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
 from data_prep.progress import Progress
 from data_prep.settings import PrepareSettings
-from data_prep.stats import describe_data
+from data_prep.stats import describe, read_contents, write_page
 from data_prep.tasks import run_task
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify_data
@@ -44,7 +44,7 @@ def prepare(cfg: DictConfig) -> int:
         print(verify_data(folder))
         return 0
     if settings.stats:
-        print(describe_data(folder))
+        print_stats(folder)
         return 0
     if settings.inspect is not None:
         print(inspect_sequence(folder, settings.inspect))
@@ -69,6 +69,19 @@ def prepare(cfg: DictConfig) -> int:
         raise UserError(
             f"output_dir: {folder} cannot be written ({error.strerror}); make room, or choose "
             "another folder, and run the same command again to continue"
+        ) from error
+
+
+def print_stats(folder: Path) -> None:
+    """Say what a prepared folder holds, and draw it into the folder."""
+    contents = read_contents(folder)
+    print(describe(contents), flush=True)
+    try:
+        print(write_page(contents))
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot take the page of bars ({error.strerror}); make it "
+            "writable, or use a copy"
         ) from error
 
 

@@ -13,13 +13,8 @@ from data_prep.manifest import Manifest
 from data_prep.plan import Task
 from data_prep.settings import PrepareSettings
 from data_prep.tasks import FOLDER
-from data_prep.tokenizers import (
-    HUGGINGFACE_FILE,
-    SENTENCEPIECE_FILE,
-    Tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from data_prep.tokenizer_training import train_sentencepiece
+from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
 TRAINED = "tokenizer.json"

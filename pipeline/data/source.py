@@ -78,6 +78,19 @@ class LayoutChoice:
 
 
 @dataclass(frozen=True)
+class DamagedShard:
+    """A shard that a run goes on without, with `data.skip_damaged`."""
+
+    set: str | None
+    """Its set of `data.mix`; None where there is no mix."""
+    shard: str
+    """As the manifest names it."""
+    reason: str
+    step: int
+    """The first optimizer step of the run's order that its sequences are missing from, from 1."""
+
+
+@dataclass(frozen=True)
 class Sequence:
     """A packed sequence with its padding told apart."""
 
@@ -124,6 +137,9 @@ class Source(Protocol):
     def epoch_sequences(self) -> int:
         """Sequences of all the data."""
 
+    def damaged_shards(self) -> list[DamagedShard]:
+        """Those left out so far, in the order in which they came up."""
+
 
 class SequenceSource:
     """The sequences of one split of a prepared data folder, in the run's order."""
@@ -153,8 +169,7 @@ class SequenceSource:
             )
         self._with_prompts = (self.choice.loss_span or manifest.loss_span) == RESPONSE
         self._sequences_per_step = sequences_per_step
-        self.damaged: dict[str, str] = {}
-        """Shards left out so far, with the reason."""
+        self._damaged: dict[str, DamagedShard] = {}
         self._data = data or DataConfig()
         self._seed = seed
         self._data_dir = data_dir
@@ -178,13 +193,13 @@ class SequenceSource:
         number, inside = divmod(place.index, self.manifest.group_size)
         name = self.split.shards[place.shard].name
         try:
-            if name in self.damaged:
+            if name in self._damaged:
                 return self._nothing()
             packed = self._group(place.shard, number)[inside]
         except UserError as error:
             if not self._data.skip_damaged:
                 raise
-            self.damaged[name] = str(error)
+            self._damaged[name] = DamagedShard(None, name, str(error), step + 1)
             print(f"{error}; its sequences are left out", file=sys.stderr, flush=True)
             return self._nothing()
         lengths = packed.document_lengths
@@ -208,6 +223,9 @@ class SequenceSource:
     @property
     def coverage(self) -> float:
         return self.choice.coverage or self.manifest.coverage
+
+    def damaged_shards(self) -> list[DamagedShard]:
+        return list(self._damaged.values())
 
     def _nothing(self) -> Sequence:
         """In place of a sequence that cannot be read: padding, which carries no loss."""

@@ -15,7 +15,6 @@ TOY = {
         *(*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"),
         *("--batch-sizes", "1", "2", "--simulated-steps", "3"),
     ],
-    "prepare": ["--max-bytes", "200000", "--vocab-size", "400", "--sequence-length", "64"],
     "data_loading": [
         *("--max-bytes", "200000", "--vocab-size", "400", "--length", "64"),
         *("--micro-batch-size", "1", "--block-size", "4"),
@@ -41,7 +40,6 @@ RATIOS = {
         *("5 cached: K=1 / ar", "5 cached: K=3 / ar", "5 cached, batch 2: K=1 / ar"),
         *("host part of ar / ar", "host part of K=1 / ar"),
     },
-    "prepare": {"prepare's share of the tokenizer's speed"},
     "data_loading": {
         f"{name} / training step"
         for name in ("wait for batches", "make a batch", "make a batch, laid out anew")

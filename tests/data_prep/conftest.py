@@ -16,7 +16,8 @@ from data_prep.corpora import open_corpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
 from data_prep.plan import Task
 from data_prep.prepare import prepare
-from data_prep.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_prep.tokenizer_training import train_sentencepiece
+from data_prep.tokenizers import SentencePieceTokenizer
 
 DOCUMENTS = 90
 CODE_BYTES = 700_000

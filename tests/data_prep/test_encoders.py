@@ -5,7 +5,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.preparing import choose_encoder
-from data_prep.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_prep.tokenizer_training import train_sentencepiece
+from data_prep.tokenizers import SentencePieceTokenizer
 
 
 @pytest.fixture(scope="module")

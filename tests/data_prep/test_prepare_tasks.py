@@ -91,7 +91,7 @@ def test_a_task_is_done_again_only_when_its_input_changed(
     elif change == "the config":
         options.append("seed=5")
     elif change == "the tokenizer":
-        from data_prep.tokenizers import train_sentencepiece
+        from data_prep.tokenizer_training import train_sentencepiece
 
         own.write_bytes(train_sentencepiece(texts, 590, "bpe", 60_000, seed=1).content())
     second = command(*options)

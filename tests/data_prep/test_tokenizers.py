@@ -8,14 +8,13 @@ import pytest
 import sentencepiece
 
 from data_prep.errors import UserError
-from data_prep.tokenizers import (
+from data_prep.tokenizer_training import (
     LONGEST_LINE,
     LONGEST_SENTENCE_BYTES,
-    SentencePieceTokenizer,
-    load_tokenizer,
     sample_chunks,
     train_sentencepiece,
 )
+from data_prep.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 SPELLED_OUT = "<mask><pad><s></s><unk> <0x41> <|mask|> <|endoftext|>"
 TEXTS = {

@@ -12,7 +12,7 @@ from data_prep.files import sha256_of
 from data_prep.layout import Layout
 from data_prep.manifest import MANIFEST, Manifest
 from data_prep.shards import read_shard, write_shard
-from data_prep.tokenizers import train_sentencepiece
+from data_prep.tokenizer_training import train_sentencepiece
 from data_prep.verify import verify_data
 
 SHARD = "train/000001.tar"

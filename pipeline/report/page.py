@@ -17,7 +17,7 @@ from pipeline.report.standing import (
     standing_section,
 )
 from pipeline.report.svg import Chart
-from pipeline.report.tables import acceptance_table, eval_table
+from pipeline.report.tables import acceptance_table, eval_table, sources_table
 from pipeline.report.wording import compact, escape
 
 FILE_NAME = "report.html"
@@ -143,7 +143,9 @@ _ACCEPTANCE = (
 def _tables(run: Run) -> str:
     numbers = acceptance_table(run)
     folded = f"<details><summary>Acceptance in numbers</summary>{numbers}</details>"
-    return eval_table(run) + (folded if numbers else "")
+    sources = sources_table(run)
+    by_source = f"<h3>Held-out text by source</h3>{sources}" if sources else ""
+    return eval_table(run) + (folded if numbers else "") + by_source
 
 
 def _section(title: str, body: str) -> str:

@@ -154,8 +154,8 @@ def test_a_run_goes_on_with_its_mix_and_changes_it_by_a_step(data_dir, other_dir
         return (f"data.mix={{one:{{dir:{data_dir},weight:0.5}},"
                 f"two:{{dir:{other_dir},weight:{second}}}}}")  # fmt: skip
 
-    def last(run_dir):
-        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    def last(run_dir, name="metrics.jsonl"):
+        return json.loads((run_dir / name).read_text().splitlines()[-1])
 
     def train(name, weight, *more):
         return train_small(
@@ -166,6 +166,9 @@ def test_a_run_goes_on_with_its_mix_and_changes_it_by_a_step(data_dir, other_dir
     straight = train("straight", changing, "steps=8")
     assert straight.returncode == 0, straight.stderr
     assert "data.mix: " in straight.stdout
+    row = last(tmp_path / "straight", "evals/decode_speed.jsonl")
+    losses = [row["by_source"][name]["ar_loss"] for name in ("one", "two")]
+    assert losses[0] == row["ar_loss"] != losses[1], "`one` is data.dir itself"
     first = train("run", "0.5", "steps=4")
     assert first.returncode == 0, first.stderr
     refused = train("run", changing, "steps=8")

@@ -12,7 +12,14 @@ from rich.table import Table
 from data_prep.cli import EXIT_BAD_INPUT, report_mistake
 from data_prep.errors import UserError
 from pipeline.report.read import Run, as_number, read_run
-from pipeline.report.standing import PACE_STEPS, Starts, newest_checkpoint, pace_of, read_starts
+from pipeline.report.standing import (
+    PACE_STEPS,
+    Starts,
+    newest_checkpoint,
+    pace_of,
+    read_starts,
+    skipped_shards,
+)
 from pipeline.report.wording import compact, fixed
 from pipeline.training.callbacks.progress import duration
 
@@ -49,6 +56,8 @@ class Status:
 
     expected_end: float | None = None
     """Seconds since the epoch, for a run that is running."""
+    skipped_shards: str | None = None
+    """The damaged shards that the run went on without, in words."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
@@ -78,6 +87,8 @@ class Status:
             rows.append(("expected end", f"{when}, without another stop"))
         if self.starts is not None:
             rows.append(("starts", str(self.starts)))
+        if self.skipped_shards is not None:
+            rows.append(("shards", self.skipped_shards))
         return rows
 
 
@@ -110,6 +121,7 @@ def read_status(run_dir: Path, now: float) -> Status:
         checkpoint_step=int(checkpoint.rpartition("-")[2]) if checkpoint else None,
         last_eval=latest_eval(run),
         starts=read_starts(run_dir),
+        skipped_shards=skipped_shards(run_dir),
         expected_end=now - quiet + left if state == "running" and left is not None else None,
     )
 

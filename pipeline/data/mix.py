@@ -8,7 +8,7 @@ fingerprints, their weights), so `sequences_seen` stays the loader's whole state
 
 from bisect import bisect_right
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from data_prep.config import config_hash
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from pipeline.data.place import DataConfig, open_place
-from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
+from pipeline.data.source import DamagedShard, LayoutChoice, Sequence, SequenceSource
 
 WINDOW = 10_000
 """Sequences in which every set has its share exactly, to one of them."""
@@ -227,6 +227,15 @@ class MixedSource:
     def epoch_sequences(self) -> int:
         """Sequences of all sets together."""
         return sum(source.epoch_sequences for source in self.sources)
+
+    def damaged_shards(self) -> list[DamagedShard]:
+        """Those of all sets, in the order in which they came up."""
+        found = [
+            replace(damaged, set=one.name)
+            for one, source in zip(self.sets, self.sources, strict=True)
+            for damaged in source.damaged_shards()
+        ]
+        return sorted(found, key=lambda damaged: damaged.step)
 
     def epochs(self, sequences: int) -> dict[str, float]:
         """How often the first `sequences` of the run read each set, by name."""

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from data_prep.block_sizes import BlockSizes
 from data_prep.errors import UserError
+from data_prep.groups import PackedGroup
 from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
 from data_prep.manifest import Manifest, Split
-from data_prep.shards import PackedSequence, ShardReader
+from data_prep.shards import ShardReader
 from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
@@ -78,6 +79,19 @@ class LayoutChoice:
 
 
 @dataclass(frozen=True)
+class DamagedShard:
+    """A shard that a run goes on without, with `data.skip_damaged`."""
+
+    set: str | None
+    """Its set of `data.mix`; None where there is no mix."""
+    shard: str
+    """As the manifest names it."""
+    reason: str
+    step: int
+    """The first optimizer step of the run's order that its sequences are missing from, from 1."""
+
+
+@dataclass(frozen=True)
 class Sequence:
     """A packed sequence with its padding told apart."""
 
@@ -124,6 +138,9 @@ class Source(Protocol):
     def epoch_sequences(self) -> int:
         """Sequences of all the data."""
 
+    def damaged_shards(self) -> list[DamagedShard]:
+        """Those left out so far, in the order in which they came up."""
+
 
 class SequenceSource:
     """The sequences of one split of a prepared data folder, in the run's order."""
@@ -145,6 +162,7 @@ class SequenceSource:
             [shard.sequences for shard in split.shards], manifest.group_size, seed
         )
         self.choice = choice or LayoutChoice()
+        self._as_stored = self.choice.stored
         self._mixed = self.choice.mixed(self.block_size)
         if self.choice.loss_span == RESPONSE != manifest.loss_span:
             raise UserError(
@@ -153,15 +171,14 @@ class SequenceSource:
             )
         self._with_prompts = (self.choice.loss_span or manifest.loss_span) == RESPONSE
         self._sequences_per_step = sequences_per_step
-        self.damaged: dict[str, str] = {}
-        """Shards left out so far, with the reason."""
+        self._damaged: dict[str, DamagedShard] = {}
         self._data = data or DataConfig()
         self._seed = seed
         self._data_dir = data_dir
         self._first = np.cumsum([0] + [shard.sequences for shard in split.shards])
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._index: list[NDArray[np.int64]] | None = None
-        self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
 
     def __getitem__(self, n: int) -> Sequence:
         """The n-th sequence of the run; see `at_step`."""
@@ -178,20 +195,20 @@ class SequenceSource:
         number, inside = divmod(place.index, self.manifest.group_size)
         name = self.split.shards[place.shard].name
         try:
-            if name in self.damaged:
+            if name in self._damaged:
                 return self._nothing()
             packed = self._group(place.shard, number)[inside]
         except UserError as error:
             if not self._data.skip_damaged:
                 raise
-            self.damaged[name] = str(error)
+            self._damaged[name] = DamagedShard(None, name, str(error), step + 1)
             print(f"{error}; its sequences are left out", file=sys.stderr, flush=True)
             return self._nothing()
         lengths = packed.document_lengths
         padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
         prompts = packed.prompt_lengths if self._with_prompts else None
         sequence = Sequence(packed.tokens, lengths, padding, packed.layout, prompts)
-        if self.choice.stored:
+        if self._as_stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
         layout = self._lay_out(sequence, step, np.random.default_rng(key))
@@ -208,6 +225,9 @@ class SequenceSource:
     @property
     def coverage(self) -> float:
         return self.choice.coverage or self.manifest.coverage
+
+    def damaged_shards(self) -> list[DamagedShard]:
+        return list(self._damaged.values())
 
     def _nothing(self) -> Sequence:
         """In place of a sequence that cannot be read: padding, which carries no loss."""
@@ -227,7 +247,7 @@ class SequenceSource:
             prompt_lengths=sequence.real_prompts,
         )
 
-    def _group(self, shard: int, number: int) -> list[PackedSequence]:
+    def _group(self, shard: int, number: int) -> PackedGroup:
         key = (shard, number)
         if key not in self._groups:
             self._groups[key] = self._reader(shard).read_group(number)

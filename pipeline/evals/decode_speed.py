@@ -7,25 +7,19 @@ every acceptance, and the AR loss with them.
 """
 
 import statistics
-from collections.abc import Iterator
 from functools import reduce
 from operator import add
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pipeline.data.source import Sequence
 from pipeline.decoding.methods import LOOKUP_TOKENS, PROPOSED
 from pipeline.decoding.settings import load_draft_model
 from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
+from pipeline.evals.drafting import describe_text, score_heldout
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import DraftScores, score_drafts
-from pipeline.objective.calibration import describe
 
 NEED_A_MASK = ("tidar", "tidar_chosen", "block_diffusion")
 
@@ -64,50 +58,25 @@ def evaluate_decode_speed(
         model, prompts, categories, methods, config, block_size, world,
         draft_model_of(model, heldout, config), check,
     )  # fmt: skip
-    unigram = heldout.unigram()
+    sources = heldout.by_source()
+    entropies = {name: one.unigram().entropy for name, one in sources.items()}
+    entropy = heldout.unigram().entropy
     scores = score_heldout(model, heldout, config, world, check)
+    by_source = {
+        name: score_heldout(model, one, config, world, check) for name, one in sources.items()
+    }
     rows = []
     for temperature in config.temperatures:
-        for method in methods:
-            row = _decoding_part(method, temperature, measured)
-            quality = _scoring_part(scores, temperature, drafts, unigram.entropy)
-            rows.append({"step": step, **row, **quality})
+        quality = describe_text(scores, temperature, drafts, entropy)
+        quality["by_source"] = {
+            name: describe_text(own, temperature, drafts, entropies[name])
+            for name, own in by_source.items()
+        } or None
+        rows += [
+            {"step": step, **_decoding_part(method, temperature, measured), **quality}
+            for method in methods
+        ]
     return rows
-
-
-def score_heldout(
-    model: Transformer,
-    heldout: HeldOut,
-    config: DecodeSpeedConfig,
-    world: World,
-    check: Check = never,
-) -> DraftScores:
-    """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
-    call it together with the same weights. `check` as in `evaluate_decode_speed`."""
-    drafts = model.config.mask_token_id is not None
-    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
-    sequences = heldout.sequences(
-        config.score_sequences,
-        config.seed,
-        block_size,
-        shift=True,  # the decoder, too, starts its blocks anywhere
-        rank=world.rank,
-        world_size=world.size,
-    )
-    probabilities = torch.from_numpy(heldout.unigram().probabilities).float()
-    total = min(config.score_sequences, heldout.manifest.heldout.sequences)
-    checked = _checked(sequences, -(-total // world.size), check)
-    own = score_drafts(model, checked, block_size, probabilities)
-    return reduce(add, world.gather(own))
-
-
-def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
-    """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
-    for _ in range(rounds):
-        check()
-        sequence = next(sequences, None)
-        if sequence is not None:
-            yield sequence
 
 
 def draft_model_of(
@@ -175,41 +144,3 @@ def _decoding_part(
         "peak_memory_bytes": own.peak_bytes,
         "categories": by_category(measured, (method, temperature)),
     }
-
-
-def _scoring_part(
-    scores: DraftScores, temperature: float, drafts: bool, unigram_entropy: float
-) -> dict[str, Any]:
-    """What was measured on held-out text; the same for every method."""
-    row = 0 if temperature == 0 else 1
-    # Sampling is scored at temperature 1 only; at others the sum of minima differs.
-    scored = drafts and temperature in (0, 1)
-    survival = _shares(scores.survived[row], scores.drafts)
-    unigram_survival = _shares(scores.unigram_survived[row], scores.drafts)
-    return {
-        "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
-        "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
-        if scores.diffusion_tokens
-        else None,
-        "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
-        "unigram_entropy": unigram_entropy,
-        "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts)
-        if scored
-        else None,
-        "teacher_forced_survival": survival if scored else None,
-        "expected_tokens_per_forward": 1 + sum(share or 0.0 for share in survival)
-        if scored
-        else None,
-        "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts)
-        if scored
-        else None,
-        "unigram_expected_tokens_per_forward": 1 + sum(share or 0.0 for share in unigram_survival)
-        if scored
-        else None,
-        **describe(scores.calibration),
-    }
-
-
-def _shares(sums: Tensor, counts: Tensor) -> list[float | None]:
-    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
-    return [total / count if count else None for total, count in pairs]

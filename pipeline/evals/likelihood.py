@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
+from pipeline.evals.drafting import describe_drafts
 from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.evals.texts import read_texts
 from pipeline.model.transformer import Transformer
+from pipeline.objective.acceptance import DraftScores, drafts_of, unigram_draft
 from pipeline.objective.scoring import score_sequence
 
 
@@ -42,11 +45,13 @@ class LikelihoodSums:
     """At place 0 … K - 1 of a block, fp64 [K]."""
     diffusion_loss: Tensor
     """fp64 [K]"""
+    drafts: DraftScores
+    """Of the blocks that have text before them."""
 
     @classmethod
     def zero(cls, block_size: int) -> "LikelihoodSums":
         none = torch.zeros(block_size, dtype=torch.float64)
-        return cls(0, 0, 0, 0, 0.0, 0.0, 0.0, none, none)
+        return cls(0, 0, 0, 0, 0.0, 0.0, 0.0, none, none, DraftScores.zero(block_size))
 
     def __add__(self, other: "LikelihoodSums") -> "LikelihoodSums":
         return LikelihoodSums(
@@ -61,7 +66,7 @@ def evaluate_likelihood(
     config: LikelihoodConfig,
     world: World,
 ) -> dict[str, Any]:
-    """Losses on held-out text, equal on all ranks; keys as in `docs/metrics.md`.
+    """Losses and drafts on held-out text, equal on all ranks; keys as in `docs/metrics.md`.
 
     Every rank must call it with the same full weights.
 
@@ -74,7 +79,57 @@ def evaluate_likelihood(
     """
     drafts = model.config.mask_token_id is not None
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
-    unigram = heldout.unigram()
+    entropy = heldout.unigram().entropy
+    total = _of_split(model, tokenizer, heldout, config, block_size, world)
+    return {
+        "sequences": total.sequences,
+        "whole_split": total.sequences == heldout.manifest.heldout.sequences,
+        **_figures(total, _text_bytes(total, heldout), drafts),
+        "unigram_entropy": entropy,
+        "block_size": block_size if drafts else None,
+        "by_source": _by_source(model, tokenizer, heldout, config, block_size, world),
+    }
+
+
+def _by_source(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: LikelihoodConfig,
+    block_size: int,
+    world: World,
+) -> dict[str, Any] | None:
+    """Figures of each set of a mix and of each source of `texts_file`; None without either."""
+    drafts = model.config.mask_token_id is not None
+    found: dict[str, Any] = {}
+    for name, one in heldout.by_source().items():
+        total = _of_split(model, tokenizer, one, config, block_size, world)
+        found[name] = _figures(total, _text_bytes(total, one), drafts)
+    if config.texts_file is not None:
+        longest = heldout.manifest.sequence_length
+        texts = read_texts(Path(config.texts_file).expanduser(), tokenizer, longest, block_size)
+        unigram = torch.from_numpy(heldout.unigram().probabilities)
+        for source, sequences in texts.items():
+            if source in found:
+                raise UserError(
+                    f"evals.likelihood.texts_file: the source {source!r} is also a set of "
+                    "data.mix; rename one of them"
+                )
+            own = sequences[world.rank :: world.size]
+            sums = sum_up(model, tokenizer, own, block_size, unigram)
+            total = sum(world.gather(sums), LikelihoodSums.zero(block_size))
+            found[source] = _figures(total, total.text_bytes, drafts)
+    return found or None
+
+
+def _of_split(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: LikelihoodConfig,
+    block_size: int,
+    world: World,
+) -> LikelihoodSums:
     own = heldout.sequences(
         config.sequences,
         config.seed,
@@ -84,43 +139,16 @@ def evaluate_likelihood(
         rank=world.rank,
         world_size=world.size,
     )
-    costs = torch.from_numpy(unigram.probabilities).log().neg()
-    sums = sum_up(model, tokenizer, own, block_size, costs)
-    total = sum(world.gather(sums), LikelihoodSums.zero(block_size))
+    unigram = torch.from_numpy(heldout.unigram().probabilities)
+    sums = sum_up(model, tokenizer, own, block_size, unigram)
+    return sum(world.gather(sums), LikelihoodSums.zero(block_size))
+
+
+def _text_bytes(total: LikelihoodSums, heldout: HeldOut) -> int:
+    """Of the whole split what the manifest counted; of a part, what decoding its documents found,
+    the same number but where a cut went through a character."""
     split = heldout.manifest.heldout
-    whole = total.sequences == split.sequences
-    # Decoding each document finds the same number, but where a cut went through a character.
-    text_bytes = split.text_bytes if whole else total.text_bytes
-    by_source = None
-    if config.texts_file is not None:
-        longest = heldout.manifest.sequence_length
-        texts = read_texts(Path(config.texts_file).expanduser(), tokenizer, longest, block_size)
-        by_source = {
-            source: _of_source(model, tokenizer, sequences, block_size, costs, drafts, world)
-            for source, sequences in texts.items()
-        }
-    return {
-        "sequences": total.sequences,
-        "whole_split": whole,
-        **_figures(total, text_bytes, drafts),
-        "unigram_entropy": unigram.entropy,
-        "block_size": block_size if drafts else None,
-        "by_source": by_source,
-    }
-
-
-def _of_source(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    sequences: list[Sequence],
-    block_size: int,
-    costs: Tensor,
-    drafts: bool,
-    world: World,
-) -> dict[str, Any]:
-    own = sum_up(model, tokenizer, sequences[world.rank :: world.size], block_size, costs)
-    total = sum(world.gather(own), LikelihoodSums.zero(block_size))
-    return _figures(total, total.text_bytes, drafts)
+    return split.text_bytes if total.sequences == split.sequences else total.text_bytes
 
 
 def _figures(total: LikelihoodSums, text_bytes: int, drafts: bool) -> dict[str, Any]:
@@ -145,6 +173,7 @@ def _figures(total: LikelihoodSums, text_bytes: int, drafts: bool) -> dict[str, 
         "diffusion_perplexity": math.exp(diffusion_loss) if drafts else None,
         "diffusion_bits_per_byte": diffusion_bits / max(text_bytes, 1) if drafts else None,
         "diffusion_loss_by_place": by_place if drafts else None,
+        "drafts": describe_drafts(total.drafts) if drafts else None,
     }
 
 
@@ -153,9 +182,11 @@ def sum_up(
     tokenizer: Tokenizer,
     sequences: Iterable[Sequence],
     block_size: int,
-    costs: Tensor,
+    unigram: Tensor,
 ) -> LikelihoodSums:
-    """The sums of `sequences`; `costs` are the unigram losses of the tokenizer's ids, fp64 [V']."""
+    """The sums of `sequences`; `unigram`: probabilities of the tokenizer's ids, fp64 [V']."""
+    costs = unigram.log().neg()
+    context_free = unigram_draft(model, unigram)
     total = LikelihoodSums.zero(block_size)
     for sequence in sequences:
         scored = score_sequence(model, sequence)
@@ -180,5 +211,6 @@ def sum_up(
             first_loss=float(costs[first].sum()),
             diffusion_tokens=tokens,
             diffusion_loss=losses,
+            drafts=drafts_of(model, sequence, scored, block_size, context_free),
         )
     return total

@@ -63,20 +63,29 @@ def score_drafts(
         model: in evaluation mode. Without a mask token only the AR and unigram losses are summed.
         sequences: laid out with full coverage and `block_size`.
         block_size: K.
-        unigram: probabilities of a context-free draft, fp32 [V'], V' at most the model's V.
+        unigram: probabilities of a context-free draft, [V'], V' at most the model's V.
     """
-    spare = model.config.num_embeddings - len(unigram)
-    if spare < 0:
-        raise ValueError(f"the unigram draft has {-spare} tokens more than the model")
-    unigram = F.pad(unigram, (0, spare)).to(next(model.parameters()).device)
+    unigram = unigram_draft(model, unigram)
     total = DraftScores.zero(block_size)
     for sequence in sequences:
-        total = total + _score(model, sequence, block_size, unigram)
+        scored = score_sequence(model, sequence)
+        total = total + drafts_of(model, sequence, scored, block_size, unigram)
     return total
 
 
-def _score(model: Transformer, sequence: Sequence, block_size: int, unigram: Tensor) -> DraftScores:
-    scored = score_sequence(model, sequence)
+def unigram_draft(model: Transformer, unigram: Tensor) -> Tensor:
+    """`unigram` [V'] over all tokens of `model`, on its device; fp32 [V]."""
+    spare = model.config.num_embeddings - len(unigram)
+    if spare < 0:
+        raise ValueError(f"the unigram draft has {-spare} tokens more than the model")
+    return F.pad(unigram.float(), (0, spare)).to(next(model.parameters()).device)
+
+
+@torch.inference_mode()
+def drafts_of(
+    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
+) -> DraftScores:
+    """The sums of one sequence whose joint forward is `scored`; `unigram` by `unigram_draft`."""
     batch = scored.batch
     drafts, accepted, survived, calibration = _acceptance(
         model, sequence, scored, block_size, unigram

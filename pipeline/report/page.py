@@ -9,9 +9,15 @@ from pipeline.report import plots
 from pipeline.report.generation import generation_section
 from pipeline.report.headline import headline, warnings
 from pipeline.report.read import Run, read_run
-from pipeline.report.standing import Starts, newest_checkpoint, read_starts, standing_section
+from pipeline.report.standing import (
+    Starts,
+    newest_checkpoint,
+    read_starts,
+    skipped_shards,
+    standing_section,
+)
 from pipeline.report.svg import Chart
-from pipeline.report.tables import acceptance_table, eval_table
+from pipeline.report.tables import acceptance_table, eval_table, sources_table
 from pipeline.report.wording import compact, escape
 
 FILE_NAME = "report.html"
@@ -33,7 +39,7 @@ def build_report(run_dir: Path) -> Path:
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     run = read_run(run_dir)
     updated = (run_dir / "metrics.jsonl").stat().st_mtime
-    page = render(run, read_starts(run_dir), checkpoint, updated)
+    page = render(run, read_starts(run_dir), checkpoint, updated, skipped_shards(run_dir))
     target = run_dir / FILE_NAME
     partial = run_dir / f".{FILE_NAME}.{os.getpid()}"
     try:
@@ -49,12 +55,14 @@ def render(
     starts: Starts | None = None,
     checkpoint: str | None = None,
     updated: float | None = None,
+    skipped: str | None = None,
 ) -> str:
-    """The whole page as HTML, with the run's starts and the name of its newest checkpoint.
+    """The whole page as HTML, with the run's starts, the name of its newest checkpoint, and the
+    shards that it went on without.
 
     `updated` is when the last step was recorded, in seconds since the epoch.
     """
-    standing = standing_section(run, starts, checkpoint, updated)
+    standing = standing_section(run, starts, checkpoint, updated, skipped)
     package = resources.files("pipeline.report")
     parts = {
         "title": escape(f"{run.name}: TiDAR training report"),
@@ -135,7 +143,9 @@ _ACCEPTANCE = (
 def _tables(run: Run) -> str:
     numbers = acceptance_table(run)
     folded = f"<details><summary>Acceptance in numbers</summary>{numbers}</details>"
-    return eval_table(run) + (folded if numbers else "")
+    sources = sources_table(run)
+    by_source = f"<h3>Held-out text by source</h3>{sources}" if sources else ""
+    return eval_table(run) + (folded if numbers else "") + by_source
 
 
 def _section(title: str, body: str) -> str:

@@ -20,6 +20,11 @@ PACE_STEPS = 50
 MOST_STARTS = 50
 """Newest starts that the page lists."""
 
+SKIPPED_SHARDS = "skipped_shards.jsonl"
+"""In the run directory: shards that the run went on without, a line each."""
+MOST_SHARDS = 3
+"""Skipped shards that are named; of more the number is given."""
+
 Event = Mapping[str, Any]
 
 
@@ -93,6 +98,19 @@ def read_objects(path: Path) -> list[Event]:
     return found
 
 
+def skipped_shards(run_dir: Path) -> str | None:
+    """The damaged shards that the run went on without, in words; None where there are none."""
+    found = read_objects(run_dir / SKIPPED_SHARDS)
+    if not found:
+        return None
+    names = [
+        f"{row['set']}: {row.get('shard')}" if row.get("set") else str(row.get("shard"))
+        for row in found[:MOST_SHARDS]
+    ]
+    more = ", …" if len(found) > MOST_SHARDS else ""
+    return f"{len(found):,} damaged, left out: {', '.join(names)}{more}"
+
+
 def newest_checkpoint(folder: Path) -> str | None:
     """Name of the newest complete checkpoint: the last of the folders, which appear by a rename."""
     names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
@@ -107,12 +125,16 @@ def pace_of(run: Run, name: str) -> float | None:
 
 
 def standing_section(
-    run: Run, starts: Starts | None, checkpoint: str | None, updated: float | None
+    run: Run,
+    starts: Starts | None,
+    checkpoint: str | None,
+    updated: float | None,
+    skipped: str | None = None,
 ) -> str:
     """Step, pace, checkpoint and what is left as a table, and below it one line for each start.
 
     `checkpoint` names the newest one; `updated` is when the last step was recorded, in seconds
-    since the epoch.
+    since the epoch; `skipped` is what `skipped_shards` says.
     """
     step, steps = int(run.metrics[-1]["step"]), run.setting("steps")
     pace = pace_of(run, "step_seconds")
@@ -131,6 +153,8 @@ def standing_section(
         ],
         ["starts", escape(starts) if starts else MISSING],
     ]
+    if skipped is not None:
+        rows.append(["shards", escape(skipped)])
     text = table(("", "now"), rows)
     pairs = starts.pairs() if starts else []
     if pairs:

@@ -1,6 +1,6 @@
 """The last eval as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.report.plots import by_position
 from pipeline.report.read import Row, Run, as_number
@@ -80,6 +80,34 @@ def acceptance_table(run: Run) -> str:
         return ""
     padded = [[*cells, *[MISSING] * (positions + 2 - len(cells))] for cells in body]
     return table(("measure", "temperature", *map(str, range(1, positions + 1))), padded)
+
+
+def sources_table(run: Run) -> str:
+    """How drafts do on each source of held-out text, at the last eval; empty without sources."""
+    measures = (
+        ("ar_loss", 3),
+        ("diffusion_loss", 3),
+        ("expected_tokens_per_forward", 2),
+        ("unigram_expected_tokens_per_forward", 2),
+        ("draft_calibration_error", 3),
+    )
+    body, positions = [], 0
+    for temperature in (0.0, 1.0):
+        row = run.last_eval("tidar", temperature)
+        sources = row.get("by_source") if row else None
+        for source, own in (sources if isinstance(sources, Mapping) else {}).items():
+            values = [fixed(value) for _, value in by_position(own, "teacher_forced_survival")]
+            positions = max(positions, len(values))
+            numbers = [fixed(as_number(own.get(name)), digits) for name, digits in measures]
+            body.append([escape(source), fixed(temperature, 1), *numbers, *values])
+    if not body:
+        return ""
+    head = (
+        "source", "temperature", "AR loss", "diffusion loss", "expected tokens per forward",
+        "of a unigram draft", "calibration error",
+        *(f"kept up to {place}" for place in range(1, positions + 1)),
+    )  # fmt: skip
+    return table(head, [[*cells, *[MISSING] * (len(head) - len(cells))] for cells in body])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
 from pipeline.distributed import World
-from pipeline.evals.decode_speed import evaluate_decode_speed, score_heldout
+from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.evals.drafting import score_heldout
 from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, EvalInterruptedError

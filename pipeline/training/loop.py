@@ -19,6 +19,7 @@ from pipeline.training.retention import step_in_name
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.signals import StopRequest
+from pipeline.training.skipped_shards import SkippedShards
 from pipeline.training.slow_ranks import SlowRanks
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.state import TrainState
@@ -53,6 +54,7 @@ class Trainer:
     slow_ranks: SlowRanks
     anomalies: Anomalies
     left_out: LeftOutFile
+    skipped_shards: SkippedShards
     say: Callable[[str], None]
     """Tells the user something, on rank 0."""
     meter: SpeedMeter
@@ -91,10 +93,14 @@ class Trainer:
             self.watchdog.enter("in a step")
             self._tell_saved(self.checkpoints.poll(wait=False))
             objective = self.settings.objective.at(self.state.step)
-            counts = count_globally(batches, self.world, bool(self.stop), objective)
+            skipped = self.skipped_shards.new()
+            counts = count_globally(batches, self.world, bool(self.stop), objective, skipped)
             if counts.stop_requests:
                 self._save_before_leaving()
                 return False
+            if counts.damaged_shards:
+                for event in self.skipped_shards.record():
+                    self.callbacks.on_event(event)
             rate = self._learning_rate()
             self.meter.begin()
             result = train_step(

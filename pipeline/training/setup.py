@@ -33,6 +33,7 @@ from pipeline.training.loop import Trainer
 from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.run_dir import write_config
 from pipeline.training.settings import TrainSettings
+from pipeline.training.skipped_shards import SkippedShards
 from pipeline.training.slow_ranks import SlowRanks
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.start import build_model
@@ -111,6 +112,7 @@ def build_trainer(
         slow_ranks=SlowRanks(engine.module, world, settings.watch),
         anomalies=Anomalies(settings.anomalies),
         left_out=left_out,
+        skipped_shards=SkippedShards(settings.run_dir, source.damaged_shards, world),
         say=say,
         meter=SpeedMeter(
             model.config,

@@ -36,6 +36,8 @@ class GlobalCounts:
     """Summed weights of the mask slots; their number, where all count alike."""
     attention_pairs: int = 0
     """Pairs of query and key that the rule allows."""
+    damaged_shards: int = 0
+    """Shards that some rank had to leave out since the last step; each counts those it met."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ class StepResult:
 
 
 def count_globally(
-    batches: list[Batch], world: World, stop_requested: bool, objective: ObjectiveConfig
+    batches: list[Batch],
+    world: World,
+    stop_requested: bool,
+    objective: ObjectiveConfig,
+    damaged_shards: int = 0,
 ) -> GlobalCounts:
-    """Sum this rank's counts over all ranks; carries the stop flag along, so all ranks agree."""
+    """Sum this rank's counts over all ranks; carries the stop flag along, so all ranks agree, and
+    how many damaged shards the rank has met."""
     own = [
         sum(batch.ar_labels for batch in batches),
         sum(batch.diffusion_labels for batch in batches),
@@ -72,9 +79,11 @@ def count_globally(
         int(stop_requested),
         sum(float(draft_weights(batch, objective).double().sum()) for batch in batches),
         sum(batch.attention_pairs for batch in batches),
+        damaged_shards,
     ]
-    ar, diffusion, clean, stops, weight, pairs = world.sum([float(value) for value in own])
-    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight, int(pairs))
+    ar, diffusion, clean, stops, weight, *whole = world.sum([float(value) for value in own])
+    pairs, damaged = map(int, whole)
+    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight, pairs, damaged)
 
 
 def digests_in_order(batches: list[Batch], world: World) -> list[bytes]:

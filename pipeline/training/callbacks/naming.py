@@ -30,8 +30,14 @@ def step_values(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def eval_values(row: dict[str, Any]) -> dict[str, Any]:
-    """An eval row's numbers under `decode/<method>/temperature_<t>/…`."""
-    return dict(flatten(f"decode/{row['method']}/temperature_{row['temperature']:g}", row))
+    """An eval row's numbers under `decode/<method>/temperature_<t>/…`. Of each source of the text
+    only single numbers: its lists, position by position, would be most of all."""
+    singles = {
+        source: {key: value for key, value in own.items() if not isinstance(value, list | dict)}
+        for source, own in (row.get("by_source") or {}).items()
+    }
+    prefix = f"decode/{row['method']}/temperature_{row['temperature']:g}"
+    return dict(flatten(prefix, row | {"by_source": singles}))
 
 
 def flatten(prefix: str, row: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -25,6 +25,12 @@ TABLE = (
     "peak_memory_bytes", "ar_loss", "diffusion_loss",
 )  # fmt: skip
 """Columns of the decode-speed table."""
+SOURCES_TABLE = (
+    "ar_loss", "diffusion_loss", "expected_tokens_per_forward",
+    "unigram_expected_tokens_per_forward", "draft_calibration_error", "teacher_forced_acceptance",
+    "teacher_forced_survival",
+)  # fmt: skip
+"""Columns of the table by source of the text, behind step, temperature and source."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,10 @@ class Wandb(Callback):
         rows = [json.loads(line) for line in lines]
         table = [[row.get(column) for column in TABLE] for row in rows]
         values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
+        sources = sources_table(rows)
+        if sources:
+            names: list[str | int] = ["step", "temperature", "source", *SOURCES_TABLE]
+            values["decode/sources"] = wandb.Table(columns=names, data=sources)
         for temperature in sorted({row["temperature"] for row in rows}):
             of_it = [r for r in rows if (r["method"], r["temperature"]) == ("tidar", temperature)]
             page = acceptance_page(of_it)
@@ -173,6 +183,17 @@ class Wandb(Callback):
                 f"warning: W&B could not {what} ({error}); training goes on without it, "
                 "metrics.jsonl has all numbers"
             )
+
+
+def sources_table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of `SOURCES_TABLE` of all evals, lists as text: a column has one type."""
+    return [
+        [row["step"], row["temperature"], source]
+        + [json.dumps(v) if isinstance(v, list) else v for v in map(own.get, SOURCES_TABLE)]
+        for row in rows
+        if row["method"] == "ar"  # every method's row has the same
+        for source, own in (row.get("by_source") or {}).items()
+    ]
 
 
 def run_id(folder: Path) -> str:

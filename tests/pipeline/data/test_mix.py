@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from data_prep.manifest import Manifest
 from pipeline.data.batch import sequence_digest
 from pipeline.data.mix import WINDOW, MixedSource, MixOrder, open_mix
 from pipeline.data.place import DataConfig
-from pipeline.data.source import LayoutChoice, SequenceSource
+from pipeline.data.source import DamagedShard, LayoutChoice, SequenceSource
+from pipeline.status import read_status
+from pipeline.training.skipped_shards import SkippedShards
 
 STEP = 8
 
@@ -150,8 +154,8 @@ def test_a_run_goes_on_with_its_mix_and_changes_it_by_a_step(data_dir, other_dir
         return (f"data.mix={{one:{{dir:{data_dir},weight:0.5}},"
                 f"two:{{dir:{other_dir},weight:{second}}}}}")  # fmt: skip
 
-    def last(run_dir):
-        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    def last(run_dir, name="metrics.jsonl"):
+        return json.loads((run_dir / name).read_text().splitlines()[-1])
 
     def train(name, weight, *more):
         return train_small(
@@ -162,6 +166,9 @@ def test_a_run_goes_on_with_its_mix_and_changes_it_by_a_step(data_dir, other_dir
     straight = train("straight", changing, "steps=8")
     assert straight.returncode == 0, straight.stderr
     assert "data.mix: " in straight.stdout
+    row = last(tmp_path / "straight", "evals/decode_speed.jsonl")
+    losses = [row["by_source"][name]["ar_loss"] for name in ("one", "two")]
+    assert losses[0] == row["ar_loss"] != losses[1], "`one` is data.dir itself"
     first = train("run", "0.5", "steps=4")
     assert first.returncode == 0, first.stderr
     refused = train("run", changing, "steps=8")
@@ -170,3 +177,42 @@ def test_a_run_goes_on_with_its_mix_and_changes_it_by_a_step(data_dir, other_dir
     again = train("run", changing, "steps=8", "checkpoint.allow_changes=[data.mix]")
     assert again.returncode == 0, again.stderr
     assert last(tmp_path / "run")["data_digest"] == last(tmp_path / "straight")["data_digest"]
+
+
+def test_shards_that_a_run_went_on_without_are_written_down_once(data_dir, other_dir, tmp_path):
+    """Whichever ranks met them, and however often the run starts again."""
+    broken = shutil.copytree(data_dir, tmp_path / "broken")
+    damaged = {shard.name for shard in Manifest.load(broken).train.shards}
+    for name in damaged:
+        (broken / name).write_bytes(b"?" * 1000)
+    run_dir = tmp_path / "run"
+    mix = f"data.mix={{bad:{{dir:{broken},weight:0.5}},good:{{dir:{other_dir},weight:0.5}}}}"
+    done = train_small(
+        broken, run_dir, mix, "data.skip_damaged=true", "evals.decode_speed.every=0", "steps=3",
+        "evals.decode_speed.prompts=1", "evals.decode_speed.score_sequences=1", processes=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run_dir / "skipped_shards.jsonl").open()]
+    met = [line["shard"] for line in lines]
+    assert met
+    assert len(met) == len(set(met))
+    assert set(met) <= damaged
+    for line in lines:
+        assert line.keys() == {"set", "shard", "reason", "step", "rank"}
+        assert line["set"] == "bad"
+        assert line["rank"] in (0, 1)
+        assert 1 <= line["step"] <= 3
+        assert "missing or damaged shard" in line["reason"]
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
+    told = [event for event in events if event["event"] == "shard_skipped"]
+    assert [{key: event[key] for key in lines[0]} for event in told] == lines
+    again = [DamagedShard("bad", name, "as before", 4) for name in met]
+    world = SimpleNamespace(is_main=True, gather=lambda own: [[], own])
+    record = SkippedShards(run_dir, lambda: [*again, DamagedShard("good", met[0], "new", 5)], world)
+    assert record.new() == len(met) + 1
+    found = [(event["set"], event["rank"]) for event in record.record()]
+    assert found == [("good", 1)], "a restart knows the others"
+    assert (record.new(), record.record()) == (0, [])
+    shown = dict(read_status(run_dir, 0.0).rows())["shards"]
+    assert shown.startswith(f"{len(met) + 1} damaged, left out: bad: {met[0]}")
+    assert f"bad: {met[0]}" in (run_dir / "report.html").read_text()

@@ -169,7 +169,10 @@ def test_a_damaged_shard_is_left_out_on_request(data_dir, manifest, tmp_path, ca
         else:
             assert sequence_digest(sequence) == sequence_digest(whole[n])
     assert left_out == damaged.sequences
-    assert list(source.damaged) == [damaged.name]
+    (found,) = source.damaged_shards()
+    first = next(n for n in range(manifest.train.sequences) if whole.order[n].shard == 0)
+    assert (found.set, found.shard, found.step) == (None, damaged.name, first + 1)
+    assert damaged.name in found.reason
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.endswith("its sequences are left out\n")

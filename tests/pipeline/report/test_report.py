@@ -269,6 +269,21 @@ def test_it_says_where_the_run_stands(tmp_path: Path) -> None:
         assert said in page.text, said
 
 
+def test_sources_of_text_are_a_table(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "demo")
+    assert "Held-out text by source" not in page_of(run_dir).headings
+    path = run_dir / "evals" / "decode_speed.jsonl"
+    own = {"ar_loss": 2.5, "teacher_forced_survival": [0.5, 0.25], "draft_calibration_error": None}
+    sources = {"code": own, "w<b>": {"ar_loss": 4.125, "expected_tokens_per_forward": 1.875}}
+    rows = [json.loads(line) | {"by_source": sources} for line in path.read_text().splitlines()]
+    path.unlink()
+    write_lines(path, rows)
+    page = page_of(run_dir)
+    assert "Held-out text by source" in page.headings
+    for said in ("code", "w<b>", "2.500", "4.125", "1.88", "kept up to 2", "0.25"):
+        assert said in page.text, said
+
+
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "<b>run"))
     assert sum(tag == "script" for tag, _ in page.tags) == 1

@@ -19,7 +19,7 @@ from wandb_file import history, records, run_record
 from pipeline.training.callbacks import Callbacks
 from pipeline.training.callbacks.metrics import MetricsFiles
 from pipeline.training.callbacks.naming import eval_values, flatten
-from pipeline.training.callbacks.wandb import TABLE, Wandb, WandbConfig, run_id
+from pipeline.training.callbacks.wandb import SOURCES_TABLE, TABLE, Wandb, WandbConfig, run_id
 from pipeline.training.state import TrainState
 
 RESOLVED = {"steps": 5, "optimizer": {"learning_rate": 0.1}}
@@ -91,7 +91,8 @@ def check_equal(run_dir: Path, logged: dict[int, dict]) -> None:
 
 def is_media(key: str) -> bool:
     """Whether a key of the history is one of a table's or a page's, such as decode/table/sha256."""
-    return key.startswith(("decode/table", "decode/acceptance_temperature", "decode/generation"))
+    media = ("table", "sources", "acceptance_temperature", "generation")
+    return key.startswith(tuple(f"decode/{name}" for name in media))
 
 
 def test_offline_history_is_the_metrics_file(tmp_path):
@@ -152,6 +153,14 @@ def test_evals_are_a_table_a_heat_map_and_a_page(tmp_path):
     rows = read(tmp_path / "evals" / "decode_speed.jsonl")
     assert content["columns"] == list(TABLE)
     assert content["data"] == [[row[name] for name in TABLE] for row in rows]
+    (table,) = media.glob("table/decode/sources*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "temperature", "source", *SOURCES_TABLE]
+    numbers = [2.5, 3.5, 1.625, 1.25, 0.0625, "[0.5, 0.25]", "[0.5, 0.125]"]
+    assert content["data"][0] == [3, 0.0, "code", *numbers]
+    assert [row[1:3] for row in content["data"]] == [
+        [temperature, source] for temperature in (0.0, 1.0) for source in ("code", "web")
+    ]
     (page,) = media.glob("html/decode/generation*.html")
     assert "&lt;b&gt;" in page.read_text()
     assert 'title="forward 1: 2 tokens"' in page.read_text()
@@ -276,6 +285,13 @@ def test_flatten_counts_positions_from_one_and_leaves_out_what_is_missing():
         ("p/acceptance_by_position/1", 0.5),
         ("p/acceptance_by_position/3", 0.25),
     ]
+
+
+def test_sources_of_text_give_single_numbers_only():
+    values = eval_values(EVAL_ROWS[0])
+    own = {key: value for key, value in values.items() if "/by_source/" in key}
+    assert len(own) == 2 * 5
+    assert own["decode/ar/temperature_0/by_source/web/ar_loss"] == 4.0
 
 
 def test_an_unknown_mode_is_refused():

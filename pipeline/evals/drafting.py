@@ -1,0 +1,106 @@
+"""How drafts do on held-out text, without decoding: of all of it, and source by source."""
+
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.source import Sequence
+from pipeline.distributed import World
+from pipeline.evals.heldout import HeldOut
+from pipeline.evals.interruption import Check, never
+from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.model.transformer import Transformer
+from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.calibration import describe
+
+
+def score_heldout(
+    model: Transformer,
+    heldout: HeldOut,
+    config: DecodeSpeedConfig,
+    world: World,
+    check: Check = never,
+) -> DraftScores:
+    """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
+    call it together with the same weights. `check` as in `evaluate_decode_speed`."""
+    drafts = model.config.mask_token_id is not None
+    block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
+    sequences = heldout.sequences(
+        config.score_sequences,
+        config.seed,
+        block_size,
+        shift=True,  # the decoder, too, starts its blocks anywhere
+        rank=world.rank,
+        world_size=world.size,
+    )
+    probabilities = torch.from_numpy(heldout.unigram().probabilities)
+    total = min(config.score_sequences, heldout.manifest.heldout.sequences)
+    checked = _checked(sequences, -(-total // world.size), check)
+    own = score_drafts(model, checked, block_size, probabilities)
+    return reduce(add, world.gather(own))
+
+
+def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
+    """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
+    for _ in range(rounds):
+        check()
+        sequence = next(sequences, None)
+        if sequence is not None:
+            yield sequence
+
+
+def describe_text(
+    scores: DraftScores, temperature: float, drafts: bool, unigram_entropy: float
+) -> dict[str, Any]:
+    """What was measured on held-out text, as keys of a decode-speed row at `temperature`.
+
+    `drafts`: whether the model has a mask token. Without, what is about drafts is None.
+    """
+    return {
+        "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
+        "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
+        if scores.diffusion_tokens
+        else None,
+        "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
+        "unigram_entropy": unigram_entropy,
+        # Sampling is scored at temperature 1 only; at others the sum of minima differs.
+        **_acceptance(scores, temperature, drafts and temperature in (0, 1)),
+        **describe(scores.calibration),
+    }
+
+
+def describe_drafts(scores: DraftScores) -> dict[str, Any]:
+    """The same of the drafts alone, at both temperatures that are scored."""
+    return {
+        "temperature_0": _acceptance(scores, 0.0, True),
+        "temperature_1": _acceptance(scores, 1.0, True),
+        **describe(scores.calibration),
+    }
+
+
+def _acceptance(scores: DraftScores, temperature: float, scored: bool) -> dict[str, Any]:
+    row = 0 if temperature == 0 else 1
+    rates = {
+        "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts),
+        "teacher_forced_survival": _shares(scores.survived[row], scores.drafts),
+        "expected_tokens_per_forward": _expected_tokens(scores.survived[row], scores.drafts),
+        "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts),
+        "unigram_expected_tokens_per_forward": _expected_tokens(
+            scores.unigram_survived[row], scores.drafts
+        ),
+    }
+    return rates if scored else dict.fromkeys(rates)
+
+
+def _shares(sums: Tensor, counts: Tensor) -> list[float | None]:
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [total / count if count else None for total, count in pairs]
+
+
+def _expected_tokens(survived: Tensor, counts: Tensor) -> float:
+    """1, and for each place the chance that a draft is kept there."""
+    return 1 + sum(share or 0.0 for share in _shares(survived, counts))

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from data_prep.groups import decode_group
 from data_prep.manifest import Manifest
-from data_prep.shards import ShardReader, decode_group
+from data_prep.shards import ShardReader
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 
@@ -44,13 +45,15 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
             [str(path) for path in paths], shardshuffle=False, empty_check=False
         )
         for sample in dataset:
-            decode_group(sample)
+            for _ in decode_group(sample):
+                pass
 
     def by_offset() -> None:
         for path, offsets in zip(paths, manifest.shard_index(folder), strict=False):
             reader = ShardReader(path, offsets)
             for number in range(reader.num_groups):
-                reader.read_group(number)
+                for _ in reader.read_group(number):
+                    pass
 
     def in_order() -> None:
         source = SequenceSource(folder, manifest, manifest.train, seed=0)

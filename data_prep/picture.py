@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import written_atomically
+from data_prep.groups import PackedSequence
 from data_prep.manifest import Manifest
-from data_prep.shards import PackedSequence, ShardReader
+from data_prep.shards import ShardReader
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 LARGEST_SECTION = 1024

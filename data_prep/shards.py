@@ -6,12 +6,10 @@ smallest unsigned type. Where prompts are told apart, `prompt_lengths.npy` [n, D
 """
 
 import hashlib
-import io
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,32 +18,10 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import written_atomically
-from data_prep.layout import COLUMNS, Layout
+from data_prep.groups import PackedGroup, PackedSequence, decode_group, encode_group
 from data_prep.manifest import ShardInfo
 
 MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued|prompt_lengths)\.npy")
-MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
-PROMPTS = "prompt_lengths.npy"
-
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """Exactly `sequence_length` tokens of whole documents, and how they are laid out."""
-
-    tokens: NDArray[np.integer]
-    """[S]"""
-    document_lengths: NDArray[np.integer]
-    """[D], sum S; padding, if any, is a last pseudo-document that starts with the pad id."""
-    layout: Layout
-    continued: NDArray[np.bool_] | None = None
-    """[D]: documents that go on from a cut, begun in another sequence; None is none of them."""
-    prompt_lengths: NDArray[np.integer] | None = None
-    """[D]: tokens at each document's start that carry no loss; None where all carry one."""
-
-    def real_tokens(self, pad_id: int) -> int:
-        """Tokens before the padding: a last document that starts with `pad_id` is padding."""
-        total, last = len(self.tokens), int(self.document_lengths[-1])
-        return total - last if int(self.tokens[total - last]) == pad_id else total
 
 
 def write_shard(
@@ -100,62 +76,6 @@ class _Hashed:
         self.write(bytes(-self.size % unit))
 
 
-def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
-    """The members of one sample."""
-    documents = max(len(sequence.document_lengths) for sequence in group)
-    blocks = max(sequence.layout.num_blocks for sequence in group)
-    lengths = np.zeros((len(group), documents), dtype=np.int32)
-    layouts = np.zeros((len(group), blocks, len(COLUMNS)), dtype=np.int32)
-    continued = np.zeros((len(group), documents), dtype=np.uint8)
-    for row, sequence in enumerate(group):
-        lengths[row, : len(sequence.document_lengths)] = sequence.document_lengths
-        for column, name in enumerate(COLUMNS):
-            layouts[row, : sequence.layout.num_blocks, column] = getattr(sequence.layout, name)
-        if sequence.continued is not None:
-            continued[row, : len(sequence.continued)] = sequence.continued
-    tokens = np.stack([sequence.tokens for sequence in group])
-    arrays: dict[str, NDArray[np.integer]] = dict(
-        zip(MEMBERS, (tokens, lengths, layouts, continued), strict=True)
-    )
-    if any(sequence.prompt_lengths is not None for sequence in group):
-        arrays[PROMPTS] = prompts = np.zeros_like(lengths)
-        for row, sequence in enumerate(group):
-            if sequence.prompt_lengths is not None:
-                prompts[row, : len(sequence.prompt_lengths)] = sequence.prompt_lengths
-    return {name: _npy_bytes(array) for name, array in arrays.items()}
-
-
-def decode_group(sample: dict[str, bytes]) -> list[PackedSequence]:
-    """The sequences of one sample, its members as bytes.
-
-    Raises:
-        ValueError: when members are missing or do not fit together.
-    """
-    missing = [name for name in MEMBERS if name not in sample]
-    if missing:
-        raise ValueError(f"members missing: {', '.join(missing)}")
-    tokens, lengths, layouts, continued = (
-        np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in MEMBERS
-    )
-    if not len(tokens) == len(lengths) == len(layouts) or lengths.shape != continued.shape:
-        raise ValueError("members with different numbers of sequences")
-    if not (lengths.sum(1) == tokens.shape[1]).all():
-        raise ValueError("document lengths that do not add up to the sequence length")
-    prompts = None
-    if PROMPTS in sample:
-        prompts = np.load(io.BytesIO(sample[PROMPTS]), allow_pickle=False)
-        if prompts.shape != lengths.shape or (prompts > lengths).any():
-            raise ValueError("prompts that do not fit their documents")
-    sequences = []
-    for row in range(len(tokens)):
-        own = lengths[row] > 0
-        layout = Layout.from_table(layouts[row])
-        marks = continued[row][own].astype(bool)
-        prompt = None if prompts is None else prompts[row][own]
-        sequences.append(PackedSequence(tokens[row], lengths[row][own], layout, marks, prompt))
-    return sequences
-
-
 class ShardReader:
     """Reads the groups of a local shard in any order, each in one piece.
 
@@ -176,16 +96,16 @@ class ShardReader:
     def num_groups(self) -> int:
         return len(self._offsets) - 1
 
-    def read_group(self, number: int) -> list[PackedSequence]:
+    def read_group(self, number: int) -> PackedGroup:
         """The sequences of group `number`; raises UserError naming the shard when damaged."""
         try:
             start, end = int(self._offsets[number]), int(self._offsets[number + 1])
             if self._file is None:
                 self._file = os.open(self.path, os.O_RDONLY)
-            content = os.pread(self._file, end - start, start)
-            if len(content) < end - start:
+            content = np.empty(end - start, dtype=np.uint8)
+            if os.preadv(self._file, [content.data], start) < len(content):
                 raise EOFError("it ends early")
-            return decode_group(tar_members(content))
+            return decode_group(tar_members(content.data))
         except (OSError, ValueError, IndexError, EOFError, MemoryError, tarfile.TarError) as error:
             raise damaged(self.path, error) from error
 
@@ -199,14 +119,20 @@ class ShardReader:
         self.close()
 
 
-def tar_members(content: bytes) -> dict[str, bytes]:
+def tar_members(content: memoryview) -> dict[str, memoryview]:
     """The members of one group out of its bytes, by what follows the first dot of their names."""
     members = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        for member in tar:
-            check_member(member)
-            name = member.name.partition(".")[2]
-            members[name] = content[member.offset_data : member.offset_data + member.size]
+    position = 0
+    while position < len(content):
+        header = bytes(content[position : position + tarfile.BLOCKSIZE])
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        check_member(member)
+        start = position + tarfile.BLOCKSIZE
+        if not 0 <= member.size <= len(content) - start:
+            raise EOFError("a member ends behind its group")
+        name = member.name.partition(".")[2]
+        members[name] = content[start : start + member.size]
+        position = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return members
 
 
@@ -246,14 +172,6 @@ def read_shard(path: Path) -> Iterator[PackedSequence]:
             yield from decode_group(sample)
     except (OSError, ValueError, EOFError, MemoryError, tarfile.TarError) as error:
         raise damaged(path, error) from error
-
-
-def _npy_bytes(array: NDArray[np.integer]) -> bytes:
-    """The `.npy` form of `array` in the smallest unsigned type that holds its values."""
-    kind = np.min_scalar_type(int(array.max(initial=0)))
-    buffer = io.BytesIO()
-    np.save(buffer, array.astype(kind, copy=False), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def damaged(path: Path | str, error: Exception) -> UserError:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.groups import PackedSequence
 from data_prep.layout import RESPONSE, Layout, build_layout
 from data_prep.manifest import SPLITS, ShardInfo
 from data_prep.packing import Packed, Piece, make_packer
 from data_prep.settings import PrepareSettings
-from data_prep.shards import PackedSequence, write_shard
+from data_prep.shards import write_shard
 from data_prep.tokenizers import Tokenizer
 
 TOGETHER = 256

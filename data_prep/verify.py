@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
+from data_prep.groups import PackedSequence
 from data_prep.layout import RESPONSE
 from data_prep.manifest import (
     CONTAMINATED,
@@ -19,7 +20,7 @@ from data_prep.manifest import (
     ShardInfo,
     Split,
 )
-from data_prep.shards import PackedSequence, group_offsets, read_shard
+from data_prep.shards import group_offsets, read_shard
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 COUNTED_TOGETHER = 256

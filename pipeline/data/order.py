@@ -5,9 +5,11 @@ integer, `sequences_seen`. Reading stays sequential in large pieces: shards are 
 groups inside a shard, then the sequences inside a group.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +51,10 @@ class SequenceOrder:
     def __init__(self, shard_sequences: Sequence[int], group_size: int, seed: int) -> None:
         if not shard_sequences or min(shard_sequences) < 1 or group_size < 1:
             raise ValueError("an order needs at least one shard, and no shard or group empty")
-        self._sizes = np.asarray(shard_sequences, dtype=np.int64)
+        self._sizes = list(shard_sequences)
         self._group_size = group_size
         self._seed = seed
-        self.epoch_sequences = int(self._sizes.sum())
+        self.epoch_sequences = sum(self._sizes)
         # One order holds these caches, so that two orders never mix.
         self._shards_of = lru_cache(maxsize=2)(self._permuted_shards)
         self._sequences_of = lru_cache(maxsize=8)(self._permuted_sequences)
@@ -61,18 +63,19 @@ class SequenceOrder:
         """The n-th sequence of the run, counted from 0 over all epochs."""
         epoch, offset = divmod(n, self.epoch_sequences)
         shards, ends = self._shards_of(epoch)
-        rank = int(np.searchsorted(ends, offset, side="right"))
-        shard = int(shards[rank])
-        inside = offset - (int(ends[rank]) - int(self._sizes[shard]))
+        rank = bisect_right(ends, offset)
+        shard = shards[rank]
+        inside = offset - (ends[rank] - self._sizes[shard])
         return Place(epoch, shard, int(self._sequences_of(epoch, shard)[inside]))
 
-    def _permuted_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        shards = np.random.default_rng([self._seed, epoch]).permutation(len(self._sizes))
-        return shards, np.cumsum(self._sizes[shards])
+    def _permuted_shards(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The shards in the order of the epoch, and how many sequences have come with each."""
+        shards = np.random.default_rng([self._seed, epoch]).permutation(len(self._sizes)).tolist()
+        return shards, list(accumulate(self._sizes[shard] for shard in shards))
 
     def _permuted_sequences(self, epoch: int, shard: int) -> NDArray[np.int64]:
         rng = np.random.default_rng([self._seed, epoch, shard + 1])
-        size, group = int(self._sizes[shard]), self._group_size
+        size, group = self._sizes[shard], self._group_size
         starts = np.arange(0, size, group)
         return np.concatenate(
             [

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from data_prep.block_sizes import BlockSizes
 from data_prep.errors import UserError
+from data_prep.groups import PackedGroup
 from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
 from data_prep.manifest import Manifest, Split
-from data_prep.shards import PackedSequence, ShardReader
+from data_prep.shards import ShardReader
 from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
@@ -161,6 +162,7 @@ class SequenceSource:
             [shard.sequences for shard in split.shards], manifest.group_size, seed
         )
         self.choice = choice or LayoutChoice()
+        self._as_stored = self.choice.stored
         self._mixed = self.choice.mixed(self.block_size)
         if self.choice.loss_span == RESPONSE != manifest.loss_span:
             raise UserError(
@@ -176,7 +178,7 @@ class SequenceSource:
         self._first = np.cumsum([0] + [shard.sequences for shard in split.shards])
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._index: list[NDArray[np.int64]] | None = None
-        self._groups: OrderedDict[tuple[int, int], list[PackedSequence]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
 
     def __getitem__(self, n: int) -> Sequence:
         """The n-th sequence of the run; see `at_step`."""
@@ -206,7 +208,7 @@ class SequenceSource:
         padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
         prompts = packed.prompt_lengths if self._with_prompts else None
         sequence = Sequence(packed.tokens, lengths, padding, packed.layout, prompts)
-        if self.choice.stored:
+        if self._as_stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
         layout = self._lay_out(sequence, step, np.random.default_rng(key))
@@ -245,7 +247,7 @@ class SequenceSource:
             prompt_lengths=sequence.real_prompts,
         )
 
-    def _group(self, shard: int, number: int) -> list[PackedSequence]:
+    def _group(self, shard: int, number: int) -> PackedGroup:
         key = (shard, number)
         if key not in self._groups:
             self._groups[key] = self._reader(shard).read_group(number)

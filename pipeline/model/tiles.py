@@ -111,17 +111,16 @@ def _by_documents(
     """Causal attention inside each document, of tensors [B, H, S, D]."""
     if all(len(lengths) == 1 for lengths in documents):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    sequences = zip(query.split(1), key.split(1), value.split(1), documents, strict=True)
-    mixed = [
-        torch.cat(
-            [
-                F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
-                for part in zip(*(x.split(lengths, dim=2) for x in parts), strict=True)
-            ],
-            dim=2,
-        )
-        for *parts, lengths in sequences
-    ]
+    mixed = []
+    for *parts, lengths in zip(
+        query.split(1), key.split(1), value.split(1), documents, strict=True
+    ):
+        pieces = zip(*(x.split(lengths, dim=2) for x in parts), strict=True)
+        own = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for q, k, v in pieces
+        ]
+        mixed.append(torch.cat(own, dim=2))
     return torch.cat(mixed)
 
 

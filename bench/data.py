@@ -60,6 +60,9 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
             outcome.figures[f"{name} / webdataset"] = (
                 outcome.figures[f"{name}: tokens/s"] / webdataset
             )
+        two = outcome.figures["read: sequences in order, 2 processes: tokens/s"]
+        by_workers = outcome.figures["read: webdataset, bare, 2 worker processes: tokens/s"]
+        outcome.figures["read: sequences in order / webdataset, 2 processes"] = two / by_workers
         measure_packing(outcome, options, rounds)
         if options.memory_bytes:
             tokenizer = data / "tokenizer.model"

@@ -1,5 +1,10 @@
-"""Ways to read the training sequences of a prepared folder, all of them once."""
+"""Ways to read the training sequences of a prepared folder, all of them once.
 
+A bare webdataset decodes the arrays of each group of sequences and builds nothing of them, nor does
+the memory map; all others here give each sequence with its documents and its layout.
+"""
+
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,10 +60,21 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
                 for _ in reader.read_group(number):
                     pass
 
-    def in_order() -> None:
+    def read_share(rank: int, world_size: int) -> None:
         source = SequenceSource(folder, manifest, manifest.train, seed=0)
-        for number in range(sequences):
+        for number in range(rank, sequences, world_size):
             source[number]
+
+    def in_order_by_two() -> None:
+        # As two ranks of a machine: whole groups are read by both, sequences are shared out.
+        context = multiprocessing.get_context("fork")
+        workers = [context.Process(target=read_share, args=(rank, 2)) for rank in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            if worker.exitcode:
+                raise RuntimeError(f"a reading process ended with {worker.exitcode}")
 
     def batches() -> None:
         source = SequenceSource(folder, manifest, manifest.train, seed=0)
@@ -73,7 +89,8 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
         "webdataset, bare, 2 worker processes": bare_webdataset(2),
         "webdataset, same objects": webdataset_sequences,
         "by offset": by_offset,
-        "sequences in order": in_order,
+        "sequences in order": lambda: read_share(0, 1),
+        "sequences in order, 2 processes": in_order_by_two,
         "training batches": batches,
     }
     return variants, sequences * length

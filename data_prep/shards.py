@@ -21,6 +21,10 @@ from data_prep.files import written_atomically
 from data_prep.groups import PackedGroup, PackedSequence, decode_group, encode_group
 from data_prep.manifest import ShardInfo
 
+OCTAL = re.compile(rb"([0-7]+)[ \0]*")
+HEADER = tarfile.TarInfo("-").tobuf(tarfile.USTAR_FORMAT)
+SAME_IN_ALL = (slice(100, 124), slice(136, 148), slice(156, None))
+"""What headers that `write_shard` writes have in common: all but name, size and checksum."""
 MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued|prompt_lengths)\.npy")
 
 
@@ -124,16 +128,31 @@ def tar_members(content: memoryview) -> dict[str, memoryview]:
     members = {}
     position = 0
     while position < len(content):
-        header = bytes(content[position : position + tarfile.BLOCKSIZE])
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        check_member(member)
+        name, size = _name_and_size(bytes(content[position : position + tarfile.BLOCKSIZE]))
         start = position + tarfile.BLOCKSIZE
-        if not 0 <= member.size <= len(content) - start:
+        if not 0 <= size <= len(content) - start:
             raise EOFError("a member ends behind its group")
-        name = member.name.partition(".")[2]
-        members[name] = content[start : start + member.size]
-        position = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        members[name.partition(".")[2]] = content[start : start + size]
+        position = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return members
+
+
+def _name_and_size(header: bytes) -> tuple[str, int]:
+    """Of the member behind a tar header, which must be one that shards have.
+
+    A header as `write_shard` writes it is read here, in a fraction of the time that tarfile takes:
+    but for name, size and checksum all are alike. Others are left to tarfile.
+    """
+    name = header[:100].rstrip(b"\0").decode("latin-1")
+    size, checksum = OCTAL.fullmatch(header[124:136]), OCTAL.fullmatch(header[148:156])
+    ours = all(header[part] == HEADER[part] for part in SAME_IN_ALL)
+    if ours and size and checksum and len(header) == tarfile.BLOCKSIZE:
+        total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if total == int(checksum[1], 8) and MEMBER_NAME.fullmatch(name):
+            return name, int(size[1], 8)
+    member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    check_member(member)
+    return member.name, member.size
 
 
 def check_member(member: tarfile.TarInfo) -> None:

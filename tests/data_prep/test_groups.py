@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.groups import PackedGroup, PackedSequence, decode_group, encode_group, npy_array
+from data_prep import shards
+from data_prep.groups import (
+    MEMBERS,
+    PackedGroup,
+    PackedSequence,
+    decode_group,
+    encode_group,
+    npy_array,
+)
 from data_prep.layout import Layout, build_layout
 from data_prep.shards import tar_members
 
@@ -131,6 +139,27 @@ def test_what_does_not_fit_together_is_refused():
     moved = layouts.copy()
     moved[0, 0, 3] += 1
     refused("slot_start", layouts=moved)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**33 - 1), st.sampled_from(MEMBERS), st.integers(0, 511), st.binary(max_size=8)
+)
+def test_headers_are_read_as_tarfile_reads_them(size, member, place, change):
+    """Whole, and with some bytes changed: the same name and size, or both refuse."""
+    entry = tarfile.TarInfo(f"{size % 10**8:08d}.{member}")
+    entry.size = size
+    whole = entry.tobuf(tarfile.USTAR_FORMAT)
+    assert shards._name_and_size(whole) == (entry.name, size)
+    changed = (whole[:place] + change + whole[place + len(change) :])[:512]
+    try:
+        expected = tarfile.TarInfo.frombuf(changed, "utf-8", "surrogateescape")
+        shards.check_member(expected)
+    except (tarfile.TarError, ValueError):
+        with pytest.raises((tarfile.TarError, ValueError)):
+            shards._name_and_size(changed)
+    else:
+        assert shards._name_and_size(changed) == (expected.name, expected.size)
 
 
 @pytest.mark.parametrize("size", [-512, -1024, 10**6])

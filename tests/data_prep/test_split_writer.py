@@ -15,6 +15,9 @@ from data_prep.split_writer import SplitWriter, stored_layouts
 
 CONFIG = {
     "corpus": {"kind": "python_stdlib"},
+    "filters": {},
+    "dedup": {},
+    "decontaminate": {},
     "tokenizer": {"kind": "sentencepiece"},
     "layout": {"block_size": 8, "coverage": 1.0, "shift": False},
     "sequence_length": 64,

@@ -39,14 +39,19 @@ def inspect_sequence(folder: Path, number: int) -> str:
         str: what stands in it, and where the picture is.
 
     Raises:
-        UserError: when there is no such sequence.
+        UserError: when there is no such sequence, or no room for the picture.
     """
     manifest = Manifest.load(folder)
     sequence = stored_sequence(folder, manifest, number)
     path = folder.with_name(f"{folder.name}-inspect-{number}.png")
     real = sequence.real_tokens(manifest.tokenizer.pad_id)
-    with written_atomically(path) as file:
-        file.write(png(attention_picture(sequence, real)))
+    try:
+        with written_atomically(path) as file:
+            file.write(png(attention_picture(sequence, real)))
+    except OSError as error:
+        raise UserError(
+            f"inspect: {path} cannot be written ({error.strerror}); make {path.parent} writable"
+        ) from error
     text = describe(sequence, real, load_tokenizer(folder))
     return f"sequence {number} of {folder}\n{text}\n{path}"
 

@@ -77,3 +77,12 @@ def test_a_number_below_nothing_is_refused(command, tmp_path, number):
     result = command(f"output_dir={tmp_path}", f"inspect={number}")
     assert result.code == 2
     assert "inspect: must be at least 0" in result.err
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(command, prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "data-inspect-0.png").mkdir()
+    result = command(f"output_dir={folder}", "inspect=0")
+    assert result.code == 2
+    assert "data-inspect-0.png cannot be written (Is a directory)" in result.err
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "data-inspect-0.png"}

@@ -18,6 +18,8 @@ TILE = 64
 """Keys are cut in multiples of this; a tile has at least so many query rows."""
 TILES_PER_SECTION = 8
 """At most so many: each tile keeps its own copy of the keys it sees for the backward pass."""
+SHORTEST_DOCUMENTS = 16
+"""Mean tokens from which a call for each document beats tiles in a long clean section."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,16 @@ class Tile:
 class TiledMask:
     """A training mask as tiles, which together hold every row once, in order.
 
-    The result is that of the dense mask, to rounding. Where no sequence has two documents the
-    clean section needs no tiles: it is plain causal attention, for which the fused kernel has a
+    The result is that of the dense mask, to rounding. The clean section needs no tiles where a
+    call for each document pays: that is plain causal attention, for which the fused kernel has a
     way without any mask.
     """
 
     clean_tokens: int
     """S"""
-    causal: bool
-    """Whether the clean section is plain causal attention, and `tiles` are of slots alone."""
+    documents: tuple[tuple[int, ...], ...] | None
+    """Tokens of the documents of each sequence, padding as one, where `tiles` are of slots alone;
+    None where they are of the clean section, too."""
     tiles: tuple[Tile, ...]
 
     @classmethod
@@ -58,15 +61,15 @@ class TiledMask:
         """Tiles of the rule `spans`, tensors [B, S + M] on the CPU: the cuts depend on values."""
         width = spans.block.shape[1]
         clean = int((spans.block[0] < 0).sum())
-        causal = not bool(spans.lower[:, :clean].any())
+        documents = _documents(spans.lower[:, :clean])
         tiles: list[Tile] = []
-        for begin, end in ((0, 0 if causal else clean), (clean, width)):
+        for begin, end in ((0, 0 if documents else clean), (clean, width)):
             size = max(TILE, -(-(end - begin) // TILES_PER_SECTION))
             tiles += [
                 _tile(spans, clean, start, min(start + size, end))
                 for start in range(begin, end, size)
             ]
-        return cls(clean, causal, tuple(tiles))
+        return cls(clean, documents, tuple(tiles))
 
     def to(self, device: torch.device) -> "TiledMask":
         if device.type == "cpu":
@@ -88,12 +91,10 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) 
         for x in (key, value)
     )
     mixed = []
-    if mask.causal:
-        own, before, content = (x[:, :, : mask.clean_tokens] for x in (query, key, value))
-        mixed.append(
-            F.scaled_dot_product_attention(own, before, content, is_causal=True, enable_gqa=True)
-        )
-        query = query[:, :, mask.clean_tokens :]
+    if mask.documents is not None:
+        own, query = query.split(sections, dim=2)
+        before, content = (x.split(sections, dim=2)[0] for x in (key, value))
+        mixed.append(_by_documents(own, before, content, mask.documents))
     rows = query.split([tile.rows for tile in mask.tiles], dim=2)
     mixed += [
         F.scaled_dot_product_attention(
@@ -102,6 +103,37 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) 
         for tile, own in zip(mask.tiles, rows, strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in mixed], dim=1).transpose(1, 2)
+
+
+def _by_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: tuple[tuple[int, ...], ...]
+) -> Tensor:
+    """Causal attention inside each document, of tensors [B, H, S, D]."""
+    if all(len(lengths) == 1 for lengths in documents):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    mixed = []
+    for *parts, lengths in zip(
+        query.split(1), key.split(1), value.split(1), documents, strict=True
+    ):
+        pieces = zip(*(x.split(lengths, dim=2) for x in parts), strict=True)
+        own = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for q, k, v in pieces
+        ]
+        mixed.append(torch.cat(own, dim=2))
+    return torch.cat(mixed)
+
+
+def _documents(lower: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Tokens of the documents that start at `lower` [B, S]; None where tiles are faster: those of
+    `TILE` rows follow documents closely, the larger ones of long sections do not."""
+    found = tuple(
+        tuple(torch.unique_consecutive(row, return_counts=True)[1].tolist()) for row in lower
+    )
+    count = sum(map(len, found))
+    long = lower.shape[1] > TILE * TILES_PER_SECTION
+    pays = count == len(found) or (long and lower.numel() >= SHORTEST_DOCUMENTS * count)
+    return found if pays else None
 
 
 def _tile(spans: Spans, clean: int, start: int, end: int) -> Tile:

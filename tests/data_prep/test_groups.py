@@ -143,15 +143,20 @@ def test_what_does_not_fit_together_is_refused():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(0, 2**33 - 1), st.sampled_from(MEMBERS), st.integers(0, 511), st.binary(max_size=8)
-)
-def test_headers_are_read_as_tarfile_reads_them(size, member, place, change):
-    """Whole, and with some bytes changed: the same name and size, or both refuse."""
+    st.integers(0, 2**33 - 1), st.sampled_from(MEMBERS), st.integers(0, 511),
+    st.binary(max_size=8), st.booleans(),
+)  # fmt: skip
+def test_headers_are_read_as_tarfile_reads_them(size, member, place, change, summed):
+    """Whole, and with some bytes changed, `summed` anew or not: the same name and size, or both
+    refuse."""
     entry = tarfile.TarInfo(f"{size % 10**8:08d}.{member}")
     entry.size = size
     whole = entry.tobuf(tarfile.USTAR_FORMAT)
     assert shards._name_and_size(whole) == (entry.name, size)
     changed = (whole[:place] + change + whole[place + len(change) :])[:512]
+    if summed:
+        rest = changed[:148] + b" " * 8 + changed[156:]
+        changed = changed[:148] + b"%06o\0 " % sum(rest) + changed[156:]
     try:
         expected = tarfile.TarInfo.frombuf(changed, "utf-8", "surrogateescape")
         shards.check_member(expected)

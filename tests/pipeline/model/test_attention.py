@@ -143,9 +143,11 @@ def test_tiles_hold_every_allowed_pair_once(spans):
     column = torch.arange(dense.shape[-1])
     clean, slots = column[: tiled.clean_tokens], column[tiled.clean_tokens :]
     start = 0
-    if tiled.causal:
+    if tiled.documents:
         start = tiled.clean_tokens
-        rebuilt[:, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
+        for row, lengths in zip(rebuilt, tiled.documents, strict=True):
+            own = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
+            row[:start, :start] = torch.block_diag(*own)
     for tile in tiled.tiles:
         parts = (clean.split(TILE)[tile.clean], slots.split(TILE)[tile.slots])
         columns = torch.cat([piece for part in parts for piece in part])
@@ -160,16 +162,31 @@ def test_autoregressive_batches_have_tiles_of_one_section():
     spans = Spans(*(torch.from_numpy(part) for part in rows))
     tiled = TiledMask.from_spans(spans)
     assert [tile.rows for tile in tiled.tiles] == [TILE] * 4
+    assert tiled.documents is None, "tiles are fine enough for so short a section"
     x = torch.randn(1, 2, 256, 8, generator=torch.Generator().manual_seed(0))
     expected = attend(x, x, x, spans.dense().unsqueeze(1))
     torch.testing.assert_close(attend(x, x, x, tiled), expected)
+
+
+@pytest.mark.parametrize("coverage", [None, 0.25])
+def test_documents_of_long_sections_have_calls_of_their_own(coverage):
+    """Those of each sequence, padding as one more; not where they are many and short."""
+    lengths = [[600, 1, 420], [1021]]
+    options = {"coverage": coverage} if coverage else {}
+    spans = make_spans(lengths, 8, options, padding=11)
+    tiled = TiledMask.from_spans(spans)
+    assert tiled.documents == ((600, 1, 420, 11), (1021, 11))
+    assert sum(tile.rows for tile in tiled.tiles) == spans.block.shape[1] - 1032
+    x = torch.randn(2, 2, spans.block.shape[1], 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attend(x, x, x, tiled), attend(x, x, x, spans.dense()[:, None]))
+    assert TiledMask.from_spans(make_spans([[8] * 130], 8, options)).documents is None
 
 
 def test_tiles_compute_less_than_half_of_the_dense_mask():
     spans = make_spans([[1024]], 8, {})
     tiled = TiledMask.from_spans(spans)
     entries = sum(tile.mask[0].numel() for tile in tiled.tiles)
-    assert tiled.causal
+    assert tiled.documents == ((1024,),)
     assert entries + 1024 * 1024 // 2 < 0.35 * spans.dense().numel()
 
 

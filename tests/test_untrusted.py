@@ -143,12 +143,17 @@ def test_latest_does_not_lead_out_of_the_checkpoints(tmp_path):
 
 
 def test_nothing_in_the_project_unpickles_without_restriction():
-    """Every torch.load says weights_only=True, and nothing else reads pickles."""
+    """Every torch.load says weights_only=True, and nothing else reads pickles.
+
+    Except the sandbox of the code evals, whose child reads what its own parent sent it.
+    """
+    sandbox = {ROOT / "pipeline/evals/code" / name for name in ("child.py", "sandbox.py")}
     for path in [*ROOT.glob("data_prep/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
         text = path.read_text()
         for call in re.findall(r"torch\.load\((.*)", text):
             assert "weights_only=True" in call, path
-        assert not re.search(r"\bpickle\b\.|import pickle|joblib|allow_pickle=True", text), path
+        if path not in sandbox:
+            assert not re.search(r"\bpickle\b\.|import pickle|joblib|allow_pickle=True", text), path
         assert "yaml.load(" not in text, path
         assert "trust_remote_code=True" not in text, path
 

@@ -202,7 +202,7 @@ def test_it_reads_well_on_a_terminal_and_in_a_file(planned, terminal):
 
 @pytest.mark.parametrize("name", [path.stem for path in EXPERIMENTS])
 def test_every_shipped_experiment_has_a_plan(planned, name):
-    result = planned(f"experiment={name}", *SHORT, "cluster.gpus_per_node=2")
+    result = planned(f"experiment={name}", *SHORT, "cluster.gpus_per_node=1")
     assert result.memory.peak > 0
 
 

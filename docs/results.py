@@ -217,6 +217,19 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def missing(results: Results) -> str:
+    """Which runs of `make experiments` have no result yet."""
+    absent = [
+        f"`{run.name}` with seed {seed}"
+        for seed in HEADLINE_SEEDS
+        for run in RUNS
+        if (run.headline or seed == HEADLINE_SEEDS[0]) and seed not in results.get(run.name, {})
+    ]
+    if not absent:
+        return "All runs of `make experiments` are here."
+    return f"Not run yet: {', '.join(absent)}."
+
+
 def origin(results: Results) -> str:
     """Text, machine, versions and dates of the experiments."""
     every = [result for by_seed in results.values() for result in by_seed.values()]
@@ -303,6 +316,7 @@ def page(folder: Path = RESULTS) -> str:
         "headline": headline(results),
         "findings": findings(results),
         "recipes": recipes(results),
+        "missing": missing(results),
         "origin": origin(results),
         "benchmarks": benchmarks(folder),
         "gpu": gpu(folder),

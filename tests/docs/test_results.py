@@ -73,6 +73,17 @@ def test_ratios_pair_runs_by_seed(results):
     assert results.spread(found["ar_tokens"].values(), expected, ".2f") == "–"
 
 
+def test_runs_without_a_result_are_named(results):
+    every = {
+        run.name: {seed: {} for seed in (results.HEADLINE_SEEDS if run.headline else (0,))}
+        for run in results.RUNS
+    }
+    assert results.missing(every) == "All runs of `make experiments` are here."
+    del every["published"][2], every["shift"]
+    text = results.missing(every)
+    assert text == "Not run yet: `shift` with seed 0, `published` with seed 2."
+
+
 def test_a_verdict_says_what_was_reached(results):
     def small(value: float) -> bool:
         return value <= 1.01

@@ -63,7 +63,12 @@ class SpeedMeter:
         labelled = counts.ar_labels + counts.diffusion_labels
         rows = counts.clean_tokens + counts.diffusion_labels
         flops = step_flops(
-            self.config, sequences=1, rows=rows, pairs=counts.attention_pairs, labelled=labelled
+            self.config,
+            sequences=1,
+            rows=rows,
+            pairs=counts.attention_pairs,
+            labelled=labelled,
+            teacher_rows=counts.teacher_rows,
         )
         tflops = flops.model / seconds / self.processes / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None

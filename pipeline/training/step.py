@@ -38,6 +38,8 @@ class GlobalCounts:
     """Pairs of query and key that the rule allows."""
     damaged_shards: int = 0
     """Shards that some rank had to leave out since the last step; each counts those it met."""
+    teacher_rows: int = 0
+    """Rows that go through the LM head once more, forward only, as what slots are compared with."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def count_globally(
     ]
     ar, diffusion, clean, stops, weight, *whole = world.sum([float(value) for value in own])
     pairs, damaged = map(int, whole)
-    return GlobalCounts(int(ar), int(diffusion), int(clean), int(stops), weight, pairs, damaged)
+    return GlobalCounts(
+        int(ar), int(diffusion), int(clean), int(stops), weight, pairs, damaged,
+        teacher_rows=int(diffusion) if objective.agreement_weight > 0 else 0,
+    )  # fmt: skip
 
 
 def digests_in_order(batches: list[Batch], world: World) -> list[bytes]:

@@ -39,17 +39,18 @@ def test_pairs_are_those_of_the_dense_mask_without_padding_and_spare_slots(slots
     assert batch.attention_pairs == expected
 
 
-def test_model_flops_are_weights_times_rows_and_pairs():
+@pytest.mark.parametrize("teacher_rows", [0, 30])
+def test_model_flops_are_weights_times_rows_and_pairs(teacher_rows):
     config = small_config()
     counts = GlobalCounts(
         ar_labels=50, diffusion_labels=30, clean_tokens=60, stop_requests=0, draft_weight=30.0,
-        attention_pairs=1000,
+        attention_pairs=1000, teacher_rows=teacher_rows,
     )  # fmt: skip
     speed = SpeedMeter(config, CPU, 2, precision="fp32", peak_tflops=1e-3).measure(counts, 0.5)
     head = config.num_embeddings * config.hidden_size
     matrices = sum(p.numel() for name, p in named_matrices(config) if "layers" in name)
     attention = config.num_layers * 4 * config.num_heads * config.head_dim * 1000
-    flops = 3 * (2 * matrices * 90 + 2 * head * 80 + attention)
+    flops = 3 * (2 * matrices * 90 + 2 * head * 80 + attention) + 2 * head * teacher_rows
     assert speed.model_tflops == pytest.approx(flops / 0.5 / 2 / 1e12)
     assert speed.mfu == pytest.approx(speed.model_tflops / 1e-3)
     assert speed.peak_memory_bytes > 10 * 2**20

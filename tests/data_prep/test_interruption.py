@@ -26,6 +26,8 @@ def start(overrides, folder, workers):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Tests started in the background of a script ignore Ctrl-C, which a process would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -86,8 +86,8 @@ def _subtitle(run: Run) -> str:
     parts = [f"step {last['step']:,}"]
     if objective:
         parts.insert(0, f"objective {objective}")
-    if run.evals and run.evals[-1].get("block_size"):
-        parts.append(f"block length {run.evals[-1]['block_size']}")
+    if run.block_size:
+        parts.append(f"block length {run.block_size}")
     if run.parameters:
         parts.append(f"{compact(run.parameters)} parameters")
     if run.evals:

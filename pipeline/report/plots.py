@@ -92,8 +92,7 @@ def acceptance_charts(run: Run) -> list[Chart]:
 
 def decode_charts(run: Run) -> list[Chart]:
     """Tokens per forward, speed over AR and repetition, by step; none for a run without drafts."""
-    block_size = next((row.get("block_size") for row in reversed(run.evals)), None)
-    limit = f"Between 1 and the block length {block_size}. " if block_size else ""
+    limit = f"Between 1 and the block length {run.block_size}. " if run.block_size else ""
     charts = [
         Chart(
             "Tokens per forward",

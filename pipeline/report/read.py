@@ -67,6 +67,12 @@ class Run:
                 return row
         return None
 
+    @property
+    def block_size(self) -> int | None:
+        """K of the latest decoding by TiDAR; other methods have block lengths of their own."""
+        sizes = (row.get("block_size") for row in reversed(self.evals) if row["method"] == "tidar")
+        return next(sizes, None)
+
     def latest_rows(self) -> list[Row]:
         """All rows of the latest eval."""
         return [row for row in self.evals if row["step"] == self.evals[-1]["step"]]

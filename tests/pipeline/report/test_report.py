@@ -348,13 +348,15 @@ def test_other_decoders_stand_in_the_table_and_the_chosen_step_answers_a_slow_on
         "largest_divergence_gap": 0.03, "peak_memory_bytes": 3 * 2**30, "speedup_over_ar": 1.25,
     }  # fmt: skip
     others = [
-        {**row, **measured, "method": method}
+        {**row, **measured, "method": method, "block_size": 99}
         for row in of_tidar
         for method in ("tidar_chosen", "block_diffusion", "speculative")
     ]
     write_lines(path, slow + others)
     text = page_of(run_dir).text
     assert "The step chosen for this machine decoded at 1.25× the speed of AR." in text
+    assert "block length 99" not in text
+    assert text.count(f"block length {of_tidar[0]['block_size']}") == 2
     for shown in (
         "TiDAR, chosen step", "block diffusion (not lossless)", "speculative", "12.5", "3.00 GiB",
         "0.03",

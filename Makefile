@@ -31,7 +31,7 @@ $(VENV)/.installed-extras: $(STAMP)
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
-test: setup ## run the tests (under 15 minutes)
+test: setup ## run the tests (under 20 minutes)
 	$(BIN)/python -m pytest -m "not long"
 
 test-long: setup ## run the tests that take long, such as many kills of one run

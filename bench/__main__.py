@@ -12,7 +12,7 @@ import torch
 from bench import attention, data, data_loading, decode, head_loss, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.cli import telling_mistakes
 from data_prep.errors import UserError
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -85,13 +85,9 @@ def first_line(module: ModuleType) -> str:
     return (module.__doc__ or "").strip().splitlines()[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
-    return 0
+@telling_mistakes
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

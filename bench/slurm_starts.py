@@ -23,7 +23,7 @@ import torch
 
 from bench.private_slurm import Cluster, missing_programs, wait_until
 from bench.results import RESULTS, ROOT, Outcome, write
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.cli import EXIT_BAD_INPUT, telling_mistakes
 from data_prep.errors import UserError
 
 RUN = (
@@ -237,13 +237,9 @@ def run(arguments: list[str] | None) -> None:
     print(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(arguments)
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
-    return 0
+@telling_mistakes
+def main(arguments: list[str] | None = None) -> None:
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a fault of this project (with traceback), 2 a mistake in c
 interrupted and saved.
 """
 
+import functools
 import os
 import re
 import select
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import ParamSpec
 
 import hydra
 import yaml
@@ -23,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.config import nearest
 from data_prep.errors import UserError
 
+P = ParamSpec("P")
 EXIT_BAD_INPUT = 2
 EXIT_CLOSED_PIPE = 141
 """As a shell gives it for SIGPIPE."""
@@ -136,6 +139,20 @@ def report_mistake(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error (rank {rank}): "
     print(prefix + text, file=sys.stderr, flush=True)
+
+
+def telling_mistakes(main: Callable[P, int | None]) -> Callable[P, int]:
+    """An entry point without a Hydra config: a UserError is one line and code 2, None is code 0."""
+
+    @functools.wraps(main)
+    def told(*arguments: P.args, **named: P.kwargs) -> int:
+        try:
+            return main(*arguments, **named) or 0
+        except UserError as error:
+            report_mistake(str(error))
+            return EXIT_BAD_INPUT
+
+    return told
 
 
 def describe_override(error: BaseException, config_name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.cli import telling_mistakes
 from data_prep.errors import UserError
 from data_prep.files import write_text_atomic
 from pipeline.report.svg import Chart, Series
@@ -129,6 +129,7 @@ def draw(found: Comparison, key: str, path: Path, title: str) -> None:
     write_text_atomic(path, PAGE.format(title=title, text=text, chart=chart))
 
 
+@telling_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; returns 0 if equal or within --tolerance, 1 if not, 2 on mistakes."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.compare", description=__doc__)
@@ -141,14 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="largest relative difference that still counts as equal (default 0: bit for bit)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    try:
-        found = compare(given.first, given.second, given.key)
-        print(describe(found, given.key))
-        if given.plot is not None:
-            draw(found, given.key, given.plot, f"{given.first} and {given.second}")
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
+    found = compare(given.first, given.second, given.key)
+    print(describe(found, given.key))
+    if given.plot is not None:
+        draw(found, given.key, given.plot, f"{given.first} and {given.second}")
     close = bool(found.steps) and max(found.differences) <= given.tolerance
     near = given.tolerance > 0 and close and not any(found.only) and found.data_differs_at is None
     return 0 if found.equal or near else EXIT_DIFFERENT

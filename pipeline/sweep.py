@@ -19,7 +19,7 @@ from itertools import product
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from data_prep.cli import EXIT_BAD_INPUT, one_line, report_mistake
+from data_prep.cli import one_line, telling_mistakes
 from data_prep.errors import UserError
 
 FLAGS = ("-m", "--multirun")
@@ -79,31 +79,22 @@ def train_each(overrides: list[str]) -> int:
     return first_failure if first_failure >= 0 else 128 - first_failure
 
 
-def run_sweep(overrides: list[str]) -> int:
-    """`train_each` as an entry point: a mistake is one line and code 2."""
-    try:
-        return train_each(overrides)
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
+run_sweep = telling_mistakes(train_each)
+"""`train_each` as an entry point."""
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        match arguments:
-            case ["count", *overrides]:
-                print(len(expand(overrides)))
-            case ["nth", number, *overrides]:
-                runs = expand(overrides)
-                if not number.isdigit() or int(number) >= len(runs):
-                    raise UserError(f"array task {number}: there are {len(runs)} runs, from 0 on")
-                print("\n".join(runs[int(number)]))
-            case _:
-                raise UserError("usage: python -m pipeline.sweep count|nth ...; see its docstring")
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
-    return 0
+@telling_mistakes
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["count", *overrides]:
+            print(len(expand(overrides)))
+        case ["nth", number, *overrides]:
+            runs = expand(overrides)
+            if not number.isdigit() or int(number) >= len(runs):
+                raise UserError(f"array task {number}: there are {len(runs)} runs, from 0 on")
+            print("\n".join(runs[int(number)]))
+        case _:
+            raise UserError("usage: python -m pipeline.sweep count|nth ...; see its docstring")
 
 
 if __name__ == "__main__":

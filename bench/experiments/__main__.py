@@ -11,7 +11,7 @@ from bench.experiments.corpus import CORPORA
 from bench.experiments.runs import HEADLINE_SEEDS, RUNS, Run, find_run
 from bench.experiments.study import Study
 from bench.results import RESULTS
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.cli import telling_mistakes
 from data_prep.errors import UserError
 
 
@@ -59,13 +59,9 @@ def run(arguments: Sequence[str]) -> None:
     study.perform(wanted, lambda text: print(text, flush=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
-    return 0
+@telling_mistakes
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
+from data_prep.cli import telling_mistakes
 from data_prep.corpora.base import Document
 from data_prep.corpora.files import File, local_file
 from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
@@ -142,7 +142,8 @@ def ngrams(text: str) -> set[int]:
     return {hash(tuple(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
 
 
-def main(arguments: list[str]) -> int:
+@telling_mistakes
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.experiments.corpus")
     parser.add_argument("corpus", choices=CORPORA)
     parser.add_argument("folder", type=Path, help="for the text and the prepared data")
@@ -151,12 +152,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-bytes", type=int, help="stop after this much text")
     given = vars(parser.parse_args(arguments))
     choice, folder = CORPORA[given.pop("corpus")], given.pop("folder")
-    try:
-        print(prepare(replace(choice, **given), folder))
-    except UserError as error:
-        report_mistake(str(error))
-        return EXIT_BAD_INPUT
-    return 0
+    print(prepare(replace(choice, **given), folder))
 
 
 if __name__ == "__main__":

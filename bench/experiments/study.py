@@ -5,7 +5,6 @@ the result, and anybody can repeat one by hand.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys

@@ -24,7 +24,7 @@ from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
 from bench.results import Outcome
 from data_prep.manifest import Manifest
-from data_prep.packing import Piece, make_packer
+from data_prep.packing import Piece, joined, make_packer
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 MODELS = ("unigram", "bpe")
@@ -125,9 +125,12 @@ def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
     found: dict[str, dict[str, float]] = {}
 
     def pack(packing: str) -> None:
-        packer = make_packer(packing, options.sequence_length, 0, np.dtype(np.uint16))
-        padding = sum(one.padding for d in documents for one in packer.add(d))
-        padding += sum(one.padding for one in packer.finish())
+        packer = make_packer(packing, options.sequence_length)
+        packed = [one for d in documents for one in packer.add(d)]
+        packed += packer.finish()
+        padding = sum(one.padding for one in packed)
+        for start in range(0, len(packed), 32):  # as a shard's samples are
+            joined(packed[start : start + 32], options.sequence_length, 0, np.dtype(np.uint16))
         found[packing] = {
             "padding": padding / (tokens + padding),
             "cuts": packer.cuts,

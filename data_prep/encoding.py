@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from data_prep.corpora import Document, utf8_bytes
 from data_prep.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 200_000
+BATCH_CHARACTERS = 1_000_000
 
 
 class Encoded(NamedTuple):

@@ -14,6 +14,7 @@ from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
 from data_prep.cli import telling_mistakes
 from data_prep.errors import UserError
+from pipeline.host_memory import keep_freed_memory
 
 BENCHMARKS: dict[str, ModuleType] = {
     "train_step": train_step,
@@ -72,6 +73,8 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError("--rounds and --threads must be at least 1, --warmup at least 0")
     device = open_device(parsed.device)
     torch.set_num_threads(parsed.threads)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training and evaluation do there
     for name in [parsed.name] if parsed.name else BENCHMARKS:
         module = BENCHMARKS[name]
         options = given_options(parsed, module.Options) if parsed.name else module.Options()

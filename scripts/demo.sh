@@ -7,8 +7,6 @@ BIN=${BIN:-.venv/bin}
 DATA=${DATA:-data/demo}
 RUN=${RUN:-runs/demo}
 export OMP_NUM_THREADS=1   # two processes, a core each
-# glibc hands large tensors back to the system after every use and asks for them again: slower by 7 %.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
 say() { printf '\n== %s\n' "$*"; }
 

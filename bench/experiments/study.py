@@ -5,7 +5,6 @@ the result, and anybody can repeat one by hand.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -30,8 +29,6 @@ SCORING = (
 fp32, where greedy TiDAR decoding gives AR's tokens."""
 DONE = "commands.json"
 """File of a run directory, there once the run is trained, scored and its result written."""
-KEEP_BUFFERS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
-"""glibc hands large tensors back to the system after every use: slower by 7 %."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,7 @@ class Study:
 
 def execute(module: str, words: list[str]) -> None:
     """Run one command of the project to its end, from the repository's folder."""
-    environment = {**os.environ, **KEEP_BUFFERS}
-    code = subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment, check=False
-    ).returncode
+    code = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=False).returncode
     if code:
         raise UserError(
             f"{module}: ended with code {code}; the messages above say why, and the same command "

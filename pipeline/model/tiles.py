@@ -1,166 +1,247 @@
-"""Attention over both sections by tiles of query rows: exact, and made of fused calls alone.
+"""Attention over both sections by tiles of query rows: exact, without a mask of all pairs.
 
 At full coverage a dense mask has (S + M)² entries and all are computed, about a quarter of them
 for use: no clean row sees a slot, rows see nothing behind them, and slots only their own block.
-Letters: B batch, H heads, D head size, S clean tokens, M mask slots.
+Here rows meet the clean keys tile by tile, and slots their own block apart from that; the two
+parts of a slot's attention are merged (`partial_attention.py`).
+Letters: B batch, H heads, D head size, S clean tokens, M mask slots, L = S + M rows, N blocks,
+K slots of the longest block.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.model.mask import Spans
+from pipeline.model.partial_attention import (
+    attend_part,
+    attend_plainly,
+    part_gradients,
+    plain_gradients,
+)
 
 TILE = 64
-"""Keys are cut in multiples of this; a tile has at least so many query rows."""
-TILES_PER_SECTION = 8
-"""At most so many: each tile keeps its own copy of the keys it sees for the backward pass."""
+"""A tile has at least so many query rows."""
+TILES_PER_SECTION = 16
+"""At most so many, but for documents with tiles of their own: each costs a few calls."""
 SHORTEST_DOCUMENTS = 16
-"""Mean tokens from which a call for each document beats tiles in a long clean section."""
+"""Mean tokens from which a tile for each document beats those of a long clean section."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some consecutive query rows of one section, and the only keys that any of them sees."""
+    """Some consecutive rows of some sequences, and the only clean keys that any of them sees."""
 
-    rows: int
-    clean: slice
-    """Of the clean section's keys, in units of `TILE`."""
-    slots: slice
-    """Of the mask section's keys, in units of `TILE`."""
-    mask: Tensor
-    """bool [B, 1, rows, keys]: True where a row may attend."""
+    sequences: slice
+    rows: slice
+    """Among all L."""
+    keys: slice
+    """Among the S clean ones."""
+    bias: Tensor | None
+    """fp32 [sequences, 1, rows, keys]: 0 where a row may attend, else -inf; None is causal."""
 
-    def join(self, sections: Sequence[Sequence[Tensor]]) -> Tensor:
-        """What this tile sees of two sections in pieces [B, TILE, H, D], as [B, H, keys, D]."""
-        clean, slots = sections
-        return torch.cat([*clean[self.clean], *slots[self.slots]], dim=1).transpose(1, 2)
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a batch side by side, filled up to the longest."""
+
+    slots: Tensor
+    """int64 [N, 1, K]: which of the B · L rows is a block's; any, where it has no more."""
+    places: Tensor
+    """int64 [B, M, 1, 2]: the block of a slot, and its place there."""
+    bias: Tensor
+    """fp32 [N, 1, K, K]: 0 between slots of the block, else -inf."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The slots of `x` [B, H, L, D] by block, [N, H, K, D]."""
+        heads = torch.arange(x.shape[1], device=x.device)
+        index = self.slots * len(heads) + heads[:, None]
+        # One copy, where heads lie innermost in memory.
+        rows = x.transpose(1, 2).reshape(-1, x.shape[3])
+        return rows.index_select(0, index.flatten()).view(*index.shape, -1)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """`x` [N, H, K, D] in the order of the mask section, [B, H, M, D]."""
+        heads = torch.arange(x.shape[1], device=x.device)
+        block, place = self.places.unbind(-1)
+        index = (block * len(heads) + heads) * x.shape[2] + place
+        rows = x.reshape(-1, x.shape[3])
+        return rows.index_select(0, index.flatten()).view(*index.shape, -1).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class TiledMask:
-    """A training mask as tiles, which together hold every row once, in order.
-
-    The result is that of the dense mask, to rounding. The clean section needs no tiles where a
-    call for each document pays: that is plain causal attention, for which the fused kernel has a
-    way without any mask.
-    """
+    """A training mask as tiles, which together hold every row that sees a clean key, and blocks."""
 
     clean_tokens: int
     """S"""
-    documents: tuple[tuple[int, ...], ...] | None
-    """Tokens of the documents of each sequence, padding as one, where `tiles` are of slots alone;
-    None where they are of the clean section, too."""
     tiles: tuple[Tile, ...]
+    keyless: Tensor
+    """bool [B, 1, M]: slots that see no clean key, those of a document's first block."""
+    blocks: Blocks | None
+    """None without a mask section."""
 
     @classmethod
     def from_spans(cls, spans: Spans) -> "TiledMask":
-        """Tiles of the rule `spans`, tensors [B, S + M] on the CPU: the cuts depend on values."""
+        """Tiles of the rule `spans`, tensors [B, L] on the CPU: the cuts depend on values."""
         width = spans.block.shape[1]
         clean = int((spans.block[0] < 0).sum())
-        documents = _documents(spans.lower[:, :clean])
-        tiles: list[Tile] = []
-        for begin, end in ((0, 0 if documents else clean), (clean, width)):
-            size = max(TILE, -(-(end - begin) // TILES_PER_SECTION))
-            tiles += [
-                _tile(spans, clean, start, min(start + size, end))
-                for start in range(begin, end, size)
-            ]
-        return cls(clean, documents, tuple(tiles))
+        tiles = _document_tiles(spans.lower[:, :clean]) or _row_tiles(spans, 0, clean)
+        tiles += _row_tiles(spans, clean, width)
+        keyless = (spans.lower >= spans.upper)[:, None, clean:]
+        return cls(clean, tuple(tiles), keyless, _blocks(spans.block, clean))
 
     def to(self, device: torch.device) -> "TiledMask":
         if device.type == "cpu":
             return self
-        moved = [replace(t, mask=t.mask.to(device, non_blocking=True)) for t in self.tiles]
-        return replace(self, tiles=tuple(moved))
+        blocks = self.blocks and Blocks(
+            self.blocks.slots.to(device), self.blocks.places.to(device), self.blocks.bias.to(device)
+        )
+        tiles = tuple(
+            tile if tile.bias is None else replace(tile, bias=tile.bias.to(device))
+            for tile in self.tiles
+        )
+        return TiledMask(self.clean_tokens, tiles, self.keyless.to(device), blocks)
 
 
 @torch.compiler.disable  # cuts depend on the batch: each would be compiled anew
 def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:
-    """Attention of `query` [B, H, S + M, D] over `key`, `value` [B, H_kv, S + M, D]; shaped as
-    `query`."""
-    sections = (mask.clean_tokens, key.shape[2] - mask.clean_tokens)
-    # Split once and joined anew for each tile: the gradient of a split is its parts, that of a
-    # slice a tensor of the whole length. Along the tokens of [B, tokens, H, D], as the projections
-    # leave them, so that joining moves whole rows.
-    keys, values = (
-        [section.split(TILE, dim=1) for section in x.transpose(1, 2).split(sections, dim=1)]
-        for x in (key, value)
-    )
-    mixed = []
-    if mask.documents is not None:
-        own, query = query.split(sections, dim=2)
-        before, content = (x.split(sections, dim=2)[0] for x in (key, value))
-        mixed.append(_by_documents(own, before, content, mask.documents))
-    rows = query.split([tile.rows for tile in mask.tiles], dim=2)
-    mixed += [
-        F.scaled_dot_product_attention(
-            own, tile.join(keys), tile.join(values), attn_mask=tile.mask, enable_gqa=True
-        )
-        for tile, own in zip(mask.tiles, rows, strict=True)
-    ]
-    return torch.cat([part.transpose(1, 2) for part in mixed], dim=1).transpose(1, 2)
+    """Attention of `query` [B, H, L, D] over `key`, `value` [B, H_kv, L, D]; shaped as `query`."""
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    mixed: Tensor = _TiledAttention.apply(query, key, value, mask)
+    return mixed
 
 
-def _by_documents(
-    query: Tensor, key: Tensor, value: Tensor, documents: tuple[tuple[int, ...], ...]
-) -> Tensor:
-    """Causal attention inside each document, of tensors [B, H, S, D]."""
-    if all(len(lengths) == 1 for lengths in documents):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    mixed = []
-    for *parts, lengths in zip(
-        query.split(1), key.split(1), value.split(1), documents, strict=True
-    ):
-        pieces = zip(*(x.split(lengths, dim=2) for x in parts), strict=True)
-        own = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            for q, k, v in pieces
-        ]
-        mixed.append(torch.cat(own, dim=2))
-    return torch.cat(mixed)
+class _TiledAttention(torch.autograd.Function):
+    """Keeps the inputs, the output and a number for each row: what tiles see is never copied."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:
+        output = _zeros_like(query)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        lse = _zeros_like(query[..., :1], exact).squeeze(-1)
+        for tile in mask.tiles:
+            at, seen = _rows_and_keys(tile)
+            output[at], lse[at] = attend_part(query[at], key[seen], value[seen], tile.bias)
+        if mask.blocks is not None:
+            slots = (slice(None), slice(None), slice(mask.clean_tokens, None))
+            q, k, v = map(mask.blocks.gather, (query, key, value))
+            own, own_lse = attend_plainly(q, k, v, mask.blocks.bias)
+            own, own_lse = map(mask.blocks.scatter, (own, own_lse.unsqueeze(-1)))
+            prefix_lse = lse[slots].masked_fill(mask.keyless, -math.inf).unsqueeze(-1)
+            joint = torch.logaddexp(prefix_lse, own_lse)
+            output[slots] *= (prefix_lse - joint).exp()
+            output[slots] += (own_lse - joint).exp() * own
+            lse[slots] = joint.squeeze(-1)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.mask = mask
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, output, lse = ctx.saved_tensors
+        mask: TiledMask = ctx.mask
+        # A key's gradient is summed over tiles: in fp32 even of bf16.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query_grad, key_grad, value_grad = (_zeros_like(query, exact) for _ in range(3))
+        for tile in mask.tiles:
+            at, seen = _rows_and_keys(tile)
+            found = part_gradients(
+                grad[at], query[at], key[seen], value[seen], output[at], lse[at], tile.bias
+            )
+            query_grad[at] = found[0]
+            key_grad[seen] += found[1]
+            value_grad[seen] += found[2]
+        if mask.blocks is not None:
+            slots = (slice(None), slice(None), slice(mask.clean_tokens, None))
+            rows = (grad, query, key, value, output, lse.unsqueeze(-1))
+            g, q, k, v, o, own_lse = map(mask.blocks.gather, rows)
+            found = plain_gradients(g, q, k, v, o, own_lse.squeeze(-1), mask.blocks.bias)
+            sums = (query_grad, key_grad, value_grad)
+            for total, part in zip(sums, found, strict=True):
+                total[slots] += mask.blocks.scatter(part)
+        dtype = query.dtype
+        return query_grad.to(dtype), key_grad.to(dtype), value_grad.to(dtype), None
 
 
-def _documents(lower: Tensor) -> tuple[tuple[int, ...], ...] | None:
-    """Tokens of the documents that start at `lower` [B, S]; None where tiles are faster: those of
-    `TILE` rows follow documents closely, the larger ones of long sections do not."""
-    found = tuple(
-        tuple(torch.unique_consecutive(row, return_counts=True)[1].tolist()) for row in lower
-    )
+def _zeros_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros [B, H, L, D] that lie in memory as [B, L, H, D], as projections leave and take them."""
+    batch, heads, length, size = x.shape
+    zeros = torch.zeros(batch, length, heads, size, dtype=dtype or x.dtype, device=x.device)
+    return zeros.transpose(1, 2)
+
+
+def _rows_and_keys(tile: Tile) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Indexes into [B, H, L, …] of a tile's rows, and of the keys it sees."""
+    heads = slice(None)
+    return (tile.sequences, heads, tile.rows), (tile.sequences, heads, tile.keys)
+
+
+def _document_tiles(lower: Tensor) -> list[Tile]:
+    """A causal tile for each document, which start at `lower` [B, S]; padding counts as one. Empty
+    where tiles of rows are faster: those of `TILE` rows follow documents closely, the larger ones
+    of long sections do not."""
+    found = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in lower]
     count = sum(map(len, found))
+    if count == len(found):
+        whole = slice(0, lower.shape[1])
+        return [Tile(slice(None), whole, whole, None)]
     long = lower.shape[1] > TILE * TILES_PER_SECTION
-    pays = count == len(found) or (long and lower.numel() >= SHORTEST_DOCUMENTS * count)
-    return found if pays else None
+    if not long or lower.numel() < SHORTEST_DOCUMENTS * count:
+        return []
+    tiles = []
+    for number, lengths in enumerate(found):
+        end = 0
+        for length in lengths:
+            own = slice(end, end + length)
+            end = own.stop
+            tiles.append(Tile(slice(number, number + 1), own, own, None))
+    return tiles
 
 
-def _tile(spans: Spans, clean: int, start: int, end: int) -> Tile:
-    """The tile of the rows `start … end - 1`, all of one section."""
-    lower, upper = spans.lower[:, start:end], spans.upper[:, start:end]
-    slot_block = spans.block[:, clean:].contiguous()
-    own_block = spans.block[:, start:end].contiguous()
-    sees = lower < upper
-    clean_keys = slot_keys = slice(0, 0)
-    if sees.any():
-        clean_keys = _cover(int(lower[sees].min()), int(upper[sees].max()))
-    if start >= clean:
-        # Blocks stand in order in the mask section, so those of these rows are one run of slots.
-        first = torch.searchsorted(slot_block, own_block[:, :1].contiguous())
-        last = torch.searchsorted(slot_block, own_block[:, -1:].contiguous(), right=True)
-        slot_keys = _cover(int(first.min()), int(last.max()))
-    column = torch.arange(clean)[_tokens(clean_keys)]
-    in_span = (lower[..., None] <= column) & (column < upper[..., None])
-    same_block = own_block[..., None] == slot_block[:, None, _tokens(slot_keys)]
-    mask = torch.cat([in_span, same_block], dim=-1).unsqueeze(1)
-    return Tile(end - start, clean_keys, slot_keys, mask)
+def _row_tiles(spans: Spans, begin: int, end: int) -> list[Tile]:
+    """Tiles of all sequences over the rows `begin … end - 1`, those that see a clean key."""
+    size = max(TILE, -(-(end - begin) // TILES_PER_SECTION))
+    tiles = []
+    for start in range(begin, end, size):
+        rows = slice(start, min(start + size, end))
+        lower, upper = spans.lower[:, rows], spans.upper[:, rows]
+        sees = lower < upper
+        if sees.any():
+            keys = slice(int(lower[sees].min()), int(upper[sees].max()))
+            key = torch.arange(keys.start, keys.stop)
+            in_span = (lower[..., None] <= key) & (key < upper[..., None])
+            tiles.append(Tile(slice(None), rows, keys, _bias(in_span)[:, None]))
+    return tiles
 
 
-def _cover(start: int, end: int) -> slice:
-    """The run of whole `TILE`s around `start … end - 1`, counted in tiles."""
-    return slice(start // TILE, -(-end // TILE))
+def _blocks(block: Tensor, clean: int) -> Blocks | None:
+    """The runs of equal numbers in `block` [B, L], behind the first `clean` rows."""
+    rows = torch.arange(block.numel()).view(block.shape)[:, clean:]
+    block = block[:, clean:]
+    if block.numel() == 0:
+        return None
+    starts = torch.ones_like(block, dtype=torch.bool)
+    starts[:, 1:] = block[:, 1:] != block[:, :-1]
+    number = starts.flatten().cumsum(0).view(block.shape) - 1
+    first = rows[starts]
+    place = rows - first[number]
+    count, length = len(first), int(place.max()) + 1
+    slots = torch.full((count, length), -1)
+    slots[number, place] = rows
+    there = slots >= 0
+    bias = _bias(there[:, None, :, None] & there[:, None, None, :])
+    places = torch.stack((number, place), dim=-1)[:, :, None]
+    return Blocks(slots.clamp_min(0)[:, None], places, bias)
 
 
-def _tokens(tiles: slice) -> slice:
-    return slice(tiles.start * TILE, tiles.stop * TILE)
+def _bias(allowed: Tensor) -> Tensor:
+    """0 where `allowed`, else -inf."""
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)

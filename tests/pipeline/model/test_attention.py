@@ -135,59 +135,83 @@ def test_autoregressive_batches_of_one_document_need_no_mask():
         training_mask(spans_of([256]), CPU, "triton")
 
 
-def test_tiles_hold_every_allowed_pair_once(spans):
-    """Put back in place, the tiles are the dense mask: nothing allowed lies outside of them."""
-    dense = spans.dense()
-    rebuilt = torch.zeros_like(dense)
-    tiled = TiledMask.from_spans(spans)
-    column = torch.arange(dense.shape[-1])
-    clean, slots = column[: tiled.clean_tokens], column[tiled.clean_tokens :]
-    start = 0
-    if tiled.documents:
-        start = tiled.clean_tokens
-        for row, lengths in zip(rebuilt, tiled.documents, strict=True):
-            own = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
-            row[:start, :start] = torch.block_diag(*own)
+def allowed_by(tiled: TiledMask, batch: int, length: int) -> torch.Tensor:
+    """How often tiles and blocks together let a row see a key, int64 [batch, length, length]."""
+    times = torch.zeros(batch, length, length, dtype=torch.int64)
     for tile in tiled.tiles:
-        parts = (clean.split(TILE)[tile.clean], slots.split(TILE)[tile.slots])
-        columns = torch.cat([piece for part in parts for piece in part])
-        rebuilt[:, start : start + tile.rows, columns] = tile.mask[:, 0]
-        start += tile.rows
-    assert start == dense.shape[-1]
-    assert torch.equal(rebuilt, dense)
+        part = times[tile.sequences, tile.rows, tile.keys]
+        causal = part.new_ones(part.shape[1:]).tril()
+        part += causal if tile.bias is None else (tile.bias == 0)[:, 0]
+    if tiled.blocks is not None:
+        place = torch.arange(batch * length)
+        for slots, bias in zip(tiled.blocks.slots[:, 0], tiled.blocks.bias[:, 0], strict=True):
+            for row, column in (bias == 0).nonzero().tolist():
+                row, column = place[slots[row]], place[slots[column]]
+                assert row // length == column // length, "a block lies in one sequence"
+                times[row // length, row % length, column % length] += 1
+    return times
+
+
+def test_tiles_hold_every_allowed_pair_once(spans):
+    """Put back in place, tiles and blocks are the dense mask: nothing allowed lies outside."""
+    tiled = TiledMask.from_spans(spans)
+    assert torch.equal(allowed_by(tiled, *spans.block.shape), spans.dense().long())
 
 
 def test_autoregressive_batches_have_tiles_of_one_section():
     rows = layout_spans([100, 156], build_layout([100, 156], 8), 256)[:, None, :256]
     spans = Spans(*(torch.from_numpy(part) for part in rows))
     tiled = TiledMask.from_spans(spans)
-    assert [tile.rows for tile in tiled.tiles] == [TILE] * 4
-    assert tiled.documents is None, "tiles are fine enough for so short a section"
+    assert [tile.rows for tile in tiled.tiles] == [slice(n, n + TILE) for n in range(0, 256, TILE)]
+    assert all(tile.bias is not None for tile in tiled.tiles), "tiles are as fine as documents"
+    assert tiled.blocks is None
     x = torch.randn(1, 2, 256, 8, generator=torch.Generator().manual_seed(0))
     expected = attend(x, x, x, spans.dense().unsqueeze(1))
     torch.testing.assert_close(attend(x, x, x, tiled), expected)
 
 
+def clean_documents(tiled: TiledMask) -> list[tuple[int, int]]:
+    """Sequence and length of the documents that have a tile of their own, in order."""
+    own = [tile for tile in tiled.tiles if tile.bias is None]
+    return [(tile.sequences.start, tile.rows.stop - tile.rows.start) for tile in own]
+
+
 @pytest.mark.parametrize("coverage", [None, 0.25])
 def test_documents_of_long_sections_have_calls_of_their_own(coverage):
     """Those of each sequence, padding as one more; not where they are many and short."""
-    lengths = [[600, 1, 420], [1021]]
+    lengths = [[900, 1, 320], [1221]]
     options = {"coverage": coverage} if coverage else {}
     spans = make_spans(lengths, 8, options, padding=11)
     tiled = TiledMask.from_spans(spans)
-    assert tiled.documents == ((600, 1, 420, 11), (1021, 11))
-    assert sum(tile.rows for tile in tiled.tiles) == spans.block.shape[1] - 1032
+    assert clean_documents(tiled) == [(0, 900), (0, 1), (0, 320), (0, 11), (1, 1221), (1, 11)]
     x = torch.randn(2, 2, spans.block.shape[1], 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend(x, x, x, tiled), attend(x, x, x, spans.dense()[:, None]))
-    assert TiledMask.from_spans(make_spans([[8] * 130], 8, options)).documents is None
+    assert clean_documents(TiledMask.from_spans(make_spans([[8] * 260], 8, options))) == []
 
 
-def test_tiles_compute_less_than_half_of_the_dense_mask():
+def test_tiles_compute_less_than_a_third_of_the_dense_mask():
     spans = make_spans([[1024]], 8, {})
     tiled = TiledMask.from_spans(spans)
-    entries = sum(tile.mask[0].numel() for tile in tiled.tiles)
-    assert tiled.documents == ((1024,),)
-    assert entries + 1024 * 1024 // 2 < 0.35 * spans.dense().numel()
+    (whole,) = (tile for tile in tiled.tiles if tile.bias is None)
+    assert (whole.rows, whole.keys) == (slice(0, 1024), slice(0, 1024))
+    entries = 1024 * 1024 // 2 + tiled.blocks.bias.numel()
+    entries += sum(tile.bias[0].numel() for tile in tiled.tiles if tile.bias is not None)
+    assert entries < 0.3 * spans.dense().numel()
+
+
+def test_gradients_need_no_memory_of_what_tiles_see():
+    """The backward pass keeps inputs and output alone, so a tile's keys are never copied."""
+    spans = make_spans([[1024]], 8, {})
+    x = torch.randn(1, 2, spans.block.shape[1], 8, requires_grad=True)
+    kept: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        attend(x, x, x, TiledMask.from_spans(spans))
+    assert sum(kept) == 4 * x.numel() + x.numel() // 8
 
 
 @pytest.mark.parametrize("activation_checkpointing", CHECKPOINTING)

@@ -1,9 +1,9 @@
 """The data path beside its ceilings: preparation, packing, reading, and memory for a large file.
 
-Preparation is compared with the tokenizer alone on the same text, reading with a memory map and
-with a bare `webdataset.WebDataset` over the same shards, best-fit packing with concatenation on the
-same documents. CPU times hold all processes. Targets: at least 90 % of the tokenizer's speed,
-reading not slower than webdataset, padding at most 0.1 %.
+Preparation is compared with the tokenizer alone on the same text and as many cores, reading with a
+memory map and with a bare `webdataset.WebDataset` over the same shards, best-fit packing with
+concatenation on the same documents. CPU times hold all processes. Targets: at least 90 % of the
+tokenizer's speed, reading not slower than webdataset, padding at most 0.1 %.
 """
 
 import functools
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,21 @@ from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
 from bench.results import Outcome
 from data_prep.manifest import Manifest
-from data_prep.packing import Piece, make_packer
+from data_prep.packing import Piece, joined, make_packer
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
-MODELS = ("unigram", "bpe")
+MODELS = {"unigram": 1, "bpe": 4}
+"""Of each kind of tokenizer: the part of the text that it gets, 1 in this many. BPE takes several
+times as long, and the start of a preparation weighs that much less beside it."""
+READ = "unigram"
+"""The tokenizer whose shards are read."""
 
 
 @dataclass(frozen=True)
 class Options:
-    max_bytes: int = 24_000_000
-    """text that is prepared, in bytes; Python's own library, repeated as often as needed"""
+    max_bytes: int = 64_000_000
+    """text that is prepared, in bytes, with unigram; BPE, several times slower, gets a quarter;
+    Python's own library, repeated as often as needed"""
     vocab_size: int = 4096
     """pieces of the SentencePiece models"""
     sequence_length: int = 4096
@@ -48,11 +54,11 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="tidar-bench-") as name:
         folder = Path(name)
-        texts = repeated_library(options.max_bytes)
-        source = write_jsonl(folder / "text.jsonl", texts)
-        for model in MODELS:
+        for model, part in MODELS.items():
+            texts = repeated_library(options.max_bytes // part)
+            source = write_jsonl(folder / f"{model}.jsonl", texts)
             measure_preparation(outcome, options, folder / model, source, texts, model, rounds)
-        data = folder / MODELS[0] / "first"
+        data = folder / READ / "first"
         variants, tokens = reading_variants(data, Manifest.load(data))
         add(outcome, measured(variants, rounds, warmup), tokens, "read: ")
         webdataset = outcome.figures["read: webdataset, bare: tokens/s"]
@@ -66,7 +72,9 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         measure_packing(outcome, options, rounds)
         if options.memory_bytes:
             tokenizer = data / "tokenizer.model"
-            peak = peak_of_preparation(folder, source, tokenizer, options.memory_bytes)
+            peak = peak_of_preparation(
+                folder, folder / f"{READ}.jsonl", tokenizer, options.memory_bytes
+            )
             outcome.figures |= {f"memory: {key}": value for key, value in peak.items()}
     return outcome
 
@@ -75,7 +83,9 @@ def measure_preparation(
     outcome: Outcome, options: Options, folder: Path, source: Path, texts: list[str], model: str,
     rounds: int,
 ) -> None:  # fmt: skip
-    """`tidar-prepare` with 1 and 2 workers, and the tokenizer alone with the same encoder."""
+    """`tidar-prepare` with 1 and 2 workers, each beside the tokenizer alone, with the same encoder
+    in as many processes: two at a time take caches and clock from each other, with nothing around
+    them as well."""
     given = functools.partial(
         composed, source, f"tokenizer.model_type={model}", vocab_size=options.vocab_size,
         sequence_length=options.sequence_length, heldout_fraction=0.05,
@@ -91,17 +101,20 @@ def measure_preparation(
         return lambda: prepare_folder(folder / f"round-{next(numbers)}", cfg)
 
     alone = f"{model}, tokenizer alone"
+    both = f"{alone}, 2 processes"
     variants = {
         alone: lambda: encode_all(tokenizer, texts),
         f"{model}, prepare with 1 worker": whole(1),
+        both: lambda: encode_by_two(tokenizer, texts),
         f"{model}, prepare with 2 workers": whole(2),
     }
     samples = measured(variants, rounds, 1)
     splits = first.splits.values()
     add(outcome, samples, sum(split.tokens for split in splits))
-    for name in list(variants)[1:]:
-        share = ratio(samples[alone], samples[name], at_least=0.9)
-        outcome.ratios[f"{name}: share of the tokenizer's speed"] = share
+    for name, reference in (("1 worker", alone), ("2 workers", both)):
+        variant = f"{model}, prepare with {name}"
+        share = ratio(samples[reference], samples[variant], at_least=0.9)
+        outcome.ratios[f"{variant}: share of the tokenizer's speed"] = share
     outcome.figures[f"{model}: encoder"] = first.encoder
     outcome.figures[f"{model}: padding"] = first.train.padding / (
         first.train.padding + first.train.tokens
@@ -109,9 +122,23 @@ def measure_preparation(
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """In batches, as preparation does."""
-    for start in range(0, len(texts), 16):
-        tokenizer.encode_batch(texts[start : start + 16])
+    """In batches of about a megabyte, as preparation does."""
+    for start in range(0, len(texts), 64):
+        tokenizer.encode_batch(texts[start : start + 64])
+
+
+def encode_by_two(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """`encode_all` of every other text, by each of two copies of this process."""
+    context = get_context("fork")
+    halves = [
+        context.Process(target=encode_all, args=(tokenizer, texts[first::2])) for first in (0, 1)
+    ]
+    for process in halves:
+        process.start()
+    for process in halves:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"a process that encoded ended with {process.exitcode}")
 
 
 def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
@@ -125,9 +152,12 @@ def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
     found: dict[str, dict[str, float]] = {}
 
     def pack(packing: str) -> None:
-        packer = make_packer(packing, options.sequence_length, 0, np.dtype(np.uint16))
-        padding = sum(one.padding for d in documents for one in packer.add(d))
-        padding += sum(one.padding for one in packer.finish())
+        packer = make_packer(packing, options.sequence_length)
+        packed = [one for d in documents for one in packer.add(d)]
+        packed += packer.finish()
+        padding = sum(one.padding for one in packed)
+        for start in range(0, len(packed), 32):  # as a shard's samples are
+            joined(packed[start : start + 32], options.sequence_length, 0, np.dtype(np.uint16))
         found[packing] = {
             "padding": padding / (tokens + padding),
             "cuts": packer.cuts,

@@ -1,7 +1,7 @@
 """Documents to ids, a batch at a time."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,16 +9,15 @@ from numpy.typing import NDArray
 from data_prep.corpora import Document, utf8_bytes
 from data_prep.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 200_000
+BATCH_CHARACTERS = 1_000_000
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A tokenised document."""
 
     id: str
-    ids: NDArray[np.int32]
-    """Without the end token."""
+    ids: NDArray[np.unsignedinteger]
+    """With the end token; a view of the ids of its batch, in the tokenizer's dtype."""
     text_bytes: int
     source: str = ""
     prompt_tokens: int = 0
@@ -31,18 +30,25 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     A prompt is encoded apart from the text behind it, as it is when a model is asked to answer it,
     so that no token reaches from one into the other.
     """
+    end = np.array([tokenizer.eos_id], dtype=np.int32)
     for batch in _batches(documents):
-        pieces = [piece for document in batch for piece in document.pieces]
-        encoded = iter(tokenizer.encode_batch(pieces))
+        encoded = iter(tokenizer.encode_batch([p for document in batch for p in document.pieces]))
+        parts: list[NDArray[np.int32]] = []
+        lengths: list[tuple[int, int]] = []
         for document in batch:
+            prompt = [next(encoded)] if document.prompt else []
+            own = [*prompt, next(encoded), end]
+            parts += own
+            lengths.append((sum(map(len, own)), sum(map(len, prompt))))
+        # All documents in one array: one conversion, and no array of its own for each.
+        ids = np.empty(sum(length for length, _ in lengths), dtype=tokenizer.dtype)
+        np.concatenate(parts, out=ids, casting="unsafe")
+        start = 0
+        for document, (length, prompt_tokens) in zip(batch, lengths, strict=True):
+            own_ids = ids[start : start + length]
             size = utf8_bytes(document.whole)
-            prompt = next(encoded) if document.prompt else None
-            ids = next(encoded)
-            if prompt is None:
-                yield Encoded(document.id, ids, size, document.source)
-            else:
-                both = np.concatenate((prompt, ids))
-                yield Encoded(document.id, both, size, document.source, len(prompt))
+            yield Encoded(document.id, own_ids, size, document.source, prompt_tokens)
+            start += length
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -6,7 +6,7 @@ What is written and read here is described in `data_prep.shards`.
 import ast
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import overload
@@ -16,11 +16,16 @@ from numpy.typing import NDArray
 
 from data_prep.layout import COLUMNS, Layout
 
-MEMBERS = ("tokens.npy", "document_lengths.npy", "layout.npy", "continued.npy")
+TOKENS = "tokens.npy"
+MEMBERS = (TOKENS, "document_lengths.npy", "layout.npy", "continued.npy")
 PROMPTS = "prompt_lengths.npy"
 Bytes = bytes | memoryview
+Arrays = dict[str, NDArray[np.integer]]
+"""The members of one sample by name; what is written is each in the smallest type that holds it."""
 NPY_START = b"\x93NUMPY\x01\x00"
 """Magic and version 1.0 of the `.npy` format, which numpy writes for plain arrays."""
+NPY_FIRST = len(NPY_START) + 2
+"""Where the header's text starts, behind its length."""
 NPY_HEADER = re.compile(
     rb"\{'descr': '([<|]u[1248])', 'fortran_order': False, 'shape': (\([0-9, ]+\)), \} *\n"
 )
@@ -46,37 +51,63 @@ class PackedSequence:
         return total - last if int(self.tokens[total - last]) == pad_id else total
 
 
-def encode_group(group: Sequence[PackedSequence]) -> dict[str, bytes]:
-    """The members of one sample."""
-    documents = max(len(sequence.document_lengths) for sequence in group)
-    blocks = max(sequence.layout.num_blocks for sequence in group)
-    lengths = np.zeros((len(group), documents), dtype=np.int32)
-    layouts = np.zeros((len(group), blocks, len(COLUMNS)), dtype=np.int32)
-    continued = np.zeros((len(group), documents), dtype=np.uint8)
-    for row, sequence in enumerate(group):
-        lengths[row, : len(sequence.document_lengths)] = sequence.document_lengths
-        for column, name in enumerate(COLUMNS):
-            layouts[row, : sequence.layout.num_blocks, column] = getattr(sequence.layout, name)
-        if sequence.continued is not None:
-            continued[row, : len(sequence.continued)] = sequence.continued
-    tokens = np.stack([sequence.tokens for sequence in group])
-    arrays: dict[str, NDArray[np.integer]] = dict(
-        zip(MEMBERS, (tokens, lengths, layouts, continued), strict=True)
-    )
-    if any(sequence.prompt_lengths is not None for sequence in group):
-        arrays[PROMPTS] = prompts = np.zeros_like(lengths)
-        for row, sequence in enumerate(group):
-            if sequence.prompt_lengths is not None:
-                prompts[row, : len(sequence.prompt_lengths)] = sequence.prompt_lengths
-    return {name: _npy_bytes(array) for name, array in arrays.items()}
+def group_arrays(
+    tokens: NDArray[np.integer],
+    document_lengths: Sequence[Sequence[int]],
+    layouts: tuple[NDArray[np.integer], NDArray[np.int64]],
+    continued: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[Sequence[int]] | None = None,
+) -> Arrays:
+    """The members of one sample of n sequences.
+
+    Args:
+        tokens: [n, S]
+        document_lengths: of each sequence; padding, if any, is a last document.
+        layouts: the layout tables one below the other, [rows, 4], and how many rows each has, [n].
+        continued: of each sequence, which documents go on from a cut; those behind go on from none.
+        prompt_lengths: of each sequence's documents; None where prompts are not told apart.
+    """
+    lengths = _filled_up(document_lengths, max(map(len, document_lengths)))
+    marks = _filled_up(continued, lengths.shape[1])
+    arrays = dict(zip(MEMBERS, (tokens, lengths, _tables(*layouts), marks), strict=True))
+    if prompt_lengths is not None:
+        arrays[PROMPTS] = _filled_up(prompt_lengths, lengths.shape[1])
+    return arrays
 
 
-def _npy_bytes(array: NDArray[np.integer]) -> bytes:
-    """The `.npy` form of `array` in the smallest unsigned type that holds its values."""
+def _filled_up(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.integer]:
+    """The rows with zeros behind each, [rows, width]."""
+    counts = np.array([len(row) for row in rows])
+    filled = np.zeros((len(rows), width), dtype=np.int32)
+    filled[np.arange(width) < counts[:, None]] = [number for row in rows for number in row]
+    return filled
+
+
+def _tables(rows: NDArray[np.integer], counts: NDArray[np.int64]) -> NDArray[np.integer]:
+    """Layout tables with rows of zeros behind each, [n, most rows, 4]."""
+    kind = np.min_scalar_type(int(rows.max(initial=0)))
+    filled = np.zeros((len(counts), int(counts.max()), len(COLUMNS)), dtype=kind)
+    start = 0
+    for table, count in zip(filled, counts.tolist(), strict=True):
+        table[:count] = rows[start : start + count]
+        start += count
+    return filled
+
+
+def npy_form(array: NDArray[np.integer]) -> tuple[bytes, memoryview]:
+    """The `.npy` form of `array` in the smallest unsigned type that holds its values: what stands
+    before the values, and the values."""
     kind = np.min_scalar_type(int(array.max(initial=0)))
-    buffer = io.BytesIO()
-    np.save(buffer, array.astype(kind, copy=False), allow_pickle=False)
-    return buffer.getvalue()
+    values = np.ascontiguousarray(array, dtype=kind)
+    return _npy_header(values.dtype, values.shape), values.data
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
 class PackedGroup(Sequence[PackedSequence]):
@@ -167,6 +198,16 @@ def decode_group(sample: Mapping[str, Bytes]) -> PackedGroup:
     return PackedGroup(tokens, lengths, layouts, continued, prompts)
 
 
+def npy_arrays(content: Bytes) -> Iterator[NDArray[np.integer]]:
+    """The arrays of `npy_form` that stand one behind another."""
+    view = memoryview(content)
+    while view:
+        array = npy_array(view)
+        header = int.from_bytes(view[len(NPY_START) : NPY_FIRST], "little")
+        yield array
+        view = view[NPY_FIRST + header + array.nbytes :]
+
+
 def npy_array(content: Bytes) -> NDArray[np.integer]:
     """The array of a `.npy` file; the plain ones that shards hold are views of `content`.
 
@@ -175,9 +216,8 @@ def npy_array(content: Bytes) -> NDArray[np.integer]:
     """
     view = memoryview(content)
     if view[: len(NPY_START)] == NPY_START:
-        first = len(NPY_START) + 2
-        start = first + int.from_bytes(view[len(NPY_START) : first], "little")
-        plain = _plain_header(bytes(view[first:start]))
+        start = NPY_FIRST + int.from_bytes(view[len(NPY_START) : NPY_FIRST], "little")
+        plain = _plain_header(bytes(view[NPY_FIRST:start]))
         if plain is not None:
             dtype, shape, count = plain
             if count * dtype.itemsize > len(view) - start:

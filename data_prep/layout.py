@@ -148,6 +148,34 @@ def build_layout(
     return Layout(*(column.astype(np.int32) for column in columns))
 
 
+def aligned_tables(
+    document_lengths: Sequence[Sequence[int]], block_size: int
+) -> tuple[Int32Array, NDArray[np.int64]]:
+    """`build_layout(lengths, block_size).table()` of many sequences at the price of one.
+
+    Args:
+        document_lengths: of each sequence, its documents' lengths without padding.
+        block_size: as in `build_layout`.
+
+    Returns:
+        tuple: the tables one below the other, [rows, 4], and how many rows each has, [sequences].
+    """
+    lengths = np.array([n for own in document_lengths for n in own], dtype=np.int64)
+    documents = np.array([len(own) for own in document_lengths])
+    last = np.cumsum(documents) - 1
+    ends = np.cumsum(lengths)
+    ends -= np.repeat(np.concatenate(([0], ends[last[:-1]])), documents)
+    begins = ends - lengths
+    document, block_start, block_end = _grid(
+        begins, ends, np.full(len(ends), block_size), block_size
+    )
+    table = np.empty((len(document), len(COLUMNS)), dtype=np.int32)
+    table[:, 0], table[:, 1], table[:, 2] = begins[document], block_start, block_end
+    table[:, 3] = block_start  # every position is drafted: its slot stands where it does
+    rows = np.searchsorted(document, last, side="right")
+    return table, np.diff(rows, prepend=0)
+
+
 def _checked_prompts(
     prompt_lengths: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
@@ -167,10 +195,11 @@ def _grid(
     """Every block of the spans `begins … ends - 1`; `first` is the length of a span's first."""
     blocks = 1 + np.maximum(0, -(-(ends - begins - first) // block_size))
     span = np.repeat(np.arange(len(ends)), blocks)
-    number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-    block_end = np.minimum(begins[span] + first[span] + number * block_size, ends[span])
-    offset = np.where(number == 0, 0, first[span] + (number - 1) * block_size)
-    return span, begins[span] + offset, block_end
+    # Cells of block_size stand side by side through each span; its ends clip the first and last.
+    before = np.cumsum(blocks) - blocks
+    cell = np.repeat(begins + first - (before + 1) * block_size, blocks)
+    cell += np.arange(0, len(cell) * block_size, block_size)
+    return span, np.maximum(cell, begins[span]), np.minimum(cell + block_size, ends[span])
 
 
 def scatter_blocks(

@@ -8,8 +8,9 @@ the memory. Concatenation wastes nothing, but cuts a document at the end of near
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,11 @@ to 0.05 % padding, and 1,024 leave 0.1 to 0.3 %."""
 Ids = NDArray[np.integer]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A whole document, or what a cut made of one."""
 
     ids: Ids
+    """With the document's end token, if it ends here; a view where several are encoded at once."""
     continued: bool = False
     """Whether it goes on from a cut, so that its document began in another sequence."""
     prompt: int = 0
@@ -40,42 +41,47 @@ class Piece:
 
 @dataclass
 class Packed:
-    """A finished sequence before it has a layout."""
+    """A finished sequence before it has a layout. Its tokens are put side by side only when they
+    are written (`joined`)."""
 
-    tokens: Ids
-    """[S], padding at the end, in the smallest unsigned type for the vocabulary."""
-    document_lengths: list[int]
-    """Without the padding."""
+    pieces: list[Piece]
     padding: int
-    continued: list[bool]
-    """Of each piece: whether it goes on from a cut."""
-    prompts: list[int]
-    """Of each piece: how many of its tokens, at the start, are a prompt's."""
+    """Tokens that are missing behind the pieces."""
 
-    def pieces(self) -> list[Piece]:
-        """What was packed into it."""
-        ends = np.cumsum(self.document_lengths)
-        parts = np.split(self.tokens[: int(ends[-1])], ends[:-1])
-        rows = zip(parts, self.continued, self.prompts, strict=True)
-        return [Piece(*row) for row in rows]
+    @property
+    def document_lengths(self) -> list[int]:
+        """Without the padding."""
+        return [len(piece.ids) for piece in self.pieces]
+
+    @property
+    def prompts(self) -> list[int]:
+        """Of each piece: how many of its tokens, at the start, are a prompt's."""
+        return [piece.prompt for piece in self.pieces]
+
+
+def joined(
+    packed: Sequence[Packed], sequence_length: int, pad_id: int, dtype: np.dtype[np.integer]
+) -> Ids:
+    """The tokens of some sequences, padding at the end of each, [n, S]."""
+    tokens = np.empty((len(packed), sequence_length), dtype=dtype)
+    padding = np.full(max(one.padding for one in packed), pad_id, dtype=dtype)
+    parts = []
+    for one in packed:
+        parts += [piece.ids for piece in one.pieces]
+        if one.padding:
+            parts.append(padding[: one.padding])
+    np.concatenate(parts, out=tokens.reshape(-1), casting="unsafe")
+    return tokens
 
 
 class Packer:
     """Packs one split; `add` documents, then `finish`; both yield the sequences that are done."""
 
-    def __init__(
-        self,
-        sequence_length: int,
-        pad_id: int,
-        window: int = WINDOW_PIECES,
-        dtype: np.dtype[np.unsignedinteger] | None = None,
-    ) -> None:
+    def __init__(self, sequence_length: int, window: int = WINDOW_PIECES) -> None:
         if sequence_length < 2 or window < 1:
             raise ValueError("a sequence has at least 2 tokens, and a window at least 1 piece")
         self.sequence_length = sequence_length
-        self.pad_id = pad_id
         self.window = window
-        self.dtype = np.dtype(np.int32) if dtype is None else dtype
         self.cut_documents = 0
         """Documents that were cut."""
         self.cut_though_fitting = 0
@@ -85,16 +91,19 @@ class Packer:
 
     def add(self, document: Piece) -> Iterator[Packed]:
         """Pack one document, its end token included, or what a cut left of one."""
-        ids, length = document.ids, self.sequence_length
-        if len(ids) > length:
+        size, length = len(document.ids), self.sequence_length
+        rest = document
+        if size > length:
             self.cut_documents += not document.continued
-            self.cuts += -(-len(ids) // length) - 1
-        for start in range(0, len(ids), length):
-            piece = document.part(start, start + length)
-            if len(piece.ids) == length:
-                yield self._close([piece])
-                continue
-            self._pieces.append(piece)
+            self.cuts += -(-size // length) - 1
+            full = size - size % length
+            for start in range(0, full, length):
+                yield Packed([document.part(start, start + length)], 0)
+            rest = document.part(full, size)
+        if len(rest.ids) == length:
+            yield Packed([rest], 0)
+        elif len(rest.ids):
+            self._pieces.append(rest)
             if len(self._pieces) == self.window:
                 yield from self.finish()
 
@@ -106,13 +115,7 @@ class Packer:
             yield self._close([pieces[number] for number in numbers])
 
     def _close(self, pieces: list[Piece]) -> Packed:
-        tokens = np.full(self.sequence_length, self.pad_id, dtype=self.dtype)
-        lengths = [len(piece.ids) for piece in pieces]
-        filled = sum(lengths)
-        np.concatenate([piece.ids for piece in pieces], out=tokens[:filled], casting="unsafe")
-        marks = [piece.continued for piece in pieces]
-        prompts = [piece.prompt for piece in pieces]
-        return Packed(tokens, lengths, self.sequence_length - filled, marks, prompts)
+        return Packed(pieces, self.sequence_length - sum(len(piece.ids) for piece in pieces))
 
 
 class Concatenator(Packer):
@@ -143,12 +146,9 @@ class Concatenator(Packer):
             yield self._close(pieces)
 
 
-def make_packer(
-    packing: str, sequence_length: int, pad_id: int, dtype: np.dtype[np.unsignedinteger]
-) -> Packer:
+def make_packer(packing: str, sequence_length: int) -> Packer:
     """The packer of one of `PACKINGS`."""
-    made = {"best_fit": Packer, "concatenate": Concatenator}[packing]
-    return made(sequence_length, pad_id, dtype=dtype)
+    return {"best_fit": Packer, "concatenate": Concatenator}[packing](sequence_length)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ from data_prep.stats import describe, read_contents, write_page
 from data_prep.tasks import run_task
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify_data
-from data_prep.workers import run_tasks
+from data_prep.workers import Workers
 
 EXIT_INTERRUPTED = 130
 """As a shell gives it for Ctrl-C."""
@@ -50,13 +50,16 @@ def prepare(cfg: DictConfig) -> int:
         print(inspect_sequence(folder, settings.inspect))
         return 0
     try:
-        with locked_folder(folder, shared=settings.array is not None):
+        with (
+            Workers(settings.workers) as workers,
+            locked_folder(folder, shared=settings.array is not None),
+        ):
             if is_prepared(settings):
                 print(f"{folder} is prepared with these settings already; "
                       "overwrite=true prepares it anew")  # fmt: skip
                 return 0
             started = time.perf_counter()
-            manifest = write_data(settings, cfg.corpus)
+            manifest = write_data(settings, cfg.corpus, workers)
             if manifest is not None:
                 print(summary(manifest, folder, time.perf_counter() - started))
             return 0
@@ -85,7 +88,9 @@ def print_stats(folder: Path) -> None:
         ) from error
 
 
-def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifest | None:
+def write_data(
+    settings: PrepareSettings, corpus_section: DictConfig, workers: Workers
+) -> Manifest | None:
     """Do the tasks of this process; where all are done then, put the folder together."""
     folder = settings.output_dir
     corpus = open_corpus(corpus_section)
@@ -103,20 +108,20 @@ def write_data(settings: PrepareSettings, corpus_section: DictConfig) -> Manifes
         clear_finished(folder)
         tokenizer_path = tokenizer.save(folder)
         note_trained(settings, corpus, tokenizer_path)
-    if not screened(settings, tasks, own, corpus, tokenizer, tokenizer_path):
+    if not screened(settings, tasks, own, corpus, tokenizer, tokenizer_path, workers):
         return None
     records = finished_records(settings, tasks)
     if done := sum(record is not None for record in records):
         print(f"{done} of {len(tasks)} tasks are done already", flush=True)
     unfinished = [task for task in own if records[task.number] is None]
     work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
-    run_tasks(run_task, unfinished, *work)
+    workers.run(run_task, unfinished, *work)
     return put_together(settings, tasks, tokenizer, tokenizer_path)
 
 
 def screened(
     settings: PrepareSettings, tasks: list[Task], own: list[Task], corpus: Corpus,
-    tokenizer: Tokenizer, tokenizer_path: Path,
+    tokenizer: Tokenizer, tokenizer_path: Path, workers: Workers,
 ) -> bool:  # fmt: skip
     """Decide which documents to leave out; whether that is known now of all tasks."""
     if not settings.screens:
@@ -125,7 +130,7 @@ def screened(
     if unscreened:
         print(f"screening {len(unscreened)} of {len(own)} tasks ...", flush=True)
     work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
-    run_tasks(screen_task, unscreened, *work)
+    workers.run(screen_task, unscreened, *work)
     done = sum(is_screened(settings, task) for task in tasks)
     if done < len(tasks):
         print(

@@ -19,9 +19,9 @@ from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
 TRAINED = "tokenizer.json"
 """In the tasks' folder: from what text the tokenizer beside it was trained."""
-COMPARED_BYTES, COMPARED_SHARE = 1_000_000, 100
-"""Text on which a fast encoder has to give what the plain one gives; of a corpus that is small a
-hundredth part, or comparing would take longer than what it saves."""
+COMPARED_BYTES, COMPARED_SHARE = 1_000_000, 200
+"""Text on which a fast encoder has to give what the plain one gives; of a corpus that is small half
+a hundredth, or comparing would take longer than what it saves."""
 
 
 def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:

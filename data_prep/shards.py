@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,20 +18,29 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import written_atomically
-from data_prep.groups import PackedGroup, PackedSequence, decode_group, encode_group
+from data_prep.groups import (
+    TOKENS,
+    Arrays,
+    Bytes,
+    PackedGroup,
+    PackedSequence,
+    decode_group,
+    npy_form,
+)
 from data_prep.manifest import ShardInfo
 
 OCTAL = re.compile(rb"([0-7]+)[ \0]*")
 HEADER = tarfile.TarInfo("-").tobuf(tarfile.USTAR_FORMAT)
+SIZE_AT, CHECKSUM_AT = slice(124, 136), slice(148, 156)
 SAME_IN_ALL = (slice(100, 124), slice(136, 148), slice(156, None))
 """What headers that `write_shard` writes have in common: all but name, size and checksum."""
 MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued|prompt_lengths)\.npy")
 
 
 def write_shard(
-    path: Path, name: str, sequences: Sequence[PackedSequence], padding: int, group_size: int
+    path: Path, name: str, groups: Iterable[Arrays], padding: int
 ) -> tuple[ShardInfo, list[int]]:
-    """Write `sequences` (which hold `padding` tokens of padding) to `path`, all or nothing.
+    """Write `groups` (which hold `padding` tokens of padding) to `path`, all or nothing.
 
     Returns:
         tuple: the manifest's entry, and the byte at which each group starts, with that at which
@@ -39,26 +48,41 @@ def write_shard(
     """
     hashed = _Hashed()
     offsets = []
+    sequences = total = 0
     with written_atomically(path) as file:
         hashed.file = file
-        for number, start in enumerate(range(0, len(sequences), group_size)):
+        for number, group in enumerate(groups):
             offsets.append(hashed.size)
-            group = encode_group(sequences[start : start + group_size])
-            for member, content in group.items():
-                # The defaults of TarInfo name no time, owner or host: the bytes depend on the
-                # content alone. Written whole: TarFile would copy it in small pieces.
-                entry = tarfile.TarInfo(f"{number:08d}.{member}")
-                entry.size = len(content)
-                hashed.write(entry.tobuf(tarfile.USTAR_FORMAT))
-                hashed.write(content)
+            count, length = group[TOKENS].shape
+            sequences, total = sequences + count, total + count * length
+            for member, array in group.items():
+                # Written whole: TarFile would copy it in small pieces.
+                header, values = npy_form(array)
+                size = len(header) + values.nbytes
+                hashed.write(_member_header(f"{number:08d}.{member}", size) + header)
+                hashed.write(values)
                 hashed.fill(tarfile.BLOCKSIZE)
         offsets.append(hashed.size)
         hashed.write(bytes(2 * tarfile.BLOCKSIZE))
         hashed.fill(tarfile.RECORDSIZE)
-    total = sum(len(sequence.tokens) for sequence in sequences)
     digest = hashed.digest.hexdigest()
-    info = ShardInfo(name, len(sequences), total - padding, padding, hashed.size, digest)
+    info = ShardInfo(name, sequences, total - padding, padding, hashed.size, digest)
     return info, offsets
+
+
+def _member_header(name: str, size: int) -> bytes:
+    """`tarfile.TarInfo(name).tobuf()` for a file of `size` bytes, in a fifth of the time.
+
+    The defaults of TarInfo name no time, owner or host: the bytes depend on the content alone.
+    """
+    if size >= 8**11:
+        raise ValueError(f"{name} has {size:,} bytes, more than a tar header can say")
+    header = bytearray(HEADER)
+    header[: len(name)] = name.encode()
+    header[SIZE_AT] = b"%011o\0" % size
+    header[CHECKSUM_AT] = b" " * 8
+    header[CHECKSUM_AT] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 class _Hashed:
@@ -70,10 +94,11 @@ class _Hashed:
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def write(self, content: bytes) -> None:
-        self.digest.update(content)
-        self.size += len(content)
-        self.file.write(content)
+    def write(self, content: Bytes) -> None:
+        view = memoryview(content)
+        self.digest.update(view)
+        self.size += view.nbytes
+        self.file.write(view)
 
     def fill(self, unit: int) -> None:
         """Write zeros up to a multiple of `unit` bytes."""
@@ -144,10 +169,10 @@ def _name_and_size(header: bytes) -> tuple[str, int]:
     but for name, size and checksum all are alike. Others are left to tarfile.
     """
     name = header[:100].rstrip(b"\0").decode("latin-1")
-    size, checksum = OCTAL.fullmatch(header[124:136]), OCTAL.fullmatch(header[148:156])
+    size, checksum = (OCTAL.fullmatch(header[part]) for part in (SIZE_AT, CHECKSUM_AT))
     ours = all(header[part] == HEADER[part] for part in SAME_IN_ALL)
     if ours and size and checksum and len(header) == tarfile.BLOCKSIZE:
-        total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        total = sum(header) - sum(header[CHECKSUM_AT]) + 8 * ord(" ")
         if total == int(checksum[1], 8) and MEMBER_NAME.fullmatch(name):
             return name, int(size[1], 8)
     member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")

@@ -1,23 +1,23 @@
 """One split of a task on its way to shards: packed, shuffled, laid out, written, counted."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.groups import PackedSequence
-from data_prep.layout import RESPONSE, Layout, build_layout
+from data_prep.groups import Arrays, group_arrays
+from data_prep.layout import RESPONSE, Int32Array, aligned_tables, build_layout
 from data_prep.manifest import SPLITS, ShardInfo
-from data_prep.packing import Packed, Piece, make_packer
+from data_prep.packing import Packed, Piece, joined, make_packer
 from data_prep.settings import PrepareSettings
 from data_prep.shards import write_shard
 from data_prep.tokenizers import Tokenizer
 
-TOGETHER = 256
-"""Sequences that are laid out in one go; more take memory and gain nothing."""
+COUNTS_PER_ID = 4
+"""Tokens for each id of the vocabulary that are counted in one go."""
 ROOM_SHARE = 4096
 """A sequence with at most this fraction of its length left is taken for full."""
 
@@ -47,9 +47,10 @@ class SplitWriter:
         self.token_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         """How often each id stands in the finished shards, padding left out."""
         self.dtype = tokenizer.dtype
-        self.packer = make_packer(
-            settings.packing, settings.sequence_length, tokenizer.pad_id, self.dtype
-        )
+        self.pad_id = tokenizer.pad_id
+        self.packer = make_packer(settings.packing, settings.sequence_length)
+        self._with_prompts = settings.layout.loss_span == RESPONSE
+        self._uncounted: list[NDArray[np.integer]] = []
         self._packed: list[Packed] = []
         self._written = Written()
 
@@ -67,7 +68,7 @@ class SplitWriter:
         rests: list[Piece] = []
         if keep_rests:
             room = self.settings.sequence_length // ROOM_SHARE
-            rests = [piece for one in self._packed if one.padding > room for piece in one.pieces()]
+            rests = [piece for one in self._packed if one.padding > room for piece in one.pieces]
             self._packed = [one for one in self._packed if one.padding <= room]
         random.Random(f"{self.settings.seed} {self.split} {self.task}").shuffle(self._packed)
         first = 0
@@ -97,63 +98,62 @@ class SplitWriter:
         return min(int(-(-groups // shards)) * self.settings.group_size, left)
 
     def _write(self, folder: Path, prefix: str, first: int, packed: Sequence[Packed]) -> None:
-        layouts = stored_layouts(
-            self.settings, (SPLITS.index(self.split), self.task, first),
-            packed,
-        )  # fmt: skip
-        apart = self.settings.layout.loss_span == RESPONSE
-        pairs = zip(packed, layouts, strict=True)
-        sequences = [as_sequence(*pair, with_prompts=apart) for pair in pairs]
+        size = self.settings.group_size
+        starts = range(0, len(packed), size)
+        groups = (self._group(first + start, packed[start : start + size]) for start in starts)
         padding = sum(one.padding for one in packed)
         name = f"{prefix}{len(self._written.shards):03d}.tar"
-        info, offsets = write_shard(
-            folder / name, name, sequences, padding, self.settings.group_size
-        )
+        info, offsets = write_shard(folder / name, name, groups, padding)
         self._written.shards.append(info)
         self._written.offsets.append(offsets)
-        self._count((one.tokens for one in packed), padding)
+        self._count()
+        self.token_counts[self.pad_id] -= padding
 
-    def _count(self, tokens: Iterable[NDArray[np.integer]], padding: int) -> None:
-        # Once a shard, not for each document: a count takes time in proportion to the vocabulary.
-        counts = np.bincount(np.concatenate(list(tokens)), minlength=len(self.token_counts))
-        self.token_counts += counts
-        self.token_counts[self.packer.pad_id] -= padding
+    def _group(self, first: int, packed: Sequence[Packed]) -> Arrays:
+        """What a sample holds of these sequences, of which `first` is the first's number."""
+        tokens = joined(packed, self.settings.sequence_length, self.pad_id, self.dtype)
+        self._uncounted.append(tokens.reshape(-1))
+        if len(self._uncounted) * tokens.size > len(self.token_counts) * COUNTS_PER_ID:
+            self._count()
+        key = (SPLITS.index(self.split), self.task, first)
+        return group_arrays(
+            tokens,
+            [with_padding(one) for one in packed],
+            stored_layouts(self.settings, key, packed),
+            [[piece.continued for piece in one.pieces] for one in packed],
+            [one.prompts for one in packed] if self._with_prompts else None,
+        )
+
+    def _count(self) -> None:
+        # Many at once: a count takes time in proportion to the vocabulary.
+        if self._uncounted:
+            tokens, self._uncounted = np.concatenate(self._uncounted), []
+            self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
 
 
-def as_sequence(packed: Packed, layout: Layout, *, with_prompts: bool = False) -> PackedSequence:
-    """What a shard stores: padding has become a last document."""
-    padding = [packed.padding] if packed.padding else []
-    lengths = np.array([*packed.document_lengths, *padding])
-    prompts = np.array([*packed.prompts, *(0 for _ in padding)]) if with_prompts else None
-    return PackedSequence(packed.tokens, lengths, layout, np.array(packed.continued), prompts)
+def with_padding(packed: Packed) -> list[int]:
+    """The lengths that a shard stores: padding has become a last document."""
+    return [*packed.document_lengths, *([packed.padding] if packed.padding else [])]
 
 
 def stored_layouts(
     settings: PrepareSettings, key: tuple[int, int, int], packed: Sequence[Packed]
-) -> list[Layout]:
-    """The layouts of these sequences, padding left out of each.
+) -> tuple[Int32Array, NDArray[np.int64]]:
+    """The layouts of these sequences, padding left out of each: their tables one below the other,
+    [rows, 4], and how many rows each has.
 
     Each has a random stream of its own, keyed by the seed, `key` (the split's number, the task's,
     and the first sequence's in the task), and its place behind the first.
     """
     choice, mixed = settings.layout, settings.layout.mixed()
-    document_lengths = [one.document_lengths for one in packed]
     drawn = choice.coverage < 1.0 or choice.shift or mixed is not None
     if not drawn and choice.loss_span != RESPONSE:
-        return [
-            layout
-            for start in range(0, len(document_lengths), TOGETHER)
-            for layout in _aligned_layouts(
-                document_lengths[start : start + TOGETHER], choice.block_size
-            )
-        ]
+        return aligned_tables([one.document_lengths for one in packed], choice.block_size)
     split, task, first = key
-    streams = (
-        np.random.default_rng([settings.seed, split, task, first + number])
-        for number in range(len(packed))
-    )
-    return [
-        build_layout(
+    tables = []
+    for number, one in enumerate(packed, first):
+        rng = np.random.default_rng([settings.seed, split, task, number])
+        layout = build_layout(
             one.document_lengths,
             mixed.draw(rng) if mixed else choice.block_size,
             coverage=choice.coverage,
@@ -161,19 +161,5 @@ def stored_layouts(
             rng=rng,
             prompt_lengths=one.prompts,
         )
-        for one, rng in zip(packed, streams, strict=True)
-    ]
-
-
-def _aligned_layouts(document_lengths: Sequence[list[int]], block_size: int) -> list[Layout]:
-    """`build_layout` of each, at the price of one: nothing is drawn, so the sequences can be laid
-    out as one long one, of which each takes its rows."""
-    whole = build_layout([n for lengths in document_lengths for n in lengths], block_size).table()
-    ends = np.cumsum([sum(lengths) for lengths in document_lengths])
-    last_rows = np.searchsorted(whole[:, 2], ends, side="right")
-    layouts, row, start = [], 0, 0
-    for end, last_row in zip(ends.tolist(), last_rows.tolist(), strict=True):
-        # At full coverage a block's slots stand where its positions do, so one offset moves all.
-        layouts.append(Layout(*(whole[row:last_row] - start).T))
-        row, start = last_row, end
-    return layouts
+        tables.append(layout.table())
+    return np.concatenate(tables), np.array([len(table) for table in tables])

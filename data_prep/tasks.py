@@ -1,7 +1,7 @@
 """One task: its documents read, tokenised, packed, and left in the output folder with a record.
 
 What a task leaves stands in `tasks/` of the output folder until all are put together: shards of
-the train split, and an archive with what is packed later across tasks (held-out documents, and
+the train split, and a file with what is packed later across tasks (held-out documents, and
 the rests that did not fill a sequence). Its record is written last; without one nothing of it
 counts.
 """
@@ -20,6 +20,7 @@ from data_prep.corpora import Corpus, Document
 from data_prep.encoding import encode_documents
 from data_prep.files import write_text_atomic, written_atomically
 from data_prep.filters.screening import Removals
+from data_prep.groups import npy_arrays, npy_form
 from data_prep.layout import RESPONSE
 from data_prep.manifest import SPLITS, ShardInfo
 from data_prep.packing import Piece
@@ -43,6 +44,11 @@ class Count:
     text_bytes: int = 0
     tokens: int = 0
     """With end tokens."""
+
+    def add_document(self, text_bytes: int, tokens: int) -> None:
+        self.documents += 1
+        self.text_bytes += text_bytes
+        self.tokens += tokens
 
     def add(self, other: "Count") -> None:
         self.documents += other.documents
@@ -107,17 +113,15 @@ def _pieces(
     documents = _kept(task, settings, corpus, left_out)
     for document in encode_documents(documents, tokenizer):
         split = settings.split_of(document.id)
-        ids = np.empty(len(document.ids) + 1, dtype=tokenizer.dtype)
-        ids[:-1], ids[-1] = document.ids, tokenizer.eos_id
-        own = Count(1, document.text_bytes, len(ids))
-        record.counts[split].add(own)
+        own = document.text_bytes, len(document.ids)
+        record.counts[split].add_document(*own)
         if document.source:
-            record.sources.setdefault(document.source, Count()).add(own)
-        since.add(own)
+            record.sources.setdefault(document.source, Count()).add_document(*own)
+        since.add_document(*own)
         if since.documents == REPORT_EVERY_DOCUMENTS:
             report(since.documents, since.text_bytes, since.tokens)
             since = Count()
-        yield split, Piece(ids, prompt=document.prompt_tokens if apart else 0)
+        yield split, Piece(document.ids, prompt=document.prompt_tokens if apart else 0)
     report(since.documents, since.text_bytes, since.tokens)
 
 
@@ -146,7 +150,7 @@ def record_path(folder: Path, task: Task) -> Path:
 
 
 def rests_path(folder: Path, task: Task) -> Path:
-    return folder / f"{task.number:06d}.npz"
+    return folder / f"{task.number:06d}.rests"
 
 
 def load_record(folder: Path, task: Task, moved: Callable[[ShardInfo], bool]) -> Record | None:
@@ -180,27 +184,31 @@ def load_record(folder: Path, task: Task, moved: Callable[[ShardInfo], bool]) ->
 def _save_rests(
     path: Path, rests: dict[str, list[Piece]], token_counts: NDArray[np.int64], tokenizer: Tokenizer
 ) -> None:
-    largest = np.min_scalar_type(int(token_counts.max(initial=0)))
-    arrays: dict[str, NDArray[Any]] = {"token_counts": token_counts.astype(largest)}
-    for split, pieces in rests.items():
+    """Arrays one behind another, as `load_rests` reads them: an archive of them takes longer to
+    make than the shard of a small task."""
+    arrays: list[NDArray[Any]] = [token_counts]
+    for split in SPLITS:
+        pieces = rests[split]
         empty = np.zeros(0, dtype=tokenizer.dtype)
-        arrays[f"{split}_ids"] = np.concatenate([empty, *(piece.ids for piece in pieces)])
-        arrays[f"{split}_lengths"] = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
-        arrays[f"{split}_continued"] = np.array([piece.continued for piece in pieces], dtype=bool)
-        arrays[f"{split}_prompts"] = np.array([piece.prompt for piece in pieces], dtype=np.int64)
+        arrays.append(np.concatenate([empty, *(piece.ids for piece in pieces)]))
+        marks = [(len(piece.ids), piece.continued, piece.prompt) for piece in pieces]
+        arrays.append(np.array(marks, dtype=np.int64).reshape(-1, 3))
     with written_atomically(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        for array in arrays:
+            for part in npy_form(array):
+                file.write(part)
 
 
 def load_rests(folder: Path, task: Task) -> tuple[dict[str, Iterable[Piece]], NDArray[np.int64]]:
     """What a finished task left to be packed, by split, and its count of each id."""
-    with np.load(rests_path(folder, task), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
     rests: dict[str, Iterable[Piece]] = {}
+    arrays = npy_arrays(rests_path(folder, task).read_bytes())
+    token_counts = next(arrays).astype(np.int64)
     for split in SPLITS:
-        lengths = arrays[f"{split}_lengths"]
-        ids = np.split(arrays[f"{split}_ids"], np.cumsum(lengths))[:-1]
-        marks = arrays[f"{split}_continued"].tolist()
-        prompts = arrays[f"{split}_prompts"].tolist()
-        rests[split] = [Piece(*row) for row in zip(ids, marks, prompts, strict=True)]
-    return rests, arrays["token_counts"].astype(np.int64)
+        ids, marks = next(arrays), next(arrays).astype(np.int64)
+        parts = np.split(ids, np.cumsum(marks[:, 0]))[:-1]
+        rests[split] = [
+            Piece(part, bool(continued), prompt)
+            for part, (_, continued, prompt) in zip(parts, marks.tolist(), strict=True)
+        ]
+    return rests, token_counts

@@ -154,7 +154,8 @@ class SentencePieceTokenizer(Tokenizer):
         if self.encoder == "lines":
             encoded = self._encode_lines(texts)
         else:
-            encoded = self._model.encode(list(texts), return_type="numpy", num_threads=1)
+            # One by one: for a list SentencePiece starts a thread, and its caches are cold.
+            encoded = [self._model.encode(text, return_type="numpy") for text in texts]
         for number, text in enumerate(texts):
             if SPACE_SIGN in text:
                 encoded[number] = np.array(self.encode(text), dtype=np.int32)

@@ -4,13 +4,16 @@ Not `concurrent.futures`: its workers share one pipe for results, and one that i
 middle of a result leaves the pool waiting for the rest of it for ever. Here such a pipe just ends.
 """
 
+import gc
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,6 +26,9 @@ from data_prep.settings import PrepareSettings
 from data_prep.tasks import Report
 from data_prep.tokenizers import Tokenizer, load_encoder
 
+START = "fork" if sys.platform == "linux" else "spawn"
+"""A copy of this process costs nothing; a new one is a second start of Python, as long as the text
+of a small task. Elsewhere system libraries do not bear to be copied."""
 Job = Callable[[Task, PrepareSettings, Corpus, Tokenizer, Report], None]
 """What is done for a task: a function of a module, so that it can be sent to a process."""
 Message = tuple[Any, ...]
@@ -30,63 +36,97 @@ Message = tuple[Any, ...]
 text)`, `("system", errno, text)`, `("fault", traceback)`."""
 
 
-def run_tasks(
-    job: Job, tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus,
-    tokenizer: Tokenizer, tokenizer_path: Path, report: Report,
-) -> None:  # fmt: skip
-    """Do `job` for all `tasks`, up to `settings.workers` at a time; one is this process itself.
+@dataclass(frozen=True)
+class Work:
+    """What a worker is told once before it gets tasks."""
 
-    Raises:
-        UserError: for what is wrong with the text, or when a worker process dies.
+    job: Job
+    settings: PrepareSettings
+    corpus: Corpus
+    tokenizer_path: Path
+    encoder: str
+
+
+class Workers:
+    """The processes of one preparation, for all of its stages; inside `with` they wait for tasks.
+
+    They have to be made before this process starts a thread, opens a connection to a store or locks
+    a folder: copies have no threads, and would hold on to the rest.
+
+    Args:
+        count: how many tasks are done at a time; one is this process itself.
     """
-    count = min(settings.workers, len(tasks))
-    if count <= 1:
-        for task in tasks:
-            job(task, settings, corpus, tokenizer, report)
-        return
-    waiting = deque(tasks)
-    workers: dict[Connection, Worker] = {}
-    try:
-        for _ in range(count):
-            worker = Worker(job, settings, corpus, tokenizer_path, tokenizer.encoder)
-            workers[worker.pipe] = worker
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.started: list[Worker] = []
+
+    def __enter__(self) -> "Workers":
+        try:
+            while self.count > 1 and len(self.started) < self.count:
+                self.started.append(Worker([worker.pipe for worker in self.started]))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.started:
+            worker.stop()
+
+    def run(
+        self, job: Job, tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus,
+        tokenizer: Tokenizer, tokenizer_path: Path, report: Report,
+    ) -> None:  # fmt: skip
+        """Do `job` for all `tasks`.
+
+        Raises:
+            UserError: for what is wrong with the text, or when a worker process dies.
+        """
+        if min(self.count, len(tasks)) <= 1:
+            for task in tasks:
+                job(task, settings, corpus, tokenizer, report)
+            return
+        waiting = deque(tasks)
+        busy: dict[Connection, Worker] = {}
+        for worker in self.started[: len(tasks)]:
+            worker.send(Work(job, settings, corpus, tokenizer_path, tokenizer.encoder))
             worker.send(waiting.popleft())
-        busy = set(workers)
+            busy[worker.pipe] = worker
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection), "only pipes are waited for"
-                message = workers[pipe].receive()
+                message = busy[pipe].receive()
                 if message[0] == "progress":
                     report(*message[1:])
                 elif waiting:
-                    workers[pipe].send(waiting.popleft())
+                    busy[pipe].send(waiting.popleft())
                 else:
-                    busy.discard(pipe)
-    finally:
-        for worker in workers.values():
-            worker.stop()
+                    del busy[pipe]
 
 
 class Worker:
     """One process. It ends at once when the other end of its pipe is closed, which the system does
-    if this process is killed: none is ever left behind."""
+    if this process is killed: none is ever left behind.
 
-    def __init__(
-        self, job: Job, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path,
-        encoder: str,
-    ) -> None:  # fmt: skip
-        context = get_context("spawn")
+    Args:
+        others: this process' pipes to earlier workers, of which a copy of it would hold a copy.
+    """
+
+    def __init__(self, others: Sequence[Connection] = ()) -> None:
+        context: Any = get_context(START)
+        self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, job, settings, corpus, tokenizer_path, encoder)
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        copied = [self.pipe, *others] if START == "fork" else []
+        self.process = context.Process(target=_serve, args=(theirs, copied), daemon=True)
         with _ctrl_c_not_inherited():
             self.process.start()
         theirs.close()
 
-    def send(self, task: Task) -> None:
-        """Give it the next task. Raises UserError when it is dead."""
+    def send(self, item: Work | Task) -> None:
+        """Give it work, or the next task of its work. Raises UserError when it is dead."""
         try:
-            self.pipe.send(task)
+            self.pipe.send(item)
         except OSError as error:
             raise self._died() from error
 
@@ -139,19 +179,19 @@ def _ctrl_c_not_inherited() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _serve(
-    pipe: Connection, job: Job, settings: PrepareSettings, corpus: Corpus, tokenizer_path: Path,
-    encoder: str,
-) -> None:  # fmt: skip
+def _serve(pipe: Connection, copied: Sequence[Connection]) -> None:
     """The worker's main function. A thread waits for tasks, so that the end of the pipe is noticed
     in the middle of one."""
-    tasks: deque[Task] = deque()
+    for other in copied:
+        other.close()  # or the ends that others wait for would never come
+    gc.freeze()  # what was there before is not looked through again and again
+    given: deque[Work | Task] = deque()
     there = threading.Semaphore(0)
 
     def listen() -> None:
         try:
             while True:
-                tasks.append(pipe.recv())
+                given.append(pipe.recv())
                 there.release()
         except (EOFError, OSError):
             os._exit(0)
@@ -161,11 +201,14 @@ def _serve(
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        tokenizer = load_encoder(tokenizer_path, encoder)
         while True:
             there.acquire()
-            job(tasks.popleft(), settings, corpus, tokenizer, report)
-            pipe.send(("done",))
+            item = given.popleft()
+            if isinstance(item, Work):
+                work, tokenizer = item, load_encoder(item.tokenizer_path, item.encoder)
+            else:
+                work.job(item, work.settings, work.corpus, tokenizer, report)
+                pipe.send(("done",))
     except UserError as error:
         pipe.send(("mistake", str(error)))
     except BrokenPipeError:

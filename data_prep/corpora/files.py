@@ -12,7 +12,8 @@ from data_prep.errors import UserError
 
 REMOTE_BLOCK_BYTES = 8 << 20
 """What one request fetches from an object store."""
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 18
+"""What one read fetches: long lines want much, and short parts of a file little."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def local_file(path: Path, name: str) -> File:
 def open_binary(path: str) -> IO[bytes]:
     """Open a path or a URL for reading; raises OSError, also for what a store answers."""
     if not is_url(path):
-        return open(path, "rb", buffering=READ_BYTES)  # lines longer than a small buffer are slow
+        return open(path, "rb", buffering=READ_BYTES)
     system, inside = _filesystem(path, "corpus.path")
     try:
         file = system.open(inside, "rb", block_size=REMOTE_BLOCK_BYTES)

@@ -40,6 +40,12 @@ class JsonlCorpus(Corpus):
         super().__init__()
         self.config = config
         self.files = find_files(config.path, PATTERNS, "corpus.path")
+        fields = {
+            "text_field": config.text_field,
+            "id_field": config.id_field,
+            "prompt_field": config.prompt_field,
+        }
+        self._needed = [(key, field) for key, field in fields.items() if field]
 
     @property
     def has_prompts(self) -> bool:
@@ -68,7 +74,7 @@ class JsonlCorpus(Corpus):
         try:
             with open_text_stream(path) as file:
                 for start, line in _lines(file, part.start, part.end):
-                    if line.strip():
+                    if not line.isspace():
                         yield self._document(line, name, path, start)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: cannot be read to its end ({error})") from error
@@ -80,10 +86,10 @@ class JsonlCorpus(Corpus):
             place = _place(path, start)
             raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
         fields = self.config
-        for key in ("text_field", "id_field", "prompt_field"):
-            field = getattr(fields, key)
-            if field and (not isinstance(record, dict) or field not in record):
-                raise UserError(f"{_place(path, start)}: has no field {field!r}; set corpus.{key}")
+        for key, needed in self._needed:
+            if not isinstance(record, dict) or needed not in record:
+                place = _place(path, start)
+                raise UserError(f"{place}: has no field {needed!r}; set corpus.{key}")
         text = record[fields.text_field]
         prompt = record[fields.prompt_field] if fields.prompt_field else ""
         for field, value in ((fields.text_field, text), (fields.prompt_field, prompt)):

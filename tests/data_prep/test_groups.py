@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_groups import arrays_of, encoded
 
 from data_prep import shards
 from data_prep.groups import (
@@ -14,7 +15,6 @@ from data_prep.groups import (
     PackedGroup,
     PackedSequence,
     decode_group,
-    encode_group,
     npy_array,
 )
 from data_prep.layout import Layout, build_layout
@@ -60,7 +60,7 @@ def row_by_row(sample):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 9), prompts=st.booleans())
 def test_a_group_is_its_rows(seed, count, prompts):
-    sample = encode_group(made(seed, count, prompts=prompts))
+    sample = encoded(arrays_of(made(seed, count, prompts=prompts)))
     group, expected = decode_group(sample), row_by_row(sample)
     assert len(group) == len(expected) == len(list(group)) == count
     for one, other in zip(group, expected, strict=True):
@@ -114,7 +114,7 @@ def test_arrays_that_are_none_are_refused():
 
 
 def test_what_does_not_fit_together_is_refused():
-    sample = encode_group(made(3, 4, prompts=True))
+    sample = encoded(arrays_of(made(3, 4, prompts=True)))
     tokens, lengths, layouts, continued, prompts = (
         np.load(io.BytesIO(content)).astype(np.int64) for content in sample.values()
     )

@@ -33,7 +33,7 @@ def start(overrides, folder, workers):
 
 def wait_for_tasks(process, folder, count):
     deadline = time.monotonic() + 60
-    while len(list(folder.glob("tasks/*.npz"))) < count:
+    while len(list(folder.glob("tasks/*.rests"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)

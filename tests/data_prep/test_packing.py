@@ -5,13 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.packing import Packer, Piece, best_fit_decreasing
+from data_prep.packing import Packer, Piece, best_fit_decreasing, joined
 
 PAD = 0
 
 
 def pack(documents, length, window=8192):
-    packer = Packer(length, PAD, window)
+    packer = Packer(length, window)
     done = [one for document in documents for one in packer.add(Piece(document))]
     return [*done, *packer.finish()], packer
 
@@ -27,7 +27,12 @@ def numbered(lengths):
 
 def pieces_of(packed):
     starts = np.cumsum([0, *packed.document_lengths])
-    return [packed.tokens[a:b] for a, b in pairwise(starts)]
+    return [tokens_of(packed)[a:b] for a, b in pairwise(starts)]
+
+
+def tokens_of(packed):
+    length = sum(packed.document_lengths) + packed.padding
+    return joined([packed], length, PAD, np.dtype(np.int32))[0]
 
 
 @pytest.mark.parametrize("window", [1, 20, 8192])
@@ -41,11 +46,9 @@ def test_every_token_stands_once_and_in_order(seed, window):
 
     pieces = []
     for packed in sequences:
-        assert packed.tokens.shape == (length,)
-        assert packed.tokens.dtype == np.int32
         assert sum(packed.document_lengths) + packed.padding == length
         assert min(packed.document_lengths) >= 1
-        assert (packed.tokens[length - packed.padding :] == PAD).all()
+        assert (tokens_of(packed)[length - packed.padding :] == PAD).all()
         pieces += pieces_of(packed)
     # Tokens are numbered through all documents: the pieces, sorted, must be the documents, cut at
     # multiples of the length and nowhere else.
@@ -88,7 +91,7 @@ def test_the_longest_go_first_each_where_it_fits_best():
 
 
 def test_a_window_bounds_what_waits():
-    packer = Packer(10, PAD, window=3)
+    packer = Packer(10, window=3)
     first, second, third, fourth = numbered([6, 3, 4, 9])
     assert [*packer.add(Piece(first)), *packer.add(Piece(second))] == []
     assert [packed.document_lengths for packed in packer.add(Piece(third))] == [[6, 4], [3]]
@@ -101,7 +104,12 @@ def test_packing_is_deterministic():
     lengths = np.random.default_rng(1).integers(1, 200, size=300).tolist()
     first, second = (pack(numbered(lengths), 64)[0] for _ in range(2))
     assert [one.document_lengths for one in first] == [one.document_lengths for one in second]
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
+    tokens = [joined(made, 64, PAD, np.dtype(np.int32)) for made in (first, second)]
+    assert np.array_equal(*tokens)
+    assert tokens[0].shape == (len(first), 64)
+    assert all(
+        np.array_equal(row, tokens_of(one)) for row, one in zip(tokens[0], first, strict=True)
+    )
 
 
 def test_realistic_lengths_leave_little_padding():
@@ -124,7 +132,7 @@ def test_nothing_gives_nothing():
     assert pack([], 16)[0] == []
 
 
-@pytest.mark.parametrize("arguments", [(1, PAD), (16, PAD, 0)])
+@pytest.mark.parametrize("arguments", [(1,), (16, 0)])
 def test_bad_sizes_are_refused(arguments):
     with pytest.raises(ValueError, match="at least"):
         Packer(*arguments)

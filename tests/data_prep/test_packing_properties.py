@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.layout import build_layout
-from data_prep.packing import PACKINGS, Piece, best_fit_decreasing, make_packer
-from data_prep.split_writer import as_sequence
+from data_prep.groups import PackedGroup, group_arrays
+from data_prep.layout import aligned_tables, build_layout
+from data_prep.packing import PACKINGS, Piece, best_fit_decreasing, joined, make_packer
+from data_prep.split_writer import with_padding
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=150)
 PAD = 0
@@ -22,7 +23,7 @@ def documents_of(lengths):
 
 
 def packed(lengths, length, packing, window):
-    packer = make_packer(packing, length, PAD, np.dtype(np.uint16))
+    packer = make_packer(packing, length)
     packer.window = window
     documents = documents_of(lengths)
     done = [one for document in documents for one in packer.add(Piece(document))]
@@ -39,10 +40,11 @@ def test_every_token_stands_in_exactly_one_place(lengths, length, packing, windo
     firsts = set((np.cumsum([0, *lengths[:-1]]) + 1).tolist()) if lengths else set()
     found = []
     for one in sequences:
-        assert one.tokens.shape == (length,)
+        tokens = joined([one], length, PAD, np.dtype(np.uint16))[0]
+        assert tokens.tolist()[: length - one.padding] == [n for p in one.pieces for n in p.ids]
         assert sum(one.document_lengths) + one.padding == length
-        assert (one.tokens[length - one.padding :] == PAD).all()
-        for piece in one.pieces():
+        assert (tokens[length - one.padding :] == PAD).all()
+        for piece in one.pieces:
             ids = piece.ids.tolist()
             assert 1 <= len(ids) <= length
             assert ids == list(range(ids[0], ids[0] + len(ids))), "in order, of one document"
@@ -63,11 +65,21 @@ def test_every_token_stands_in_exactly_one_place(lengths, length, packing, windo
 @given(lengths=LENGTHS, length=st.integers(2, 32), block_size=st.integers(1, 9))
 def test_what_is_stored_fits_together(lengths, length, block_size):
     """Padding becomes a last document without a block; lengths add up."""
-    for one in packed(lengths, length, "best_fit", 50)[0]:
-        layout = build_layout(one.document_lengths, block_size)
-        sequence = as_sequence(one, layout)
+    sequences = packed(lengths, length, "best_fit", 50)[0]
+    if not sequences:
+        return
+    kind = np.dtype(np.uint16)
+    arrays = group_arrays(
+        joined(sequences, length, PAD, kind),
+        [with_padding(one) for one in sequences],
+        aligned_tables([one.document_lengths for one in sequences], block_size),
+        [[piece.continued for piece in one.pieces] for one in sequences],
+    )
+    for sequence, one in zip(PackedGroup(*arrays.values()), sequences, strict=True):
         assert int(sequence.document_lengths.sum()) == length
-        assert sequence.real_tokens(PAD) == length - one.padding == layout.num_slots
+        assert sequence.real_tokens(PAD) == length - one.padding == sequence.layout.num_slots
+        alone = build_layout(one.document_lengths, block_size)
+        assert np.array_equal(sequence.layout.table(), alone.table())
 
 
 @QUICK

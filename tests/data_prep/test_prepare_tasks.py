@@ -113,7 +113,7 @@ def test_what_a_task_left_must_be_whole(command, overrides, prepared, tmp_path, 
     if damage == "record":
         (place / "000000.json").write_text("{")
     elif damage == "rests":
-        (place / "000000.npz").unlink()
+        (place / "000000.rests").unlink()
     else:
         next(iter(sorted(place.glob("*.tar")))).write_bytes(b"half")
     assert command(*overrides, f"output_dir={folder}").code == 0

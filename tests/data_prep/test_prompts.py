@@ -151,7 +151,10 @@ def test_a_prompt_is_encoded_apart(tokenizer):
         Document("c", "headtail"),
     ]
     apart, alone, together = encode_documents(documents, tokenizer)
-    assert apart.ids.tolist() == [*tokenizer.encode("head"), *tokenizer.encode("tail")]
+    end = tokenizer.eos_id
+    assert apart.ids.tolist() == [*tokenizer.encode("head"), *tokenizer.encode("tail"), end]
+    assert together.ids.tolist() == [*tokenizer.encode("headtail"), end]
+    assert apart.ids.dtype == tokenizer.dtype
     assert apart.prompt_tokens == len(tokenizer.encode("head"))
     assert apart.text_bytes == together.text_bytes == 8
     assert (alone.prompt_tokens, together.prompt_tokens) == (0, 0)
@@ -160,7 +163,7 @@ def test_a_prompt_is_encoded_apart(tokenizer):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_cuts_divide_a_prompt(packing):
     """Token t of document d is 100 d + t, so that a piece says itself where it comes from."""
-    packer = make_packer(packing, 8, 0, np.dtype(np.uint16))
+    packer = make_packer(packing, 8)
     shapes = [(20, 11), (5, 5), (9, 0), (3, 1), (16, 16)]
     documents = [
         Piece(np.arange(100 * number, 100 * number + length), prompt=prompt)
@@ -168,7 +171,7 @@ def test_cuts_divide_a_prompt(packing):
     ]
     done = [one for document in documents for one in packer.add(document)]
     for one in [*done, *packer.finish()]:
-        for piece in one.pieces():
+        for piece in one.pieces:
             number, first = divmod(int(piece.ids[0]), 100)
             prompt = shapes[number - 1][1]
             assert piece.prompt == sum(t < prompt for t in range(first, first + len(piece.ids)))

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from packed_groups import groups_of
 
 from data_prep.errors import UserError
 from data_prep.layout import COLUMNS, build_layout
@@ -45,7 +46,7 @@ def padding_of(made):
 
 
 def write(path, made, group_size=4):
-    return write_shard(path, f"train/{path.name}", made, padding_of(made), group_size)[0]
+    return write_shard(path, f"train/{path.name}", groups_of(made, group_size), padding_of(made))[0]
 
 
 def assert_equal(read, made):
@@ -160,7 +161,7 @@ def test_the_bytes_are_those_of_pythons_own_tar_writer(tmp_path):
 
 def test_the_offsets_are_those_of_the_groups(tmp_path):
     path, made = tmp_path / "000000.tar", sequences(10)
-    _, offsets = write_shard(path, "train/000000.tar", made, padding_of(made), 4)
+    _, offsets = write_shard(path, "train/000000.tar", groups_of(made, 4), padding_of(made))
     assert offsets == group_offsets(path)
     assert len(offsets) == 4
     reader = ShardReader(path, offsets)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep.layout import build_layout
+from data_prep.layout import Layout, build_layout
 from data_prep.manifest import SPLITS
 from data_prep.packing import Packed, Piece
 from data_prep.settings import PrepareSettings
@@ -71,8 +71,15 @@ def pieces_of(sequence, pad_id):
 
 def as_packed(lengths):
     """Sequences of documents of these lengths, without tokens."""
-    none = np.zeros(0, dtype=np.uint16)
-    return [Packed(none, own, 0, [False] * len(own), [0] * len(own)) for own in lengths]
+    return [Packed([Piece(np.zeros(n, dtype=np.uint16)) for n in own], 0) for own in lengths]
+
+
+def layouts_of(own, key, packed):
+    """The layout of each sequence, out of the tables of all."""
+    tables, rows = stored_layouts(own, key, packed)
+    assert tables.dtype == np.int32
+    assert rows.sum() == len(tables)
+    return [Layout.from_table(table) for table in np.split(tables, np.cumsum(rows)[:-1])]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def test_layouts_of_a_shard_are_those_of_each_sequence_alone(tmp_path, choice):
     rng = np.random.default_rng(5)
     packed = [rng.integers(1, 30, size=rng.integers(1, 6)).tolist() for _ in range(50)]
     for split in SPLITS:
-        layouts = stored_layouts(own, (SPLITS.index(split), 6, 100), as_packed(packed))
+        layouts = layouts_of(own, (SPLITS.index(split), 6, 100), as_packed(packed))
         for number, (layout, one) in enumerate(zip(layouts, packed, strict=True)):
             stream = np.random.default_rng([3, SPLITS.index(split), 6, 100 + number])
             alone = build_layout(
@@ -105,7 +112,6 @@ def test_layouts_of_a_shard_are_those_of_each_sequence_alone(tmp_path, choice):
                 rng=stream,
             )  # fmt: skip
             assert np.array_equal(layout.table(), alone.table())
-            assert layout.table().dtype == np.int32
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
@@ -173,11 +179,11 @@ def test_block_sizes_are_drawn_with_their_shares(tmp_path, extra):
     own = settings(
         tmp_path, **{"layout.block_sizes": [2, 8], "layout.block_shares": [3, 1], **extra}
     )
-    layouts = stored_layouts(own, (0, 0, 0), as_packed([[64]] * 400))
+    layouts = layouts_of(own, (0, 0, 0), as_packed([[64]] * 400))
     longest = [int(layout.draft_lengths.max()) for layout in layouts]
     assert set(longest) == {2, 8}
     assert 0.68 < longest.count(2) / 400 < 0.82
-    again = stored_layouts(own, (0, 0, 200), as_packed([[64]] * 200))
+    again = layouts_of(own, (0, 0, 200), as_packed([[64]] * 200))
     assert [one.table().tolist() for one in again] == [
         one.table().tolist() for one in layouts[200:]
     ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from packed_groups import groups_of
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
@@ -110,7 +111,9 @@ def rewritten(folder, change):
     shards = list(manifest.train.shards)
     old = shards[1]
     sequences = change(list(read_shard(folder / SHARD)), manifest)
-    info, _ = write_shard(folder / SHARD, SHARD, sequences, old.padding, manifest.group_size)
+    info, _ = write_shard(
+        folder / SHARD, SHARD, groups_of(sequences, manifest.group_size), old.padding
+    )
     shards[1] = replace(info, tokens=old.tokens)
     replace(manifest, train=replace(manifest.train, shards=tuple(shards))).save(folder)
 
@@ -211,7 +214,9 @@ def test_tokens_inside_the_padding_are_named(folder):
     tokens[-1] = manifest.tokenizer.eos_id
     sequences[number] = replace(sequences[number], tokens=tokens)
     (old,) = (shard for shard in manifest.train.shards if shard.name == name)
-    info, _ = write_shard(folder / name, name, sequences, old.padding, manifest.group_size)
+    info, _ = write_shard(
+        folder / name, name, groups_of(sequences, manifest.group_size), old.padding
+    )
     shards = tuple(info if shard == old else shard for shard in manifest.train.shards)
     replace(manifest, train=replace(manifest.train, shards=shards)).save(folder)
     with pytest.raises(UserError, match="the padding holds other tokens") as caught:

@@ -8,12 +8,11 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep import workers
 from data_prep.corpora import open_corpus
 from data_prep.errors import UserError
 from data_prep.plan import make_tasks
 from data_prep.tasks import run_task
-from data_prep.workers import Worker, run_tasks
+from data_prep.workers import Work, Worker, Workers
 
 
 @pytest.fixture
@@ -43,23 +42,44 @@ def quiet(*_):
     """A report that nobody reads."""
 
 
-def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path, monkeypatch):
+def working(tokenizer_path, settings, corpus):
+    """A worker that has been told what to do with tasks."""
+    worker = Worker()
+    worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+    return worker
+
+
+def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path):
     settings, corpus, tasks = job
     made = []
-
-    class Watched(Worker):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            made.append(self.process)
-
-    monkeypatch.setattr(workers, "Worker", Watched)
 
     def kill(*_):
         os.kill(made[1].pid, signal.SIGKILL)
 
+    def run():
+        with Workers(2) as workers:
+            made.extend(worker.process for worker in workers.started)
+            workers.run(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+
     with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
-        run_tasks(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+        run()
     assert all(not process.is_alive() for process in made), "the others must not stay behind"
+
+
+def test_workers_stay_for_the_next_stage(job, tokenizer, tokenizer_path):
+    settings, corpus, tasks = job
+    folder = settings.output_dir / "tasks"
+    with Workers(2) as workers:
+        first = [worker.process.pid for worker in workers.started]
+        for _ in range(2):
+            workers.run(run_task, tasks, settings, corpus, tokenizer, tokenizer_path, quiet)
+            made = {path.name: path.read_bytes() for path in folder.iterdir()}
+            assert len([name for name in made if name.endswith(".json")]) == len(tasks)
+        assert [worker.process.pid for worker in workers.started] == first
+        assert len({os.getpid(), *first}) == 3
+    for task in tasks:
+        run_task(task, settings, corpus, tokenizer, quiet)
+    assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_path):
@@ -70,30 +90,33 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
         started.append(time.monotonic())
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_tasks(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+    with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+        workers.run(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
     assert time.monotonic() - started[0] < 5
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_ends_with_the_pipe(job, tokenizer_path):
-    """As the system closes it when the main process is killed."""
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_ends_with_the_pipe(job, tokenizer_path, which):
+    """As the system closes it when the main process is killed; none holds that of another."""
     settings, corpus, tasks = job
-    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
-    worker.send(tasks[0])
-    while worker.receive()[0] != "done":
-        pass
-    worker.pipe.close()
-    deadline = time.monotonic() + 10
-    while not gone(worker.process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    worker.process.join()
+    with Workers(2) as workers:
+        worker = workers.started[which]
+        worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+        worker.send(tasks[0])
+        while worker.receive()[0] != "done":
+            pass
+        worker.pipe.close()
+        deadline = time.monotonic() + 10
+        while not gone(worker.process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not gone(workers.started[1 - which].process.pid)
 
 
 def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
     settings, corpus, _ = job
-    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
+    worker = working(tokenizer_path, settings, corpus)
     worker.send(3)
     with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
         worker.receive()
@@ -110,13 +133,13 @@ def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_pa
     settings, corpus, tasks = job
     settings.output_dir.mkdir()
     (settings.output_dir / "tasks").write_text("a file where a folder goes")
-    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
+    worker = working(tokenizer_path, settings, corpus)
     worker.send(tasks[0])
     with pytest.raises(FileExistsError):
         ending(worker)
     worker.stop()
-    corpus.config = type(corpus.config)(path=corpus.config.path, text_field="body")
-    worker = Worker(run_task, settings, corpus, tokenizer_path, "plain")
+    corpus = type(corpus)(type(corpus.config)(path=corpus.config.path, text_field="body"))
+    worker = working(tokenizer_path, settings, corpus)
     worker.send(tasks[0])
     with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
         ending(worker)

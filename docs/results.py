@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, TWINS  # noqa: E402
+from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -230,26 +230,60 @@ def missing(results: Results) -> str:
     return f"Not run yet: {', '.join(absent)}."
 
 
+TEXTS = {
+    "stdlib": "the standard library of Python",
+    "installed": "the standard library and of the packages that this project installs, Python",
+}
+
+
 def origin(results: Results) -> str:
     """Text, machine, versions and dates of the experiments."""
     every = [result for by_seed in results.values() for result in by_seed.values()]
     first = every[0]
-    corpus, machine = first["corpus"], first["machine"]
+    machine = first["machine"]
     dates = sorted(result["date"][:10] for result in every)
     seconds = sum(result["training_seconds"] for result in every)
     packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
     loads = [result["machine"]["load_average"] for result in every]
     return (
-        f"Text: {corpus['documents']:,} files of the standard library of Python "
-        f"{corpus['python']}; {corpus['heldout_documents']} of them held out, after "
-        f"{corpus['heldout_dropped']} more were dropped because over "
-        f"{corpus['most_shared']:.0%} of their {corpus['ngram']}-grams of words stand in training "
-        f"files. Of those that stayed, {corpus['heldout_ngrams_shared']:.1%} do.\n\n"
+        f"{text_of(first['corpus'])}\n\n"
         f"Machine: {machine['cpu']}, {machine['cores']} cores of which a run had one thread, "
         f"Python {machine['python']}, {packages}. {len(every)} runs, {seconds / 3600:.1f} hours "
         f"of training, {dates[0]} to {dates[-1]}. Other work kept the cores busy (load average "
         f"{min(loads):.0f} to {max(loads):.0f}), so times of these runs say nothing; tokens per "
         "forward do not depend on them."
+    )
+
+
+def text_of(corpus: dict[str, Any]) -> str:
+    """Files, and what was held out of them."""
+    return (
+        f"Text: {corpus['documents']:,} files of {TEXTS[corpus['corpus']['name']]} "
+        f"{corpus['python']}; {corpus['heldout_documents']} of them held out, after "
+        f"{corpus['heldout_dropped']} more were dropped because over "
+        f"{corpus['most_shared']:.0%} of their {corpus['ngram']}-grams of words stand in training "
+        f"files. Of those that stayed, {corpus['heldout_ngrams_shared']:.1%} do."
+    )
+
+
+def larger(results: Results) -> str:
+    """The runs on the larger corpus, with the two ratios of the first table."""
+    if not results:
+        return "`python -m bench.experiments --corpus installed` has not been run yet."
+    bits = figure("bits_per_byte")
+    above = {
+        what: ratio_text(ratio(results, "published", twin, bits))
+        for twin, what in zip(
+            TWINS["published"], ("equal clean tokens", "equal compute"), strict=True
+        )
+    }
+    compared = ", ".join(f"{value} at {what}" for what, value in above.items())
+    first = next(iter(results["published"].values()))
+    command = f"python -m bench.experiments --corpus installed --scale {first['steps'] / STEPS:g}"
+    return (
+        f"{text_of(first['corpus'])} `published` has {first['steps']} steps here "
+        f"(`{command}`).\n\n"
+        f"Held-out bits per byte, `published` ÷ AR twin: {compared}.\n\n{recipes(results)}"
     )
 
 
@@ -324,6 +358,7 @@ def page(folder: Path = RESULTS) -> str:
         "findings": findings(results),
         "recipes": recipes(results),
         "missing": missing(results),
+        "larger": larger(load(folder, "installed")),
         "origin": origin(results),
         "benchmarks": benchmarks(folder),
         "gpu": gpu(folder),

@@ -1,4 +1,5 @@
-"""Writes docs/plans/*.txt, what each shipped experiment takes: `python docs/plans.py`.
+"""Writes docs/plans/*.txt, what each shipped experiment takes, and the largest one on long
+sequences: `python docs/plans.py`.
 
 The figures are those of tidar-plan; a test compares the files with what it says today.
 """
@@ -27,8 +28,11 @@ EXPERIMENTS = {
     "two_stage_1": ["plan.sequence_length=4096"],
     "two_stage_2": ["plan.sequence_length=4096"],
 }
+LONG = "tidar_8b_32k"
+"""Plans that are no experiments of their own: experiment, and overrides."""
+VARIANTS = {LONG: ("tidar_8b", ["plan.sequence_length=32768", "global_batch_size=64"])}
 GPUS = ("h100_80gb", "h200")
-NODES = {"tidar_100m": (1,), "ablation": (1, 8)}
+NODES = {"tidar_100m": (1,), "ablation": (1, 8), LONG: (1, 8)}
 ALL_NODES = (1, 8, 32)
 """Of 8 GPUs each: 8, 64 and 256."""
 
@@ -56,7 +60,8 @@ def row(overrides: list[str], gpus: int, gpu: str) -> str:
 
 def text(name: str) -> str:
     """A whole file: a line for each cluster, then all figures on the smallest."""
-    own = [f"experiment={name}", *EXPERIMENTS[name]]
+    experiment, overrides = VARIANTS.get(name) or (name, EXPERIMENTS[name])
+    own = [f"experiment={experiment}", *overrides]
     lines = [
         f"Written by docs/plans.py; do not edit. $ tidar-plan {' '.join(own)} cluster.gpu=... "
         "cluster.nodes=...",
@@ -77,5 +82,5 @@ def text(name: str) -> str:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for experiment in EXPERIMENTS:
+    for experiment in (*EXPERIMENTS, *VARIANTS):
         (FOLDER / f"{experiment}.txt").write_text(text(experiment), encoding="utf-8")

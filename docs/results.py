@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.experiments.runs import HEADLINE_SEEDS, RECIPE, RUNS  # noqa: E402
+from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, TWINS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -91,19 +91,18 @@ def wanted(results: Results) -> str:
         figure("expected_tokens_per_forward", "sampled"),
     )
     rows = []
-    for run in dict.fromkeys(("published", RECIPE)):
-        for twin, what in (("ar_tokens", "equal clean tokens"), ("ar_compute", "equal compute")):
+    for run, twins in TWINS.items():
+        for twin, what in zip(twins, ("equal clean tokens", "equal compute"), strict=True):
             values = ratio(results, run, twin, bits)
             rows.append(
                 [f"held-out bits per byte, `{run}` ÷ AR twin, {what}", "≤ 1.01",
                  ratio_text(values), verdict(values, lambda v: v <= 1.01)]
             )  # fmt: skip
-    if RECIPE != "published":
-        values = ratio(results, RECIPE, "published", expected)
-        rows.append(
-            [f"expected tokens per forward, `{RECIPE}` ÷ `published`, equal compute", "≥ 1.15",
-             ratio_text(values), verdict(values, lambda v: v >= 1.15)]
-        )  # fmt: skip
+    values = ratio(results, RECIPE, "published", expected)
+    rows.append(
+        [f"expected tokens per forward, `{RECIPE}` ÷ `published`, equal compute", "≥ 1.15",
+         ratio_text(values), verdict(values, lambda v: v >= 1.15)]
+    )  # fmt: skip
     return table(["figure", "wanted", "seen", ""], rows)
 
 
@@ -118,7 +117,8 @@ def verdict(values: list[float], reached: Callable[[float], bool]) -> str:
 def headline(results: Results) -> str:
     """Quality and speed of the twins, the published recipe and the one that does best."""
     rows = []
-    for name in dict.fromkeys(("ar_tokens", "ar_compute", "published", RECIPE)):
+    twins = sorted({twin for pair in TWINS.values() for twin in pair}, key=list(BY_NAME).index)
+    for name in (*twins, *TWINS):
         own = list(results.get(name, {}).values())
         if own:
             rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
@@ -206,7 +206,7 @@ def recipes(results: Results) -> str:
                 ]
             )
     return table(
-        ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ AR twin", "bits/byte",
+        ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte",
          "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "T/F, T = 1", "T/F, greedy",
          "distinct 4-grams, greedy"],
         rows,
@@ -296,16 +296,23 @@ def findings(results: Results) -> str:
     for run in RUNS:
         gains = ratio(results, run.name, "published", read)
         losses = ratio(results, run.name, "published", figure("ar_loss"))
-        if run.name not in ("published", RECIPE) and gains and run.start and not run.score_at:
-            lines.append(
-                (
-                    statistics.mean(gains),
-                    f"- `{run.name}` ({run.about}): {statistics.mean(gains) - 1:+.1%} expected "
-                    f"tokens per forward, {statistics.mean(losses) - 1:+.1%} AR loss.",
-                )
-            )
-    ordered = [line for _, line in sorted(lines, reverse=True)]
-    return "\n".join(["One change to `published` at a time, equal compute:", "", *ordered])
+        if run.name != "published" and gains and run.start and not run.score_at:
+            row = [
+                f"`{run.name}`: {run.about}", str(len(gains)), change(gains), change(losses)
+            ]  # fmt: skip
+            lines.append((statistics.mean(gains), row))
+    return table(
+        ["against `published`, equal compute", "seeds", "expected tokens per forward", "AR loss"],
+        [row for _, row in sorted(lines, reverse=True)],
+    )
+
+
+def change(ratios: list[float]) -> str:
+    """The mean of ratios as a change in percent, with its range where there are several."""
+    text = f"{statistics.mean(ratios) - 1:+.1%}"
+    if len(ratios) > 1:
+        text += f" ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
+    return text
 
 
 def page(folder: Path = RESULTS) -> str:

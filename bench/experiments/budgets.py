@@ -41,6 +41,8 @@ class Budgets:
             return self.base_steps
         if run.budget == "tokens":
             return self.reference_steps
+        if run.budget in BY_NAME:
+            return self.steps(BY_NAME[run.budget])
         allowed = self.flops_per_step(BY_NAME["published"]) * self.reference_steps
         if run.budget == "total":
             allowed += self.flops_per_step(BY_NAME["base"]) * self.base_steps

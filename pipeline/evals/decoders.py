@@ -1,10 +1,11 @@
 """The three decoders that a table of quality and speed compares, as in the published results."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
+from pipeline.evals.totals import fourgrams
 
 if TYPE_CHECKING:
     from pipeline.model.transformer import Transformer
@@ -32,21 +33,35 @@ class Cost:
     forwards: int = 0
     seconds: float = 0.0
     """Of decoding, one answer after the other."""
+    fourgrams: int = 0
+    distinct_fourgrams: int = 0
+    """Different ones within an answer, summed over answers."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
-            self.answers + other.answers,
-            self.tokens + other.tokens,
-            self.forwards + other.forwards,
-            self.seconds + other.seconds,
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
 
-    def rates(self) -> dict[str, float]:
-        """With tokens per forward and per second, prompts included; of one process."""
+    def add(self, tokens: Sequence[int], forwards: int, seconds: float) -> None:
+        """Count one answer."""
+        self.answers += 1
+        self.tokens += len(tokens)
+        self.forwards += forwards
+        self.seconds += seconds
+        count, distinct = fourgrams(tokens)
+        self.fourgrams += count
+        self.distinct_fourgrams += distinct
+
+    def rates(self) -> dict[str, float | None]:
+        """With tokens per forward and per second, prompts included, of one process; and the share
+        of distinct 4-grams, without which the first says little: repetition is easy to draft."""
+        sums = {f.name: getattr(self, f.name) for f in fields(self)}
+        count, distinct = sums.pop("fourgrams"), sums.pop("distinct_fourgrams")
         return {
-            **vars(self),
+            **sums,
             "tokens_per_forward": self.tokens / max(self.forwards, 1),
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "distinct_4grams": distinct / count if count else None,
         }
 
 

@@ -167,16 +167,14 @@ class TidarLM(TemplateLM):
             eos_id=self.eot_token_id,
         )
         tokens: list[int] = []
-        text = ""
-        cost.answers += 1
+        text, forwards = "", 0
         for new, _ in steps:
             tokens += new
-            cost.tokens += len(new)
-            cost.forwards += 1
+            forwards += 1
             text = self.tidar_tokenizer.decode(tokens)
             if any(stop in text for stop in stops):
                 break
-        cost.seconds += time.perf_counter() - started
+        cost.add(tokens, forwards, time.perf_counter() - started)
         return postprocess_generated_text(text, stops, None)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:

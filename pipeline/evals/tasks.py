@@ -127,7 +127,7 @@ def _costs(adapter: "TidarLM", world: World) -> dict[str, dict[str, Any]]:
 
 def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One column for each task, or for each decoder of a task that generates: its scores, and the
-    tokens per forward and second that they were made with."""
+    tokens per forward and second that they were made with, with the share of distinct 4-grams."""
     rows = []
     for task, scores in results["results"].items():
         made = {
@@ -137,7 +137,10 @@ def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({"task": task, **_numbers(scores)})
         for name, found in made.items():
             cost = found["generation"][task]
-            speed = {key: cost[key] for key in ("tokens_per_forward", "tokens_per_second")}
+            speed = {
+                key: cost[key]
+                for key in ("tokens_per_forward", "tokens_per_second", "distinct_4grams")
+            }
             rows.append(
                 {"task": task, "decoder": name, **_numbers(found["results"][task]), **speed}
             )

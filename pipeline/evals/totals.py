@@ -1,9 +1,16 @@
 """Sums over generations, from which the rates of the decode-speed eval are made."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from pipeline.decoding import Generation
+
+
+def fourgrams(tokens: Sequence[int]) -> tuple[int, int]:
+    """How many runs of four tokens there are, and how many different ones."""
+    grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
+    return len(grams), len(set(grams))
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class MethodTotals:
     @classmethod
     def of(cls, run: Generation, *, matches: bool) -> "MethodTotals":
         """The sums of one generation."""
-        grams = [tuple(run.tokens[i : i + 4]) for i in range(len(run.tokens) - 3)]
+        grams, distinct = fourgrams(run.tokens)
         reached: Counter[int] = Counter()
         accepted: Counter[int] = Counter()
         for count, drafts in zip(run.accepted, run.drafts, strict=True):
@@ -59,8 +66,8 @@ class MethodTotals:
             seconds=run.seconds,
             prefill_seconds=run.prefill_seconds,
             matches=int(matches),
-            fourgrams=len(grams),
-            distinct_fourgrams=len(set(grams)),
+            fourgrams=grams,
+            distinct_fourgrams=distinct,
             reached=reached,
             accepted=accepted,
         )

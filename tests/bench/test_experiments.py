@@ -91,6 +91,7 @@ def test_budgets_are_equal(data_dir):
             whole = allowed + cost["base"] * steps["base"] * (run.budget == "total")
             assert abs(cost[run.name] * steps[run.name] - whole) <= cost[run.name] / 2
     assert steps["ar_tokens"] == steps["published"] == 40
+    assert steps["ar_tokens_50"] == steps["kl_early_50"]
     assert cost["ar_tokens"] < cost["coverage_25"] < cost["coverage_50"] < cost["published"]
     assert cost["published"] < cost["kl"] == cost["tv"]
 

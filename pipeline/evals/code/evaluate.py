@@ -122,10 +122,7 @@ def _answer(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
         trust=decoder.trust, eos_id=tokenizer.eos_id, stop=StopStrings(tokenizer, problem.stops),
     )  # fmt: skip
-    cost.seconds += time.perf_counter() - started
-    cost.answers += 1
-    cost.tokens += len(made.tokens)
-    cost.forwards += made.forwards
+    cost.add(made.tokens, made.forwards, time.perf_counter() - started)
     return made.text or ""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 def code_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One column for each benchmark and decoder."""
-    shown = ("tokens_per_forward", "tokens_per_second", "problems", "timed_out")
+    shown = ("tokens_per_forward", "tokens_per_second", "distinct_4grams", "problems", "timed_out")
     return [
         {
             "benchmark": row["benchmark"],

@@ -155,8 +155,11 @@ def test_an_eval_from_end_to_end(data, tmp_path):
         assert row["scores"] == {"humaneval": {"pass@1": 0.5}}
         assert (row["problems"], row["answers"], row["tokens"]) == (2, 2, 18)
         method = "ar" if row["decoder"] == "ar" else "tidar"
-        forwards = generate(model, prompt, method=method, max_new_tokens=9).forwards
+        made = generate(model, prompt, method=method, max_new_tokens=9)
+        forwards = made.forwards
         assert row["forwards"] == 2 * forwards
+        grams = {tuple(made.tokens[i : i + 4]) for i in range(6)}
+        assert row["distinct_4grams"] == len(grams) / 6
         assert row["tokens_per_forward"] == 9 / forwards
         assert row["tokens_per_second"] == pytest.approx(18 / row["seconds"])
     table = code_rows(found)

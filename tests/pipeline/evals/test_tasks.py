@@ -63,7 +63,7 @@ def test_rows_for_the_table():
         "decoders": {
             "ar": {
                 "results": {"b": {"exact_match,strict": 0.25}},
-                "generation": {"b": Cost(1, 6, 6, 2.0).rates()},
+                "generation": {"b": Cost(1, 6, 6, 2.0, 3, 2).rates()},
             },
             "tidar_diffusion": {
                 "results": {"b": {"exact_match,strict": 0.5}},
@@ -71,13 +71,13 @@ def test_rows_for_the_table():
             },
         },
     }
-    speeds = ("tokens_per_forward", "tokens_per_second")
+    speeds = ("tokens_per_forward", "tokens_per_second", "distinct_4grams")
     assert task_rows(results) == [
         {"task": "a", "acc": 0.5},
         {"task": "b", "decoder": "ar", "exact_match,strict": 0.25}
-        | dict(zip(speeds, (1.0, 3.0), strict=True)),
+        | dict(zip(speeds, (1.0, 3.0, 2 / 3), strict=True)),
         {"task": "b", "decoder": "tidar_diffusion", "exact_match,strict": 0.5}
-        | dict(zip(speeds, (2.0, 4.0), strict=True)),
+        | dict(zip(speeds, (2.0, 4.0, None), strict=True)),
     ]
 
 

@@ -14,8 +14,12 @@ MAX_TEXT_BYTES = 64 << 20
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` when the block ends well, and not at all otherwise."""
+def written_atomically(path: Path, *, sync_folder: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` when the block ends well, and not at all otherwise.
+
+    Without `sync_folder` its name may be lost with the machine until the folder is synced, as the
+    next file in it does; what has a name is whole in any case.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The writer's name is in it: two machines may write the same file, and the last one wins.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
@@ -28,7 +32,8 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if sync_folder:
+        fsync_folder(path.parent)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

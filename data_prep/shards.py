@@ -49,7 +49,8 @@ def write_shard(
     hashed = _Hashed()
     offsets = []
     sequences = total = 0
-    with written_atomically(path) as file:
+    # The file beside it that lists the shard comes next, and syncs the folder for both.
+    with written_atomically(path, sync_folder=False) as file:
         hashed.file = file
         for number, group in enumerate(groups):
             offsets.append(hashed.size)

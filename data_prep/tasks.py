@@ -193,7 +193,7 @@ def _save_rests(
         arrays.append(np.concatenate([empty, *(piece.ids for piece in pieces)]))
         marks = [(len(piece.ids), piece.continued, piece.prompt) for piece in pieces]
         arrays.append(np.array(marks, dtype=np.int64).reshape(-1, 3))
-    with written_atomically(path) as file:
+    with written_atomically(path, sync_folder=False) as file:  # the record, next, syncs it
         for array in arrays:
             for part in npy_form(array):
                 file.write(part)

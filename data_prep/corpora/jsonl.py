@@ -5,12 +5,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO
+from typing import IO, Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
 from data_prep.corpora.files import File, find_files, open_binary, open_text_stream
 from data_prep.errors import UserError
 
+DECODER = json.JSONDecoder()
 PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
 COMPRESSED = (".gz", ".zst")
 UNPACKED = 4
@@ -81,7 +82,7 @@ class JsonlCorpus(Corpus):
 
     def _document(self, line: bytes, name: str, path: str, start: int) -> Document:
         try:
-            record = json.loads(line)
+            record = _parsed(line)
         except (ValueError, RecursionError) as error:  # malformed JSON and malformed UTF-8 alike
             place = _place(path, start)
             raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
@@ -101,6 +102,19 @@ class JsonlCorpus(Corpus):
                 f"{_place(path, start)}: field {fields.id_field!r} is null; mend or remove the line"
             )
         return Document(str(identity), text, prompt=prompt)
+
+
+def _parsed(line: bytes) -> Any:
+    """`json.loads(line)`, which for a short line spends more time on asking for its encoding and
+    for spaces around it than on its JSON."""
+    try:
+        text = line.decode()
+        record, end = DECODER.raw_decode(text)
+        if text[end:] in ("", "\n", "\r\n"):
+            return record
+    except ValueError:
+        pass  # json.loads says what is wrong, or finds another encoding
+    return json.loads(line)
 
 
 def _text_bytes(file: File) -> int:

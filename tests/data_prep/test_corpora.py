@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep.corpora import open_corpus
+from data_prep.corpora import jsonl, open_corpus
 from data_prep.errors import UserError
 
 RECORDS = [
@@ -99,6 +99,37 @@ def test_a_text_field_of_another_name(tmp_path):
     assert read(kind="jsonl", path=str(path), text_field="content", id_field="n")[0] == [
         ("7", "text")
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "a", "n": 123456789012345678901234567890}\r\n',
+        b' \t {"text": "a"} \t \n',
+        b'\xef\xbb\xbf{"text": "a"}\n',
+        '{"text": "zwei \u4e8c"}'.encode("utf-16"),
+        b'{"text": "\xed\xa0\xbd"}\n',
+        b'{"text": "\\ud83d \\u0000"}',
+        b'{"text": NaN, "text": -Infinity}\n',
+        b'{"text": "a"} {"text": "b"}\n',
+        b'{"text": "a"}\x0b\n',
+        b'{"text": "a\tb"}\n',
+        b'{"text": "\xff"}\n',
+        b"\xef\xbb\xbf\n",
+        b"\n",
+        b"",
+    ],
+)
+def test_a_line_means_what_json_takes_it_for(line):
+    """By way of Python's own `json.loads`, mistakes included."""
+
+    def by(reader):
+        try:
+            return "value", reader(line)
+        except ValueError as error:
+            return "mistake", str(error)
+
+    assert by(jsonl._parsed) == by(json.loads)
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from data_prep import files
 from data_prep.corpora import open_corpus
 from data_prep.errors import UserError
 from data_prep.plan import make_tasks
@@ -121,6 +122,21 @@ def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
     with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
         worker.receive()
     worker.stop()
+
+
+def test_all_that_a_task_left_has_its_name_on_the_disk(job, tokenizer, monkeypatch):
+    """The folder is synced once, behind the record, which comes last."""
+    settings, corpus, tasks = job
+    synced = []
+
+    def note(folder):
+        synced.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr(files, "fsync_folder", note)
+    run_task(tasks[0], settings, corpus, tokenizer, quiet)
+    (names,) = synced
+    assert {"000000.json", "000000.rests", "000000-000.tar"} <= set(names)
+    assert names == sorted(path.name for path in (settings.output_dir / "tasks").iterdir())
 
 
 def ending(worker):

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bench.data_memory import peak_of_preparation
 from bench.data_preparing import composed, prepare_folder, repeated_library, write_jsonl
 from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
+from bench.processes import by_two
 from bench.results import Outcome
 from data_prep.manifest import Manifest
 from data_prep.packing import Piece, joined, make_packer
@@ -105,7 +105,7 @@ def measure_preparation(
     variants = {
         alone: lambda: encode_all(tokenizer, texts),
         f"{model}, prepare with 1 worker": whole(1),
-        both: lambda: encode_by_two(tokenizer, texts),
+        both: lambda: by_two(lambda first: encode_all(tokenizer, texts[first::2])),
         f"{model}, prepare with 2 workers": whole(2),
     }
     samples = measured(variants, rounds, 1)
@@ -125,20 +125,6 @@ def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
     """In batches of about a megabyte, as preparation does."""
     for start in range(0, len(texts), 64):
         tokenizer.encode_batch(texts[start : start + 64])
-
-
-def encode_by_two(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """`encode_all` of every other text, by each of two copies of this process."""
-    context = get_context("fork")
-    halves = [
-        context.Process(target=encode_all, args=(tokenizer, texts[first::2])) for first in (0, 1)
-    ]
-    for process in halves:
-        process.start()
-    for process in halves:
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"a process that encoded ended with {process.exitcode}")
 
 
 def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:

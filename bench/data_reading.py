@@ -4,13 +4,13 @@ A bare webdataset decodes the arrays of each group of sequences and builds nothi
 the memory map; all others here give each sequence with its documents and its layout.
 """
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import webdataset
 
+from bench.processes import by_two
 from data_prep.groups import decode_group
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardReader
@@ -34,25 +34,6 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
         for number in range(sequences):
             tokens[number].copy()
 
-    def bare_webdataset(workers: int = 0) -> Callable[[], None]:
-        def read() -> None:
-            dataset = webdataset.WebDataset(
-                [str(path) for path in paths], shardshuffle=False, empty_check=False
-            ).decode()
-            loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
-            for sample in loader if workers else dataset:
-                assert len(sample["tokens.npy"])
-
-        return read
-
-    def webdataset_sequences() -> None:
-        dataset = webdataset.WebDataset(
-            [str(path) for path in paths], shardshuffle=False, empty_check=False
-        )
-        for sample in dataset:
-            for _ in decode_group(sample):
-                pass
-
     def by_offset() -> None:
         for path, offsets in zip(paths, manifest.shard_index(folder), strict=False):
             reader = ShardReader(path, offsets)
@@ -65,17 +46,6 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
         for number in range(rank, sequences, world_size):
             source[number]
 
-    def in_order_by_two() -> None:
-        # As two ranks of a machine: whole groups are read by both, sequences are shared out.
-        context = multiprocessing.get_context("fork")
-        workers = [context.Process(target=read_share, args=(rank, 2)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            if worker.exitcode:
-                raise RuntimeError(f"a reading process ended with {worker.exitcode}")
-
     def batches() -> None:
         source = SequenceSource(folder, manifest, manifest.train, seed=0)
         steps = step_batches(source, Share(MICRO_BATCH, 1, 0, 1), 0, with_slots=True)
@@ -85,15 +55,38 @@ def reading_variants(folder: Path, manifest: Manifest) -> tuple[dict[str, Callab
 
     variants = {
         "memory map of tokens": memory_map,
-        "webdataset, bare": bare_webdataset(),
-        "webdataset, bare, 2 worker processes": bare_webdataset(2),
-        "webdataset, same objects": webdataset_sequences,
+        "webdataset, bare": lambda: webdataset_arrays(paths),
+        "webdataset, bare, 2 worker processes": lambda: webdataset_arrays(paths, workers=2),
+        "webdataset, same objects": lambda: webdataset_sequences(paths),
         "by offset": by_offset,
         "sequences in order": lambda: read_share(0, 1),
-        "sequences in order, 2 processes": in_order_by_two,
+        # As two ranks of a machine: whole groups are read by both, sequences are shared out.
+        "sequences in order, 2 processes": lambda: by_two(lambda rank: read_share(rank, 2)),
         "training batches": batches,
     }
     return variants, sequences * length
+
+
+def webdataset_arrays(paths: list[Path], workers: int = 0) -> None:
+    """Decode the arrays of every group, in `workers` processes where there are any."""
+    dataset = open_webdataset(paths).decode()
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    for sample in loader if workers else dataset:
+        assert len(sample["tokens.npy"])
+
+
+def webdataset_sequences(paths: list[Path]) -> None:
+    """Make the sequences of every group, with their documents and layouts."""
+    for sample in open_webdataset(paths):
+        for _ in decode_group(sample):
+            pass
+
+
+def open_webdataset(paths: list[Path]) -> webdataset.WebDataset:
+    """The shards in order."""
+    return webdataset.WebDataset(
+        [str(path) for path in paths], shardshuffle=False, empty_check=False
+    )
 
 
 def write_flat(path: Path, shards: list[Path]) -> None:

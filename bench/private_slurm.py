@@ -210,7 +210,7 @@ def main() -> int:
             )
             cluster.daemons[1].wait()
         except KeyboardInterrupt:
-            pass
+            pass  # how it is ended
         finally:
             cluster.stop()
     return 0

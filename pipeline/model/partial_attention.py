@@ -70,7 +70,7 @@ def plain_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`part_gradients` by matrix products."""
     weights = _weights(_scores(query, key, bias), lse)
-    along = (grad * output).sum(-1, keepdim=True)
+    along = (grad.to(lse.dtype) * output).sum(-1, keepdim=True)
     scores_grad = (weights * (grad @ value.mT - along) / math.sqrt(query.shape[-1])).to(key.dtype)
     return scores_grad @ key, scores_grad.mT @ query, weights.to(grad.dtype).mT @ grad
 

@@ -9,6 +9,9 @@ from data_prep.errors import UserError
 from data_prep.files import read_text_checked
 from pipeline.model.rotary import check_scaling
 
+DRAFT_CELLS = ("linear", "mlp", "gru")
+ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,6 +45,23 @@ class ModelConfig:
     """Token that stands in every mask slot; None for a model that was never trained to draft."""
     block_size: int | None = None
     """K that the model was trained with, the default for decoding."""
+    draft_rank: int = 0
+    """Rank r of the sequential draft head (`pipeline.model.draft_head`); 0 is none."""
+    draft_cell: str = "gru"
+    """What the head remembers of the tokens before a place: one of `DRAFT_CELLS`."""
+    draft_width: int | None = None
+    """Width of the head's cell (`mlp`, `gru`); None takes `hidden_size`."""
+    adapter_rank: int = 0
+    """Rank of the low-rank updates that act on mask-slot rows alone; 0 is none."""
+    adapter_targets: tuple[str, ...] = ()
+    """The projections that have them, some of `ADAPTER_TARGETS`."""
+    own_mask_embedding: bool = False
+    """Mask slots have an embedding of their own, beside the matrix: training it leaves the AR half
+    as it is, even where the matrix is the LM head, too."""
+    causal_slots: bool = False
+    """A slot sees only earlier slots of its block, instead of all."""
+    linear_drafts: bool = False
+    """Blocks have 2K - 1 slots, and drafts may begin at any of the first K (linear drafting)."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim",
@@ -59,9 +79,28 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         check_scaling(self.rope_scaling)
+        # From JSON it comes as a list.
+        object.__setattr__(self, "adapter_targets", tuple(self.adapter_targets))
+        self._check_drafting()
         mask, rows = self.mask_token_id, self.vocab_size
         if mask is not None and rows is not None and not 0 <= mask < rows:
             raise ValueError(f"mask_token_id {mask} is outside vocab_size {rows}")
+
+    def _check_drafting(self) -> None:
+        for name in ("draft_rank", "adapter_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (none) or more, got {getattr(self, name)}")
+        if self.draft_cell not in DRAFT_CELLS:
+            known = ", ".join(DRAFT_CELLS)
+            raise ValueError(f"draft_cell must be one of {known}, got {self.draft_cell!r}")
+        if self.draft_width is not None and self.draft_width < 1:
+            raise ValueError(f"draft_width must be at least 1, got {self.draft_width}")
+        unknown = [name for name in self.adapter_targets if name not in ADAPTER_TARGETS]
+        if unknown:
+            known = ", ".join(ADAPTER_TARGETS)
+            raise ValueError(f"adapter_targets: no projection {unknown[0]!r}; known are {known}")
+        if self.linear_drafts and not self.draft_rank:
+            raise ValueError("linear_drafts needs a draft head; set draft_rank above 0")
 
     @property
     def family(self) -> str:
@@ -109,7 +148,10 @@ class ModelConfig:
 
     def without_drafting(self) -> "ModelConfig":
         """The same shape for a model that is not trained to draft."""
-        return replace(self, mask_token_id=None, block_size=None)
+        return replace(
+            self, mask_token_id=None, block_size=None, draft_rank=0, adapter_rank=0,
+            adapter_targets=(), own_mask_embedding=False, causal_slots=False, linear_drafts=False,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

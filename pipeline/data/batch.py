@@ -19,6 +19,38 @@ SLOT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
+class BlockRows:
+    """The blocks of a batch, for what goes through a block's places in order.
+
+    N blocks, K places of the longest. The labelled slots of the batch are those that are there
+    here, block by block and place by place.
+    """
+
+    slots: Tensor
+    """int64 [N, K]: the row of each place among B · (S + M); -1 where a short block has no more."""
+    starts: Tensor
+    """int64 [N]: the clean row whose logits are for place 0, which decoding has drawn before; -1
+    for a block at a document's start."""
+    before: Tensor
+    """int64 [N, K]: the token of the text before each place; 0 where there is none."""
+    alone: Tensor
+    """int64 [A]: blocks that are drafted once more without their slots. The rows for that follow
+    behind all others: place i of the a-th of them has row B · (S + M) + a · K + i."""
+
+    @property
+    def there(self) -> Tensor:
+        """bool [N, K]"""
+        return self.slots >= 0
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "BlockRows":
+        slots, starts, before, alone = (
+            field.to(device, non_blocking=non_blocking)
+            for field in (self.slots, self.starts, self.before, self.alone)
+        )
+        return BlockRows(slots, starts, before, alone)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch: the clean sections and, unless the objective is `ar`, the mask sections."""
 
@@ -29,21 +61,25 @@ class Batch:
     spans: Spans
     """The attention rule, int32 [B, S + M] each."""
     rows: Tensor
-    """int64 [N]: the labelled rows among B · (S + M), those of the AR loss first."""
+    """int64 [N]: the labelled rows among B · (S + M), those of the AR loss first, then slots; and
+    behind them the rows of blocks that are drafted without slots (`BlockRows.alone`)."""
     labels: Tensor
     """int64 [N]"""
     ar_labels: int
-    """How many of the N rows belong to the AR loss; the rest to the diffusion loss."""
+    """How many of the N rows belong to the AR loss."""
+    alone_labels: int
+    """How many belong to drafts without slots; what lies between belongs to the diffusion loss."""
     clean_tokens: int
     """Tokens of the clean sections without padding."""
     attention_pairs: int
     """Pairs of query and key that the rule allows, padding and spare slots left out."""
     digests: bytes
     """32 bytes a sequence (SHA-256 of its tokens and document lengths), concatenated."""
+    blocks: BlockRows
 
     @property
     def diffusion_labels(self) -> int:
-        return len(self.labels) - self.ar_labels
+        return len(self.labels) - self.ar_labels - self.alone_labels
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`; nothing is copied where they are there."""
@@ -53,7 +89,12 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "rows", "labels")
         }
-        return replace(self, spans=self.spans.to(device, non_blocking=True), **moved)
+        return replace(
+            self,
+            spans=self.spans.to(device, non_blocking=True),
+            blocks=self.blocks.to(device, non_blocking=True),
+            **moved,
+        )
 
 
 def section_length(sequence_length: int, coverage: float, block_size: int) -> int:
@@ -64,8 +105,13 @@ def section_length(sequence_length: int, coverage: float, block_size: int) -> in
     return min(sequence_length, math.ceil(slots / SLOT_MULTIPLE) * SLOT_MULTIPLE)
 
 
-def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) -> Batch:
+def make_batch(
+    sequences: ListOf[Sequence], mask_token_id: int, num_slots: int, alone_share: float = 0.0
+) -> Batch:
     """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
+
+    `alone_share` of the blocks that have text before them are drafted without slots as well; which
+    ones is a pure function of the sequence.
 
     Labels: a clean position predicts the next token of its document, a slot the token at its own
     position; padding and the last token of a document predict nothing, and tokens of a prompt are
@@ -77,6 +123,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
     position_ids = np.zeros((len(sequences), width), dtype=np.int64)
     spans = np.empty((3, len(sequences), width), dtype=np.int32)
     ar_rows, ar_labels, slot_rows, slot_labels = [], [], [], []
+    blocks = []
     pairs = 0
     for number, sequence in enumerate(sequences):
         layout = sequence.layout if num_slots else NO_BLOCKS
@@ -92,17 +139,90 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
         ar_labels.append(tokens[predicting + 1])
         slot_rows.append(first + length + np.arange(layout.num_slots))
         slot_labels.append(tokens[layout.slot_position])
+        blocks.append(_block_rows(tokens, layout, first))
+    digests = list(map(sequence_digest, sequences))
+    drawn = [
+        _draw_alone(own, digest, alone_share) for own, digest in zip(blocks, digests, strict=True)
+    ]
+    joined = _joined(blocks, drawn)
+    drafted = np.concatenate(slot_labels)
+    alone_rows, alone_labels = _alone_rows(joined, drafted, input_ids.size)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         spans=Spans(*(torch.from_numpy(part) for part in spans)),
-        rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows])),
-        labels=torch.from_numpy(np.concatenate([*ar_labels, *slot_labels])),
+        rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows, alone_rows])),
+        labels=torch.from_numpy(np.concatenate([*ar_labels, drafted, alone_labels])),
         ar_labels=sum(map(len, ar_labels)),
+        alone_labels=len(alone_labels),
         clean_tokens=sum(int(sequence.real_lengths.sum()) for sequence in sequences),
         attention_pairs=pairs,
-        digests=b"".join(map(sequence_digest, sequences)),
+        digests=b"".join(digests),
+        blocks=joined,
     )
+
+
+RowsOfBlocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""`slots`, `starts` and `before` of `BlockRows`."""
+
+
+def _block_rows(tokens: NDArray[np.int64], layout: Layout, first: int) -> RowsOfBlocks:
+    """Of one sequence, whose clean section begins at row `first`."""
+    lengths = layout.draft_lengths.astype(np.int64)
+    place = np.arange(lengths.max(initial=0))
+    there = place < lengths[:, None]
+    slots = first + len(tokens) + layout.slot_start[:, None] + place
+    last = layout.prefix_end.astype(np.int64) - 1
+    has_prefix = layout.prefix_end > layout.prefix_start
+    before = tokens[np.clip(last[:, None] + place, 0, len(tokens) - 1)]
+    known = there & (has_prefix[:, None] | (place > 0))
+    return (
+        np.where(there, slots, -1),
+        np.where(has_prefix, first + last, -1),
+        np.where(known, before, 0),
+    )
+
+
+def _draw_alone(blocks: RowsOfBlocks, digest: bytes, share: float) -> NDArray[np.int64]:
+    """Which blocks of a sequence are drafted without slots, by number; keyed by its digest."""
+    able = np.flatnonzero(blocks[1] >= 0)
+    if share == 0.0 or len(able) == 0:
+        return able[:0]
+    rng = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+    count = int(share * len(able) + rng.random())  # the share on average
+    return np.sort(rng.permutation(able)[:count])
+
+
+def _joined(parts: list[RowsOfBlocks], alone: list[NDArray[np.int64]]) -> BlockRows:
+    """The blocks of all sequences one below the other, filled up to the longest."""
+    longest = max(slots.shape[1] for slots, _, _ in parts)
+
+    def filled(x: NDArray[np.int64], value: int) -> NDArray[np.int64]:
+        missing = longest - x.shape[1]
+        return np.pad(x, ((0, 0), (0, missing)), constant_values=value)
+
+    slots = np.concatenate([filled(own, -1) for own, _, _ in parts])
+    starts = np.concatenate([own for _, own, _ in parts])
+    before = np.concatenate([filled(own, 0) for _, _, own in parts])
+    counts = [len(own) for _, own, _ in parts]
+    firsts = np.cumsum(counts) - counts
+    chosen = np.concatenate([own + first for own, first in zip(alone, firsts, strict=True)])
+    return BlockRows(*(torch.from_numpy(x) for x in (slots, starts, before, chosen)))
+
+
+def _alone_rows(
+    blocks: BlockRows, drafted: NDArray[np.int64], rows: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and labels of the drafts without slots, behind `rows` others; `drafted` are the labels
+    of the slots. There is none at place 0, which decoding has drawn before it drafts."""
+    there = blocks.there.numpy()
+    labels = np.zeros(there.shape, dtype=np.int64)
+    labels[there] = drafted
+    chosen = blocks.alone.numpy()
+    drafts = there[chosen]
+    drafts[:, :1] = False
+    number = rows + np.arange(drafts.size).reshape(drafts.shape)
+    return number[drafts], labels[chosen][drafts]
 
 
 def allowed_pairs(document_lengths: NDArray[np.integer], layout: Layout) -> int:

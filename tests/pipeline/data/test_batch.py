@@ -59,6 +59,60 @@ def test_rows_and_labels_are_the_rule(sequences):
     assert batch.position_ids[:, :12].tolist() == [list(range(12))] * 3
 
 
+def test_blocks_of_a_batch_one_place_at_a_time(sequences):
+    """Rows, the row that draws place 0, the tokens before, and the drafts without slots."""
+    share, slots = 0.7, 12
+    batch = make_batch(sequences, MASK, slots, share)
+    width, blocks = 12 + slots, batch.blocks
+    label_of = dict(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
+    number, longest, able = 0, blocks.slots.shape[1], []
+    for index, sequence in enumerate(sequences):
+        layout = sequence.layout
+        for block in range(layout.num_blocks):
+            start, prefix = layout.prefix_end[block], layout.prefix_start[block]
+            ar = index * width + start - 1 if start > prefix else -1
+            assert blocks.starts[number] == ar
+            able += [number] if ar >= 0 else []
+            for place in range(longest):
+                position = start + place
+                row = blocks.slots[number, place]
+                if position >= layout.draft_end[block]:
+                    assert row == -1
+                    continue
+                assert row == index * width + 12 + layout.slot_start[block] + place
+                assert label_of[int(row)] == sequence.tokens[position]
+                if position > prefix:
+                    assert blocks.before[number, place] == sequence.tokens[position - 1]
+            number += 1
+    assert number == len(blocks.slots)
+    alone = blocks.alone.tolist()
+    assert alone == sorted(set(alone))
+    assert set(alone) <= set(able), "those at a document's start have no row to begin from"
+    expected = [
+        (3 * width + order * longest + place, label_of[row])
+        for order, block in enumerate(alone)
+        for place in range(1, longest)
+        if (row := int(blocks.slots[block, place])) >= 0
+    ]
+    behind = len(batch.rows) - batch.alone_labels
+    found = list(zip(batch.rows[behind:].tolist(), batch.labels[behind:].tolist(), strict=True))
+    assert found == expected
+    assert batch.diffusion_labels == int(blocks.there.sum())
+
+
+def test_drafts_without_slots_are_the_wanted_share_of_blocks():
+    rng = np.random.default_rng(5)
+    many = [make_sequence(rng, [30], 0) for _ in range(200)]
+    counts = [len(make_batch([one], MASK, 30, 0.25).blocks.alone) for one in many]
+    # 9 of 10 blocks have text before them: 2 or 3 of them each time, 2.25 on average.
+    assert set(counts) == {2, 3}
+    assert abs(np.mean(counts) - 2.25) < 5 * np.std(counts) / len(counts) ** 0.5
+    assert not make_batch(many[:2], MASK, 30).alone_labels
+    again = make_batch(many[1:2], MASK, 30, 0.25).blocks.alone
+    beside = make_batch(many[:2], MASK, 30, 0.25).blocks.alone
+    assert again.tolist() == [n - 10 for n in beside.tolist() if n >= 10], "of a sequence alone"
+
+
 def test_a_prompt_is_seen_and_not_learnt():
     """Labels one position at a time: no token of a prompt is one, all behind it are as before."""
     rng, lengths, prompts = np.random.default_rng(3), [6, 5, 4], [3, 0, 4]

@@ -126,7 +126,21 @@ class ModelConfig:
         attention += 2 * head if self.qk_norm else 0
         layer = attention + 3 * width * self.intermediate_size + 2 * width
         embeddings = self.num_embeddings * width * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + width
+        return self.num_layers * layer + embeddings + width + self.num_draft_parameters
+
+    @property
+    def num_draft_parameters(self) -> int:
+        """Those of the sequential draft head; 0 without one."""
+        if not self.draft_rank:
+            return 0
+        size, rank = self.hidden_size, self.draft_rank
+        width = self.draft_width or size
+        cells = {
+            "linear": 2 * size * rank,
+            "mlp": 2 * size * width + width + width * rank,
+            "gru": 3 * width * (2 * size + width + 2) + width * (size + 1) + width * rank,
+        }
+        return cells[self.draft_cell] + rank * self.num_embeddings + size + size**2
 
     def with_tokens(self, vocab_size: int, mask_token_id: int, block_size: int) -> "ModelConfig":
         """This shape for a given tokenizer and block size; an explicit `vocab_size` is kept.

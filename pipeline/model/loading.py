@@ -16,7 +16,8 @@ from pipeline.model.opening import Opening, whole
 from pipeline.model.source import EMBEDDING, HEAD, Source, fill
 from pipeline.model.transformer import Transformer
 
-MAY_DIFFER = ("vocab_size", "max_positions", "mask_token_id", "block_size")
+DRAFT_HEAD = ("draft_rank", "draft_cell", "draft_width")
+MAY_DIFFER = ("vocab_size", "max_positions", "mask_token_id", "block_size", *DRAFT_HEAD)
 """Fields in which a run may differ from the weights it starts from."""
 SMALLEST_SHARE = 1e-4
 """Of the median norm of an embedding's rows: the mask token's below it is a mistake somewhere."""
@@ -89,8 +90,12 @@ class MaskEmbedding:
         return f"norm {self.norm:.3g}, median of all rows {self.median:.3g}"
 
 
-def load_into(model: Transformer, source: Source, opened: Opening = whole) -> MaskEmbedding | None:
+def load_into(
+    model: Transformer, source: Source, opened: Opening = whole, seed: int = 0
+) -> MaskEmbedding | None:
     """Fill `model` with the weights of `source`, whose shape has been checked.
+
+    A draft head that the source does not have is drawn from `seed`.
 
     The model may have more embedding rows, and a mask token where the weights have none. Rows that
     mean nothing yet (those added, and the mask token's) start as the mean of the source's rows, in
@@ -104,6 +109,12 @@ def load_into(model: Transformer, source: Source, opened: Opening = whole) -> Ma
     """
     fill(model, source, opened)
     config, rows = model.config, source.config.num_embeddings
+    if model.draft_head is not None and not source.config.draft_rank:
+        model.draft_head.reset(seed, opened)
+    elif model.draft_head is not None:
+        with torch.no_grad(), opened(model.draft_head.up.weight) as writes:
+            if writes:  # tokens that the source does not have
+                model.draft_head.up.weight[rows:].zero_()
     new = set(range(rows, config.num_embeddings))
     if config.mask_token_id is not None and source.config.mask_token_id is None:
         new.add(config.mask_token_id)
@@ -186,6 +197,14 @@ def check_shape(source: Source, config: ModelConfig) -> None:
             f"init_from: {source.folder} has vocab_size {rows}, the config has {asked_rows}; "
             f"set model.vocab_size={rows}, or more"
         )
+    if source.config.draft_rank:
+        for name in DRAFT_HEAD:
+            found, asked = getattr(source.config, name), getattr(config, name)
+            if found != asked:
+                raise UserError(
+                    f"init_from: {source.folder} has a draft head with {name} {found}, the config "
+                    f"has {asked}; set model.{name}={_spelled(found)}"
+                )
     trained, mask = source.config.mask_token_id, config.mask_token_id
     if trained is not None and mask is not None and trained != mask:
         raise UserError(
@@ -195,6 +214,8 @@ def check_shape(source: Source, config: ModelConfig) -> None:
 
 
 def _spelled(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -16,6 +16,8 @@ from pipeline.model.transformer import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+BY_TOKEN = (EMBEDDING, HEAD, "draft_head.up.weight")
+"""Matrices with a row for each token."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
     targets = dict(model.named_parameters(remove_duplicate=False))
     tied = model.config.tie_embeddings
     pending = set(targets) - ({HEAD} if tied else set())
+    if not source.config.draft_rank:  # a new one is not read but drawn
+        pending = {name for name in pending if not name.startswith("draft_head.")}
     head: NamedWeight | None = None
     for weight in source.weights(dtype):
         if tied and weight.name == HEAD:
@@ -72,7 +76,9 @@ def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
                 f"{weight.file}: holds tensor {weight.name}, which this architecture "
                 f"({model.config.family}) does not have"
             )
-        rows = source.config.num_embeddings if weight.name in (EMBEDDING, HEAD) else None
+        rows = (
+            source.config.num_embeddings if weight.name in (EMBEDDING, HEAD, DRAFT_MATRIX) else None
+        )
         copy_rows(targets[weight.name], weight, rows, opened)
         pending.discard(weight.name)
     if pending:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
+from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
 from pipeline.model.opening import Opening, whole
 from pipeline.model.rotary import rotary_table, rotate
 
@@ -158,6 +159,8 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config.hidden_size, config.num_embeddings, bias=False)
+        self.draft_head = DraftHead(config) if config.draft_rank else None
+        """Makes drafts sequential; None where a block's places are drawn independently."""
         self._tie()
 
     @classmethod
@@ -181,6 +184,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         rows: Tensor | None = None,
         then: Finish | None = None,
+        blocks: BlockRows | None = None,
     ) -> Any:
         """Logits of a forward pass; with `input_ids` alone, of a plain causal one.
 
@@ -193,16 +197,46 @@ class Transformer(nn.Module):
             rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there.
             then: what to make of the final hidden states [B·L, E] and the LM head's matrix [V, E]
                 instead of logits; training passes its loss, whose logits never stand whole.
+            blocks: for `then` of a model with a draft head, where blocks stand: hidden states and
+                matrix are then `[h | z]` and `[W | B]`, with the rows of drafts without slots
+                behind the others (`pipeline.model.draft_head`).
 
         Returns:
             Logits [B, L, V], or [N, V] with `rows`; or what `then` returns.
         """
         hidden = self.hidden(input_ids, position_ids, mask, cache)
+        if then is not None and self.draft_head is not None and blocks is not None:
+            return self._finish_drafts(self.drafts(hidden.flatten(0, 1), blocks), then)
         if then is not None:
             return self.lm_head(hidden.flatten(0, 1), then)
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
         return self.lm_head(hidden)
+
+    def drafts(self, hidden: Tensor, blocks: BlockRows) -> DraftRows:
+        """Final hidden states [R, E] of a joint forward with what the draft head adds to them."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        drafts: DraftRows = self.draft_head(hidden, blocks, self.model.embed_tokens)
+        return drafts
+
+    def draft_logits(self, drafts: DraftRows, rows: Tensor) -> Tensor:
+        """Logits [N, V] of the rows [N] among `drafts`."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        logits: Tensor = self.lm_head(drafts.hidden[rows]) + self.draft_head.up(drafts.z[rows])
+        return logits
+
+    def _finish_drafts(self, drafts: DraftRows, then: Finish) -> Any:
+        """`then` of `[h | z]` and `[W | B]`, with both matrices whole."""
+        head = self.draft_head
+        assert head is not None
+
+        def with_head(hidden: Tensor, weight: Tensor) -> Any:
+            def with_both(z: Tensor, low: Tensor) -> Any:
+                return then(torch.cat([hidden, z], dim=1), torch.cat([weight, low], dim=1))
+
+            return head.up(drafts.z, with_both)
+
+        return self.lm_head(drafts.hidden, with_head)
 
     def hidden(
         self,
@@ -247,6 +281,8 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
+            if name.startswith("draft_head."):
+                continue  # drawn last, so that the others do not depend on there being a head
             with torch.no_grad(), opened(parameter) as writes:
                 if not writes:
                     continue
@@ -259,4 +295,6 @@ class Transformer(nn.Module):
                     deviation = residual if writes_residual else 0.02
                     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
+        if self.draft_head is not None:
+            self.draft_head.reset(seed, opened)
         return self

@@ -161,6 +161,7 @@ def accumulate(
             position_ids=batch.position_ids,
             mask=mask,
             then=partial(head_loss, targets=targets),
+            blocks=batch.blocks,
         )
         engine.backward(loss * parts)
         total += sums

@@ -76,9 +76,7 @@ def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
                 f"{weight.file}: holds tensor {weight.name}, which this architecture "
                 f"({model.config.family}) does not have"
             )
-        rows = (
-            source.config.num_embeddings if weight.name in (EMBEDDING, HEAD, DRAFT_MATRIX) else None
-        )
+        rows = source.config.num_embeddings if weight.name in BY_TOKEN else None
         copy_rows(targets[weight.name], weight, rows, opened)
         pending.discard(weight.name)
     if pending:

@@ -4,10 +4,10 @@ With a vocabulary of 151,936 the logits of one sequence of 4096 tokens and its m
 5 GB in fp32, and a plain cross entropy holds them three times. Here each piece of rows goes
 through the head, gives its loss, and, since the weight of each row in the global loss is known
 beforehand, at once its gradients; then its logits are gone. Nothing is computed twice.
-Letters: R rows of a batch, N labelled ones, P of them slots, n rows of a piece, E hidden size,
-V vocabulary.
+Letters: R rows of a batch, N labelled ones, n rows of a piece, E hidden size, V vocabulary.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 the matrix product busy."""
 FEWEST_ROWS = 128
 """A piece has at least so many, or all."""
-SUMS = ("loss", "ar", "diffusion", "overlap")
+SUMS = ("loss", "ar", "diffusion", "overlap", "alone")
 """What `head_loss` sums up, in this order; see `Sums`."""
 
 
@@ -39,6 +39,8 @@ class Sums:
     """Plain cross entropy of the slots, in nats."""
     overlap: Tensor
     """sum_v min(p_v, q_v) over slots that have a verifier; 0 unless the objective asks for p."""
+    alone: Tensor
+    """Plain cross entropy of drafts without slots, in nats."""
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor,
         targets: which rows have which labels, and what each counts.
 
     Returns:
-        The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [4].
+        The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [5].
     """
     return _HeadLoss.apply(hidden, weight, targets)
 
@@ -110,15 +112,15 @@ class _Gradients:
 @dataclass(frozen=True)
 class _Scored:
     sums: Tensor
-    """fp32 [4], as `SUMS`."""
+    """fp32 [5], as `SUMS`."""
     slope: Tensor
     """Gradient of the logits, fp32 [n, V]."""
 
 
 def piece_slices(targets: Targets, vocabulary: int, device: str) -> list[slice]:
-    """The labelled rows in pieces, none of which mixes AR rows and slots."""
+    """The labelled rows in pieces, none of which mixes sections."""
     size = max(FEWEST_ROWS, PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"]) // vocabulary)
-    ends = (0, targets.ar_labels, len(targets.labels))
+    ends = (0, *targets.ends)
     return [
         slice(start, min(start + size, end))
         for begin, end in pairwise(ends)
@@ -158,13 +160,17 @@ def _score(own: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: 
     draft.scatter_add_(1, labels[:, None], slope_of_labels[:, None])
     if expected is not None:
         draft.add_(slope)
-    zero = torch.zeros_like(share[:1]).sum()
-    kinds = (plain.sum(), zero) if part.start < targets.ar_labels else (zero, plain.sum())
-    return _Scored(torch.stack([(share * losses).sum(), *kinds, overlap.sum()]), draft)
+    sums = torch.zeros(len(SUMS), device=share.device)
+    sums[0] = (share * losses).sum()
+    section = bisect_right(targets.ends, part.start)
+    sums[SUMS.index(("ar", "diffusion", "alone")[section])] = plain.sum()
+    if section == 1:
+        sums[SUMS.index("overlap")] = overlap.sum()
+    return _Scored(sums, draft)
 
 
 def _verifier(hidden: Tensor, weight: Tensor, targets: Targets, part: slice) -> Tensor:
-    """p: the AR distribution of each slot's position, fp32 [n, V]; taken as given, no gradient."""
+    """p: the AR distribution of each draft's position, fp32 [n, V]; taken as given, no gradient."""
     rows = targets.verifiers_of(part)
     return torch.softmax((hidden[rows.clamp(min=0)] @ weight.T).float(), 1)
 

@@ -3,11 +3,17 @@
     L = (alpha · mean CE_AR + mean CE_diffusion) / (1 + alpha)
 
 Each mean is over that section's labelled tokens of the *global* batch, so the gradient does not
-depend on how the batch was divided. Source: TiDAR (arXiv 2511.08923), section 3.1.
+depend on how the batch was divided. Source: TiDAR (arXiv 2511.08923), section 3.1. A model with a
+draft head drafts some blocks without their slots as well; their mean joins with a weight of its
+own, rho:
+
+    L = (alpha · mean CE_AR + mean CE_diffusion + rho · mean CE_alone) / (1 + alpha + rho)
+
 `loss_sums` and `joint_loss` state the published objective on whole logits; training computes the
 same, and its variants, piece by piece (`head_loss.py`).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -25,7 +31,8 @@ class ObjectiveConfig:
 
     name: str = "tidar"
     alpha: float = 1.0
-    """Weight of the AR term against the diffusion term; without effect for `ar`."""
+    """Weight of the AR term against the diffusion term, 0 or more: 3.3 counts the diffusion term
+    0.3 times as much as the AR term. Without effect for `ar`."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over the vocabulary."""
     position_decay: float = 1.0
@@ -40,6 +47,11 @@ class ObjectiveConfig:
     """Optimizer steps before the distance counts at all."""
     agreement_ramp_steps: int = 0
     """Optimizer steps over which w grows from 0 to `agreement_weight`, linearly."""
+    alone_weight: float = 1.0
+    """rho, the weight of drafts without slots against the diffusion term; where a batch has none
+    (no draft head) it counts as 0."""
+    alone_share: float = 0.25
+    """Share of the blocks that a model with a draft head drafts without slots as well."""
 
     def __post_init__(self) -> None:
         if self.name not in ("tidar", "ar"):
@@ -47,8 +59,11 @@ class ObjectiveConfig:
         if self.agreement not in AGREEMENTS:
             known = ", ".join(AGREEMENTS)
             raise ValueError(f"agreement must be one of {known}, got {self.agreement!r}")
-        for name, upper in (("alpha", 1.0), ("agreement_weight", 1.0)):
-            if not 0.0 <= getattr(self, name) <= upper:
+        for name in ("alpha", "alone_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("agreement_weight", "alone_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")

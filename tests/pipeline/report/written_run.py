@@ -49,6 +49,7 @@ def metric(step: int, objective: str, rng: random.Random) -> dict[str, Any]:
         "loss": (ar + diffusion) / 2 if tidar else ar,
         "loss_ar": ar,
         "loss_diffusion": diffusion if tidar else None,
+        "loss_alone": None,
         "learning_rate": 2e-3 * min(1, step / 20) * (0.55 + 0.45 * math.cos(math.pi * step / 400)),
         "grad_norm": 0.6 + 2 * math.exp(-step / 30) + abs(rng.gauss(0, 0.1)),
         "tokens": 4096 * step,

@@ -39,6 +39,7 @@ def steps(first: int, last: int) -> Iterator[StepMetrics]:
             loss=4.0 / step,
             loss_ar=3.0 / step,
             loss_diffusion=5.0 / step if step % 2 else None,
+            loss_alone=6.0 / step if step % 2 else None,
             learning_rate=1e-3 * step,
             grad_norm=0.1 * step,
             tokens=100 * step,

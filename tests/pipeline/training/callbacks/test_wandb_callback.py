@@ -61,8 +61,8 @@ def check_equal(run_dir: Path, logged: dict[int, dict]) -> None:
     """W&B's history holds every number of the metrics file and of the eval file, and no other."""
     groups = {
         "train": (
-            "loss", "loss_ar", "loss_diffusion", "learning_rate", "grad_norm",
-            "mask_embedding_norm",
+            "loss", "loss_ar", "loss_diffusion", "loss_alone", "learning_rate",
+            "grad_norm", "mask_embedding_norm",
         ),
         "data": ("sequences_seen", "data_digest", "data_wait_seconds"),
         "system": (

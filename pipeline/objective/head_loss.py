@@ -66,12 +66,13 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(SUMS), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight) if any(ctx.needs_input_grad[:2]) else None
+        needs, learns = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
+        gradients = _Gradients(hidden, weight, learns) if needs else None
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
             own = hidden[targets.rows[part]]
             scored = _score(own, hidden, weight, targets, part)
             sums += scored.sums
-            if gradients is not None:
+            if gradients is not None and (targets.ar_counts or part.start >= targets.ar_labels):
                 gradients.add(targets.rows[part], own, weight, scored.slope)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(sums)
@@ -79,21 +80,20 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
         found, ctx.gradients = ctx.gradients, None
-        return (
-            found.hidden.mul_(upstream.to(found.hidden.dtype)),
-            found.weight.mul_(upstream).to(found.weight_dtype),
-            None,
-        )
+        matrix = found.weight
+        if matrix is not None:
+            matrix = matrix.mul_(upstream).to(found.weight_dtype)
+        return found.hidden.mul_(upstream.to(found.hidden.dtype)), matrix, None
 
 
 class _Gradients:
-    """Gradients of the loss, collected piece by piece; that of the matrix in fp32."""
+    """Gradients of the loss, collected piece by piece; that of the matrix in fp32, if it learns."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, learns: bool) -> None:
         self.hidden = torch.zeros_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         self.weight_dtype = weight.dtype
 
     def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
@@ -101,6 +101,8 @@ class _Gradients:
         gradient of their logits."""
         slope = slope.to(weight.dtype)
         self.hidden[rows] = slope @ weight
+        if self.weight is None:
+            return
         if weight.dtype == torch.float32:
             torch.addmm(self.weight, slope.T, own, out=self.weight)
         else:

@@ -51,9 +51,9 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
     batch = make_batch([sequence], mask_token_id or 0, num_slots)
-    mask = training_mask(batch.spans, device)
+    mask, clean = training_mask(batch.spans, device), batch.spans.clean_tokens
     batch = batch.to(device)
-    hidden = model.hidden(batch.input_ids, batch.position_ids, mask)[0]
+    hidden = model.hidden(batch.input_ids, batch.position_ids, mask, clean=clean)[0]
     losses = [
         F.cross_entropy(
             model.lm_head(hidden[batch.rows[part]]).float(), batch.labels[part], reduction="none"

@@ -31,6 +31,8 @@ class Targets:
     """`none`, `tv` or `kl`."""
     agreement_weight: float
     smoothing: float
+    ar_counts: bool = True
+    """Whether the rows of the AR loss count in the loss; else they are only measured."""
 
     def verifiers_of(self, part: slice) -> Tensor:
         """Of the slots among the labelled rows `part`."""
@@ -76,6 +78,7 @@ def make_targets(
         agreement=objective.agreement if compares else "none",
         agreement_weight=objective.agreement_weight,
         smoothing=objective.label_smoothing,
+        ar_counts=ar > 0,
     )
 
 

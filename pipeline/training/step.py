@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
-from pipeline.model.attention import training_mask
+from pipeline.model.attention import section_masks, training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import draft_weights, make_targets
@@ -151,9 +151,11 @@ def accumulate(
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+    make_mask = section_masks if engine.module.frozen_base else training_mask
     for batch in batches:
         # From the host's copy of the rule.
-        mask = training_mask(batch.spans, world.device, attention)
+        mask = make_mask(batch.spans, world.device, attention)
+        clean = batch.spans.clean_tokens
         batch = batch.to(world.device)
         targets = make_targets(batch, objective, counts.ar_labels, counts.draft_weight)
         loss, sums = engine(
@@ -161,6 +163,7 @@ def accumulate(
             position_ids=batch.position_ids,
             mask=mask,
             then=partial(head_loss, targets=targets),
+            clean=clean,
         )
         engine.backward(loss * parts)
         total += sums

@@ -142,13 +142,13 @@ class ModelConfig:
 
     @property
     def num_drafting_parameters(self) -> int:
-        """Those that act on mask slots alone; a frozen base trains no others."""
+        """Those that only draft; a frozen base trains no others."""
         own = self.hidden_size if self.own_mask_embedding else 0
-        return self.num_layers * self.adapter_elements + own
+        return self.num_layers * self.adapter_elements + own + self.num_draft_parameters
 
     @property
     def num_base_parameters(self) -> int:
-        """Those of the model without weights for mask slots alone."""
+        """Those of the model without weights that only draft."""
         width, head = self.hidden_size, self.head_dim
         query, key_value = self.num_heads * head, self.num_kv_heads * head
         attention = width * (query + 2 * key_value) + query * width
@@ -157,6 +157,20 @@ class ModelConfig:
         layer = attention + 3 * width * self.intermediate_size + 2 * width
         embeddings = self.num_embeddings * width * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + width
+
+    @property
+    def num_draft_parameters(self) -> int:
+        """Those of the sequential draft head; 0 without one."""
+        if not self.draft_rank:
+            return 0
+        size, rank = self.hidden_size, self.draft_rank
+        width = self.draft_width or size
+        cells = {
+            "linear": 2 * size * rank,
+            "mlp": 2 * size * width + width + width * rank,
+            "gru": 3 * width * (2 * size + width + 2) + width * (size + 1) + width * rank,
+        }
+        return cells[self.draft_cell] + rank * self.num_embeddings + size + size**2
 
     def with_tokens(self, vocab_size: int, mask_token_id: int, block_size: int) -> "ModelConfig":
         """This shape for a given tokenizer and block size; an explicit `vocab_size` is kept.

@@ -118,9 +118,15 @@ def load_into(
     """
     config, fresh = model.config, fresh_names(model, source.config)
     fill(model, source, opened, fresh)
-    model.initialize_drafting(seed, fresh, opened)
+    model.initialize_adapters(seed, fresh, opened)
     rows, mask, own = source.config.num_embeddings, config.mask_token_id, model.model.mask_embedding
     trained = source.config.mask_token_id is not None
+    if model.draft_head is not None and not source.config.draft_rank:
+        model.draft_head.reset(seed, opened)
+    elif model.draft_head is not None:
+        with torch.no_grad(), opened(model.draft_head.up.weight) as writes:
+            if writes:  # tokens that the source does not have
+                model.draft_head.up.weight[rows:].zero_()
     new = set(range(rows, config.num_embeddings))
     if mask is not None and not trained and own is None:
         new.add(mask)
@@ -247,7 +253,9 @@ def _spelled(value: object) -> str:
     """As a user writes it on the command line."""
     if isinstance(value, tuple):
         return "[" + ",".join(map(str, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _mean(weight: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,8 @@ from pipeline.model.transformer import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+BY_TOKEN = (EMBEDDING, HEAD, "draft_head.up.weight")
+"""Matrices with a row for each token."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def fill(
                 f"{weight.file}: holds tensor {weight.name}, which this architecture "
                 f"({model.config.family}) does not have"
             )
-        rows = source.config.num_embeddings if weight.name in (EMBEDDING, HEAD) else None
+        rows = source.config.num_embeddings if weight.name in BY_TOKEN else None
         copy_rows(targets[weight.name], weight, rows, opened)
         pending.discard(weight.name)
     if pending:

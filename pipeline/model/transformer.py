@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.adapters import adapter_for, initial_value, is_drafting, project
+from pipeline.model.adapters import adapter_for, initial_value, is_drafting, is_of_head, project
 from pipeline.model.attention import Mask, SectionMasks, attend
 from pipeline.model.config import ModelConfig
+from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
 from pipeline.model.opening import Opening, whole
 from pipeline.model.rotary import rotary_table, rotate
 
@@ -243,6 +244,8 @@ class Transformer(nn.Module):
         self.lm_head = Head(config.hidden_size, config.num_embeddings, bias=False)
         self.frozen_base = False
         """Whether only what drafts learns; see `freeze_base`."""
+        self.draft_head = DraftHead(config) if config.draft_rank else None
+        """Makes drafts sequential; None where a block's places are drawn independently."""
         self._tie()
 
     @classmethod
@@ -267,6 +270,7 @@ class Transformer(nn.Module):
         rows: Tensor | None = None,
         then: Finish | None = None,
         clean: int | None = None,
+        blocks: BlockRows | None = None,
     ) -> Any:
         """Logits of a forward pass; with `input_ids` alone, of a plain causal one.
 
@@ -282,16 +286,46 @@ class Transformer(nn.Module):
                 instead of logits; training passes its loss, whose logits never stand whole.
             clean: how many rows of each sequence are clean; those behind them are mask slots, and
                 adapters act on them. None is all.
+            blocks: for `then` of a model with a draft head, where blocks stand: hidden states and
+                matrix are then `[h | z]` and `[W | B]`, with the rows of drafts without slots
+                behind the others (`pipeline.model.draft_head`).
 
         Returns:
             Logits [B, L, V], or [N, V] with `rows`; or what `then` returns.
         """
         hidden = self.hidden(input_ids, position_ids, mask, cache, clean)
+        if then is not None and self.draft_head is not None and blocks is not None:
+            return self._finish_drafts(self.drafts(hidden.flatten(0, 1), blocks), then)
         if then is not None:
             return self.lm_head(hidden.flatten(0, 1), then)
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
         return self.lm_head(hidden)
+
+    def drafts(self, hidden: Tensor, blocks: BlockRows) -> DraftRows:
+        """Final hidden states [R, E] of a joint forward with what the draft head adds to them."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        drafts: DraftRows = self.draft_head(hidden, blocks, self.model.embed_tokens)
+        return drafts
+
+    def draft_logits(self, drafts: DraftRows, rows: Tensor) -> Tensor:
+        """Logits [N, V] of the rows [N] among `drafts`."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        logits: Tensor = self.lm_head(drafts.hidden[rows]) + self.draft_head.up(drafts.z[rows])
+        return logits
+
+    def _finish_drafts(self, drafts: DraftRows, then: Finish) -> Any:
+        """`then` of `[h | z]` and `[W | B]`, with both matrices whole."""
+        head = self.draft_head
+        assert head is not None
+
+        def with_head(hidden: Tensor, weight: Tensor) -> Any:
+            def with_both(z: Tensor, low: Tensor) -> Any:
+                return then(torch.cat([hidden, z], dim=1), torch.cat([weight, low], dim=1))
+
+            return head.up(drafts.z, with_both)
+
+        return self.lm_head(drafts.hidden, with_head)
 
     def hidden(
         self,
@@ -339,7 +373,7 @@ class Transformer(nn.Module):
         Normal with deviation 0.02, the projections that write into the residual stream scaled down
         by sqrt(2 · layers) (GPT-2), norms at one, biases at zero. Drawn on the CPU in fp32, one
         tensor at a time, whatever the type and place of the weights: the values do not depend on
-        either. What only drafts comes after (`initialize_drafting`). `opened` makes a parameter
+        either. What only drafts comes after (`initialize_adapters`). `opened` makes a parameter
         whole where ZeRO 3 has cut it up.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -360,18 +394,21 @@ class Transformer(nn.Module):
                     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
         drafting = [name for name, _ in self.named_parameters() if is_drafting(name)]
-        return self.initialize_drafting(seed, drafting, opened)
+        self.initialize_adapters(seed, drafting, opened)
+        if self.draft_head is not None:
+            self.draft_head.reset(seed, opened)
+        return self
 
-    def initialize_drafting(
+    def initialize_adapters(
         self, seed: int, names: Collection[str], opened: Opening = whole
     ) -> "Transformer":
-        """Draw the weights `names` of those that draft (`adapters.is_drafting`); returns self.
+        """Draw the weights `names`, but for those of a draft head; returns self.
 
         Each from a generator of its own, keyed by seed and name: neither the base's weights nor
         another's depend on whether it is there.
         """
         parameters = dict(self.named_parameters())
-        for name in sorted(names):
+        for name in sorted(name for name in names if not is_of_head(name)):
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
             with torch.no_grad(), opened(parameters[name]) as writes:

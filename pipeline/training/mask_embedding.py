@@ -52,8 +52,11 @@ class MaskEmbedding:
         self._decoder = decoder
         self._mask_token_id = mask_token_id
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._expected = False
         self._outside = False
         if mask_token_id is not None:
+            # A draft head embeds tokens, too, but behind the decoder.
+            decoder.register_forward_pre_hook(self._expect)
             decoder.embed_tokens.register_forward_hook(self._look)
 
     def read(self) -> MaskNorm | None:
@@ -77,7 +80,13 @@ class MaskEmbedding:
             "look at optimizer.learning_rate and weight_decay"
         )
 
+    def _expect(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._expected = True
+
     def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not self._expected:
+            return
+        self._expected = False
         is_text = inputs[0][0] != self._mask_token_id
         norms = torch.linalg.vector_norm(output.detach()[0], dim=-1, dtype=torch.float32)
         # A mean by hand: picking rows out would wait for the device to count them.

@@ -151,7 +151,9 @@ def accumulate(
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
-    make_mask = section_masks if engine.module.frozen_base else training_mask
+    model = engine.module
+    make_mask = section_masks if model.frozen_base else training_mask
+    frozen = model.config.hidden_size if model.frozen_base else 0
     for batch in batches:
         # From the host's copy of the rule.
         mask = make_mask(batch.spans, world.device, attention)
@@ -162,8 +164,9 @@ def accumulate(
             batch.input_ids,
             position_ids=batch.position_ids,
             mask=mask,
-            then=partial(head_loss, targets=targets),
+            then=partial(head_loss, targets=targets, frozen=frozen),
             clean=clean,
+            blocks=batch.blocks,
         )
         engine.backward(loss * parts)
         total += sums

@@ -135,7 +135,7 @@ class StepEngine:
         queries = torch.cat([last[None], slots], dim=1)
         mask = prefill_mask(cache.length, len(last), slots.shape[1], self.device)
         where = cache.length + torch.arange(queries.shape[1], device=self.device)
-        hidden = model.hidden(queries, where, mask, cache)
+        hidden = model.hidden(queries, where, mask, cache, clean=len(last))
         cache.keep(len(last))
         if state.seen is not None:
             state.seen[row] = False
@@ -251,7 +251,8 @@ class StepEngine:
         drafts = state.drafts[:, :count]
         queries = torch.cat([state.current, drafts, table.slots], dim=1)
         positions = self.cache.positions(table.rule.offsets)
-        hidden = self.model.hidden(queries, positions, self.cache.mask(table.rule), self.cache)
+        mask = self.cache.mask(table.rule)
+        hidden = self.model.hidden(queries, positions, mask, self.cache, clean=shape.drafts)
         seen = self._seen(torch.cat([state.current, drafts], dim=1))
         accepted, token = self._verify(shape, hidden, drafts, seen)
         made = torch.cat([accepted[:, None], drafts, token[:, None]], dim=1)

@@ -43,18 +43,22 @@ class Sums:
     """Plain cross entropy of drafts without slots, in nats."""
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Targets, frozen: int = 0
+) -> tuple[Tensor, Tensor]:
     """The loss of the labelled rows of `hidden` under the LM head `weight`.
 
     Args:
         hidden: final hidden states of all rows, [R, E].
         weight: the LM head's matrix, [V, E].
         targets: which rows have which labels, and what each counts.
+        frozen: columns of the matrix, the first ones, that get no gradient: those of a frozen base
+            beside a draft head's.
 
     Returns:
         The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [5].
     """
-    return _HeadLoss.apply(hidden, weight, targets)
+    return _HeadLoss.apply(hidden, weight, targets, frozen)
 
 
 def unpack(sums: Tensor) -> Sums:
@@ -65,15 +69,16 @@ def unpack(sums: Tensor) -> Sums:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, frozen: int
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(SUMS), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight) if any(ctx.needs_input_grad[:2]) else None
+        needs, learns = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
+        gradients = _Gradients(hidden, weight, frozen if learns else None) if needs else None
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
             own = hidden[targets.rows[part]]
             scored = _score(own, hidden, weight, targets, part)
             sums += scored.sums
-            if gradients is not None:
+            if gradients is not None and (targets.ar_counts or part.start >= targets.ar_labels):
                 gradients.add(targets.rows[part], own, weight, scored.slope)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(sums)
@@ -81,21 +86,23 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None
-        return (
-            found.hidden.mul_(upstream.to(found.hidden.dtype)),
-            found.weight.mul_(upstream).to(found.weight_dtype),
-            None,
-        )
+        matrix = found.weight
+        if matrix is not None:
+            matrix = matrix.mul_(upstream).to(found.weight_dtype)
+        return found.hidden.mul_(upstream.to(found.hidden.dtype)), matrix, None, None
 
 
 class _Gradients:
-    """Gradients of the loss, collected piece by piece; that of the matrix in fp32."""
+    """Gradients of the loss, collected piece by piece; that of the matrix in fp32, but for its
+    first `frozen` columns. With None all are."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, frozen: int | None) -> None:
         self.hidden = torch.zeros_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        learns = frozen is not None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
+        self.frozen = frozen or 0
         self.weight_dtype = weight.dtype
 
     def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
@@ -103,7 +110,11 @@ class _Gradients:
         gradient of their logits."""
         slope = slope.to(weight.dtype)
         self.hidden[rows] = slope @ weight
-        if weight.dtype == torch.float32:
+        if self.weight is None:
+            return
+        if self.frozen:
+            self.weight[:, self.frozen :] += slope.T @ own[:, self.frozen :]
+        elif weight.dtype == torch.float32:
             torch.addmm(self.weight, slope.T, own, out=self.weight)
         else:
             self.weight += slope.T @ own

@@ -57,9 +57,9 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     drafting = model.draft_head is not None and num_slots > 0
     # Every block is drafted without its slots as well, to see what these are worth.
     batch = make_batch([sequence], mask_token_id or 0, num_slots, float(drafting))
-    mask = training_mask(batch.spans, device)
+    mask, clean = training_mask(batch.spans, device), batch.spans.clean_tokens
     batch = batch.to(device)
-    hidden = model.hidden(batch.input_ids, batch.position_ids, mask)[0]
+    hidden = model.hidden(batch.input_ids, batch.position_ids, mask, clean=clean)[0]
     drafts = model.drafts(hidden, batch.blocks) if drafting else None
     losses = []
     for part in pieces(len(batch.rows)):

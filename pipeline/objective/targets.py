@@ -33,6 +33,8 @@ class Targets:
     """`none`, `tv` or `kl`."""
     agreement_weight: float
     smoothing: float
+    ar_counts: bool = True
+    """Whether the rows of the AR loss count in the loss; else they are only measured."""
     alone_labels: int = 0
     """How many of the rows, the last ones, belong to drafts without slots."""
 
@@ -95,6 +97,7 @@ def make_targets(
         agreement_weight=objective.agreement_weight,
         smoothing=objective.label_smoothing,
         alone_labels=batch.alone_labels,
+        ar_counts=ar > 0,
     )
 
 

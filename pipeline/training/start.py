@@ -39,6 +39,8 @@ def build_model(
         mask = load_into(model, source, opened, settings.seed)
         if mask is not None:
             say(f"mask token {config.mask_token_id}: embedding with {mask}")
+    if settings.freeze_base:
+        model.freeze_base()
     model.checkpoint_activations(settings.activation_checkpointing)
     return model.compile_layers() if settings.compile else model
 

@@ -217,6 +217,7 @@ class Decoder(nn.Module):
         """The embeddings `x` [B, M, E] of slots, with their own in place of the mask token's."""
         if self.mask_embedding is None:
             return x
+        assert self.mask_token_id is not None, "a model with mask slots has a mask token"
         is_mask = input_ids == self.mask_token_id
         return torch.where(is_mask[..., None], self.mask_embedding, x)
 

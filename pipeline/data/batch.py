@@ -12,42 +12,11 @@ from torch import Tensor
 
 from data_prep.layout import Layout
 from pipeline.data.source import NO_BLOCKS, Sequence
+from pipeline.model.draft_head import BlockRows
 from pipeline.model.mask import Spans, layout_spans
 
 SLOT_MULTIPLE = 64
 """Mask sections are padded to a multiple of this, so that batches come in few shapes."""
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """The blocks of a batch, for what goes through a block's places in order.
-
-    N blocks, K places of the longest. The labelled slots of the batch are those that are there
-    here, block by block and place by place.
-    """
-
-    slots: Tensor
-    """int64 [N, K]: the row of each place among B · (S + M); -1 where a short block has no more."""
-    starts: Tensor
-    """int64 [N]: the clean row whose logits are for place 0, which decoding has drawn before; -1
-    for a block at a document's start."""
-    before: Tensor
-    """int64 [N, K]: the token of the text before each place; 0 where there is none."""
-    alone: Tensor
-    """int64 [A]: blocks that are drafted once more without their slots. The rows for that follow
-    behind all others: place i of the a-th of them has row B · (S + M) + a · K + i."""
-
-    @property
-    def there(self) -> Tensor:
-        """bool [N, K]"""
-        return self.slots >= 0
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "BlockRows":
-        slots, starts, before, alone = (
-            field.to(device, non_blocking=non_blocking)
-            for field in (self.slots, self.starts, self.before, self.alone)
-        )
-        return BlockRows(slots, starts, before, alone)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class BlockDiffusionEngine:
         queries = torch.cat([last[None], self._block], dim=1)
         mask = prefill_mask(cache.length, len(last), len(self._places), self.device)
         where = cache.length + torch.arange(queries.shape[1], device=self.device)
-        hidden = self.model.hidden(queries, where, mask, cache)
+        hidden = self.model.hidden(queries, where, mask, cache, clean=len(last))
         self._set_length(len(prompt) - 1)
         self._next = self.shape.short
         self._load_uniforms()
@@ -146,7 +146,8 @@ class BlockDiffusionEngine:
         rule = self._rules[shape]
         queries = torch.cat([self._pending[:, -shape.drafts :], self._block], dim=1)
         positions = self.cache.positions(rule.offsets)
-        hidden = self.model.hidden(queries, positions, self.cache.mask(rule), self.cache)
+        mask = self.cache.mask(rule)
+        hidden = self.model.hidden(queries, positions, mask, self.cache, clean=shape.drafts)
         return self._unmask(hidden[:, shape.drafts :])
 
     def _unmask(self, hidden: Tensor) -> Tensor:

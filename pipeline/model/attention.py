@@ -3,6 +3,8 @@
 Letters: B batch, H heads, Q queries, K keys, D head size, S clean tokens, M mask slots.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,18 @@ from pipeline.model.tiles import TiledMask, attend_by_tiles
 
 Mask = Tensor | TiledMask | FlexMask | None
 """What `attend` takes: a boolean tensor, the same in the form of a backend, or None for causal."""
+
+
+@dataclass(frozen=True)
+class SectionMasks:
+    """The masks of a joint forward whose sections go through the model one after the other."""
+
+    clean: Mask
+    """Of the S clean rows over themselves."""
+    slots: Mask
+    """Of the M slots over all S + M keys."""
+
+
 BACKENDS = ("auto", "flex", "tiles", "dense")
 
 
@@ -35,11 +49,25 @@ def training_mask(spans: Spans, device: torch.device, backend: str = "auto") -> 
         backend = "tiles" if device.type == "cpu" else "flex"
     if backend == "tiles":
         return TiledMask.from_spans(spans).to(device)
-    clean = int((spans.block[0] < 0).sum())
+    clean = spans.clean_tokens
     moved = spans.to(device, non_blocking=True)
     if backend == "flex":
         return FlexMask.from_spans(moved, clean)
     return moved.dense().unsqueeze(1)
+
+
+def section_masks(spans: Spans, device: torch.device, backend: str = "auto") -> SectionMasks:
+    """`training_mask` for each section by itself; the batch has a mask section."""
+    clean = spans.clean_tokens
+    text = training_mask(spans.rows(slice(0, clean)), device, backend)
+    if backend == "auto":
+        backend = "tiles" if device.type == "cpu" else "flex"
+    if backend == "tiles":
+        return SectionMasks(text, TiledMask.of_slots(spans).to(device))
+    moved = spans.to(device, non_blocking=True)
+    if backend == "flex":
+        return SectionMasks(text, FlexMask.from_spans(moved, clean, first_row=clean))
+    return SectionMasks(text, moved.dense()[:, None, clean:])
 
 
 def is_causal(spans: Spans) -> bool:

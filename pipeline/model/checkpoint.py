@@ -103,7 +103,8 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
     parameters in memory; the slice mappings beside the partitions serve both stages.
     """
     _import_deepspeed()  # unpickling needs its classes
-    shapes = load_checked(whole, mmap=True)["param_shapes"]
+    main = load_checked(whole, mmap=True)
+    shapes = main["param_shapes"]
     ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
     for group, parameters in enumerate(shapes):
         for name, shape in parameters.items():
@@ -117,6 +118,20 @@ def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
                 raise UserError(f"{whole.parent}: tensor {name} is incomplete in {PARTITIONS}")
             joined = partial(_join, slices, shape)
             yield NamedWeight(name, whole.parent, torch.Size(shape), joined)
+    learning = {name for parameters in shapes for name in parameters}
+    for name in unique_names(main["module"]):  # what does not learn has no masters
+        if name not in learning:
+            tensor = main["module"][name]
+            yield NamedWeight(name, whole, tensor.shape, tensor.contiguous)
+
+
+def unique_names(module: dict[str, Tensor]) -> list[str]:
+    """The names of a saved module's tensors; a tied head stands under its first name alone."""
+    names: dict[tuple[int, int], str] = {}
+    for name, tensor in module.items():
+        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
+        names.setdefault(key, name)
+    return list(names.values())
 
 
 def _join(slices: list[Tensor], shape: torch.Size) -> Tensor:

@@ -79,9 +79,10 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         check_scaling(self.rope_scaling)
-        # From JSON it comes as a list.
-        object.__setattr__(self, "adapter_targets", tuple(self.adapter_targets))
         self._check_drafting()
+        # In one order; from JSON it comes as a list.
+        targets = tuple(name for name in ADAPTER_TARGETS if name in self.adapter_targets)
+        object.__setattr__(self, "adapter_targets", targets)
         mask, rows = self.mask_token_id, self.vocab_size
         if mask is not None and rows is not None and not 0 <= mask < rows:
             raise ValueError(f"mask_token_id {mask} is outside vocab_size {rows}")
@@ -99,6 +100,8 @@ class ModelConfig:
         if unknown:
             known = ", ".join(ADAPTER_TARGETS)
             raise ValueError(f"adapter_targets: no projection {unknown[0]!r}; known are {known}")
+        if self.adapter_rank and not self.adapter_targets:
+            raise ValueError("adapter_rank is above 0, but adapter_targets names no projection")
         if self.linear_drafts and not self.draft_rank:
             raise ValueError("linear_drafts needs a draft head; set draft_rank above 0")
 
@@ -118,7 +121,34 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters; tied embeddings count once."""
+        """All parameters; tied embeddings count once."""
+        return self.num_base_parameters + self.num_drafting_parameters
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices, by name; some of them have adapters."""
+        width, inner = self.hidden_size, self.intermediate_size
+        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = ((width, query), (width, key_value), (width, key_value), (query, width),
+                 (width, inner), (width, inner), (inner, width))  # fmt: skip
+        return dict(zip(ADAPTER_TARGETS, sizes, strict=True))
+
+    @property
+    def adapter_elements(self) -> int:
+        """Elements of one layer's adapters."""
+        if not self.adapter_rank:
+            return 0
+        return self.adapter_rank * sum(sum(self.projections[n]) for n in self.adapter_targets)
+
+    @property
+    def num_drafting_parameters(self) -> int:
+        """Those that only draft; a frozen base trains no others."""
+        own = self.hidden_size if self.own_mask_embedding else 0
+        return self.num_layers * self.adapter_elements + own + self.num_draft_parameters
+
+    @property
+    def num_base_parameters(self) -> int:
+        """Those of the model without weights that only draft."""
         width, head = self.hidden_size, self.head_dim
         query, key_value = self.num_heads * head, self.num_kv_heads * head
         attention = width * (query + 2 * key_value) + query * width
@@ -127,6 +157,20 @@ class ModelConfig:
         layer = attention + 3 * width * self.intermediate_size + 2 * width
         embeddings = self.num_embeddings * width * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + width
+
+    @property
+    def num_draft_parameters(self) -> int:
+        """Those of the sequential draft head; 0 without one."""
+        if not self.draft_rank:
+            return 0
+        size, rank = self.hidden_size, self.draft_rank
+        width = self.draft_width or size
+        cells = {
+            "linear": 2 * size * rank,
+            "mlp": 2 * size * width + width + width * rank,
+            "gru": 3 * width * (2 * size + width + 2) + width * (size + 1) + width * rank,
+        }
+        return cells[self.draft_cell] + rank * self.num_embeddings + size + size**2
 
     def with_tokens(self, vocab_size: int, mask_token_id: int, block_size: int) -> "ModelConfig":
         """This shape for a given tokenizer and block size; an explicit `vocab_size` is kept.

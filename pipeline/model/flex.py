@@ -31,9 +31,10 @@ class FlexMask:
     tiles: BlockMask
 
     @classmethod
-    def from_spans(cls, spans: Spans, clean_tokens: int) -> "FlexMask":
-        """The rule `spans` [B, L] on its device; `clean_tokens` is S, the same in every row."""
-        some, every = tile_table(spans, clean_tokens)
+    def from_spans(cls, spans: Spans, clean_tokens: int, first_row: int = 0) -> "FlexMask":
+        """The rule `spans` [B, L] on its device; `clean_tokens` is S, the same in every row. The
+        queries are the rows from `first_row` on."""
+        some, every = tile_table(spans, clean_tokens, first_row)
         partial = some & ~every
         length = spans.block.shape[1]
         return cls(
@@ -41,8 +42,8 @@ class FlexMask:
                 *_listed(partial),
                 *_listed(every),
                 BLOCK_SIZE=TILE,
-                mask_mod=_rule(spans),
-                seq_lengths=(length, length),
+                mask_mod=_rule(spans, first_row),
+                seq_lengths=(length - first_row, length),
             )
         )
 
@@ -54,46 +55,50 @@ class FlexMask:
         return (partial.sum((1, 2)) + every.sum((1, 2))).long()
 
 
-def tile_table(spans: Spans, clean_tokens: int) -> tuple[Tensor, Tensor]:
-    """Which tiles to visit, and which of them need no look at the rule; bool [B, T, T] each.
+def tile_table(spans: Spans, clean_tokens: int, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """Which tiles to visit, and which of them need no look at the rule; bool [B, Q, T] each, for
+    the Q tiles of queries, the rows from `first_row` on.
 
     The first may hold a tile without any allowed pair, where the rows of a tile belong to several
     documents; it never misses one. The second holds only tiles all of whose pairs are allowed.
     """
     length = spans.block.shape[1]
-    lower, upper, block = spans.lower.int(), spans.upper.int(), spans.block.int()
+    keys = spans.block.int()
+    queries = spans.rows(slice(first_row, None))
+    lower, upper, block = queries.lower.int(), queries.upper.int(), queries.block.int()
     sees = lower < upper
-    slot = block >= 0
     # Of rows that see anything of the clean section: what they see lies in [first, last).
     first = _lowest(torch.where(sees, lower, HUGE))
     last = _highest(torch.where(sees, upper, -1))
-    begin = torch.arange(first.shape[1], device=block.device) * TILE
+    begin = _tile_starts(length, keys)
     end = (begin + TILE).clamp(max=clean_tokens)
     some_clean = (first[..., None] < end) & (last[..., None] > begin) & (begin < clean_tokens)
 
     # Blocks stand in order, so those of a tile are a range of numbers.
-    first_block = _lowest(torch.where(slot, block, HUGE))
-    last_block = _highest(torch.where(slot, block, -1))
-    some_slots = (first_block[..., None] <= last_block[:, None, :]) & (
-        first_block[:, None, :] <= last_block[..., None]
+    first_block, last_block = _block_range(block)
+    first_key_block, last_key_block = _block_range(keys)
+    some_slots = (first_block[..., None] <= last_key_block[:, None, :]) & (
+        first_key_block[:, None, :] <= last_block[..., None]
     )
 
     # Rows that the last tile lacks make it partial: the kernel then checks every pair.
-    whole = begin + TILE <= length
+    whole_keys = begin + TILE <= length
+    whole = (_tile_starts(length - first_row, keys) + TILE <= length - first_row)[:, None]
     every_clean = (_highest(lower, HUGE)[..., None] <= begin) & (
         _lowest(upper, -1)[..., None] >= begin + TILE
     )
-    every_clean &= (begin + TILE <= clean_tokens) & whole[:, None]
+    every_clean &= (begin + TILE <= clean_tokens) & whole
     one_block = (_lowest(block, -1) == last_block) & (last_block >= 0)
-    every_slot = one_block[..., None] & one_block[:, None, :]
-    every_slot &= last_block[..., None] == last_block[:, None, :]
-    every_slot &= whole & whole[:, None]
+    one_key_block = (_lowest(keys, -1) == last_key_block) & (last_key_block >= 0)
+    every_slot = one_block[..., None] & one_key_block[:, None, :]
+    every_slot &= last_block[..., None] == last_key_block[:, None, :]
+    every_slot &= whole_keys & whole
     every = every_clean | every_slot
     return some_clean | some_slots, every
 
 
 def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, mask: FlexMask) -> Tensor:
-    """Attention of `query` [B, H, L, D] over `key`, `value` [B, H_kv, L, D]; [B, H, L, D].
+    """Attention of `query` [B, H, L, D] over `key`, `value` [B, H_kv, L, D]; shaped as `query`.
 
     On a GPU forward and backward are compiled; elsewhere the kernel's reference runs, which holds
     all scores and is there to be tested against.
@@ -111,10 +116,23 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _rule(spans: Spans) -> Any:
+def _tile_starts(length: int, like: Tensor) -> Tensor:
+    """First row of each tile of `length` rows, [T]."""
+    return torch.arange(0, length, TILE, device=like.device)
+
+
+def _block_range(block: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest block with a slot in each tile, [B, T] each; an empty range where
+    there is none."""
+    slot = block >= 0
+    return _lowest(torch.where(slot, block, HUGE)), _highest(torch.where(slot, block, -1))
+
+
+def _rule(spans: Spans, first_row: int) -> Any:
     lower, upper, block = spans.lower, spans.upper, spans.block
 
-    def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, column: Tensor) -> Tensor:
+        row = query + first_row if first_row else query
         in_span = (lower[batch, row] <= column) & (column < upper[batch, row])
         own = block[batch, row]
         return in_span | ((own >= 0) & (own == block[batch, column]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.model.adapters import MASK_EMBEDDING, is_adapter, is_of_head
 from pipeline.model.checkpoint import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
 from pipeline.model.checkpoint_files import FILE_LIST
 from pipeline.model.config import ModelConfig
@@ -16,8 +17,16 @@ from pipeline.model.opening import Opening, whole
 from pipeline.model.source import EMBEDDING, HEAD, Source, fill
 from pipeline.model.transformer import Transformer
 
-MAY_DIFFER = ("vocab_size", "max_positions", "mask_token_id", "block_size")
+MAY_DIFFER = (
+    "vocab_size", "max_positions", "mask_token_id", "block_size", "causal_slots", "linear_drafts",
+)  # fmt: skip
 """Fields in which a run may differ from the weights it starts from."""
+KEYS = {
+    "adapter_rank": "adapter.rank",
+    "adapter_targets": "adapter.targets",
+    "own_mask_embedding": "adapter.own_mask_embedding",
+}
+"""Where a user sets a field that is not `model.` and its name."""
 SMALLEST_SHARE = 1e-4
 """Of the median norm of an embedding's rows: the mask token's below it is a mistake somewhere."""
 
@@ -89,44 +98,78 @@ class MaskEmbedding:
         return f"norm {self.norm:.3g}, median of all rows {self.median:.3g}"
 
 
-def load_into(model: Transformer, source: Source, opened: Opening = whole) -> MaskEmbedding | None:
+def load_into(
+    model: Transformer, source: Source, opened: Opening = whole, seed: int = 0
+) -> MaskEmbedding | None:
     """Fill `model` with the weights of `source`, whose shape has been checked.
 
     The model may have more embedding rows, and a mask token where the weights have none. Rows that
     mean nothing yet (those added, and the mask token's) start as the mean of the source's rows, in
     an untied LM head as well: a typical embedding, so that no logit stands out at the first step.
+    Where mask slots have an embedding of their own, that one starts so (or as the mask token's row,
+    if it was trained), and the source's rows stay as they are. Adapters and a draft head that the
+    source lacks are drawn from `seed`.
 
     Returns:
-        How the mask token's embedding compares; None without one, and where another process writes.
+        How the mask slots' embedding compares; None without one, and where another process writes.
 
     Raises:
-        UserError: as `fill`, or when the mask token's embedding is next to nothing.
+        UserError: as `fill`, or when the mask slots' embedding is next to nothing.
     """
-    fill(model, source, opened)
-    config, rows = model.config, source.config.num_embeddings
+    config, fresh = model.config, fresh_names(model, source.config)
+    fill(model, source, opened, fresh)
+    model.initialize_adapters(seed, fresh, opened)
+    rows, mask, own = source.config.num_embeddings, config.mask_token_id, model.model.mask_embedding
+    trained = source.config.mask_token_id is not None
+    if model.draft_head is not None and not source.config.draft_rank:
+        model.draft_head.reset(seed, opened)
+    elif model.draft_head is not None:
+        matrix = dict(model.draft_head.named_parameters())["up.weight"]
+        with torch.no_grad(), opened(matrix) as writes:
+            if writes:  # tokens that the source does not have
+                matrix[rows:].zero_()
     new = set(range(rows, config.num_embeddings))
-    if config.mask_token_id is not None and source.config.mask_token_id is None:
-        new.add(config.mask_token_id)
-    found = None
+    if mask is not None and not trained and own is None:
+        new.add(mask)
     matrices = dict(model.named_parameters())  # a tied one once
-    for weight in (matrices[name] for name in (EMBEDDING, HEAD) if name in matrices):
+    norms = start = None
+    for name in (name for name in (EMBEDDING, HEAD) if name in matrices):
+        weight = matrices[name]
         with torch.no_grad(), opened(weight) as writes:
-            if writes and new:
+            if not writes:
+                continue
+            if new:
                 _set_to_mean(weight, rows, torch.tensor(sorted(new), device=weight.device))
-            if writes and found is None and config.mask_token_id is not None:
-                found = _mask_embedding(weight, config.mask_token_id, source.folder)
-    return found
-
-
-def _mask_embedding(weight: Tensor, mask_token_id: int, folder: Path) -> MaskEmbedding:
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-    found = MaskEmbedding(float(norms[mask_token_id]), float(norms.median()))
+            if name == EMBEDDING and mask is not None:
+                norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+                start = weight[mask].clone() if trained else _mean(weight, rows)
+    if own is not None:
+        with torch.no_grad(), opened(own) as writes:
+            if writes and MASK_EMBEDDING in fresh:
+                assert start is not None, "set with the embedding matrix"
+                own.copy_(start)
+            start = own.clone()
+    if norms is None or start is None:
+        return None
+    found = MaskEmbedding(float(start.float().norm()), float(norms.median()))
     if found.norm < SMALLEST_SHARE * found.median:
         raise UserError(
-            f"init_from: {folder}: the embedding of mask token {mask_token_id} is next to nothing "
+            f"init_from: {source.folder}: the embedding of mask token {mask} is next to nothing "
             f"({found}), and the first layer's norm would blow it up to noise; use another model"
         )
     return found
+
+
+def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
+    """The weights of `model` that a source of shape `source` does not have by design: those of
+    adapters, draft head and mask slots, each kind whole or not at all."""
+    there = {
+        is_adapter: source.adapter_rank > 0,
+        MASK_EMBEDDING.__eq__: source.own_mask_embedding,
+        is_of_head: source.draft_rank > 0,
+    }
+    names = [name for name, _ in model.named_parameters()]
+    return [n for n in names if any(kind(n) and not has for kind, has in there.items())]
 
 
 def open_source(path: str | Path) -> Source:
@@ -173,12 +216,13 @@ def as_device(device: torch.device | str | None) -> torch.device:
 
 def check_shape(source: Source, config: ModelConfig) -> None:
     """Whether training can go on from `source` with `config`; raises UserError with the key."""
-    for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_DIFFER):
+    may_differ = {*MAY_DIFFER, *_new_kinds(source.config, config)}
+    for name in (field.name for field in fields(ModelConfig) if field.name not in may_differ):
         found, asked = getattr(source.config, name), getattr(config, name)
         if found != asked:
             raise UserError(
-                f"init_from: {source.folder} has {name} {found}, the config has {asked}; "
-                f"set model.{name}={_spelled(found)}"
+                f"init_from: {source.folder} has {name} {_spelled(found)}, the config has "
+                f"{_spelled(asked)}; set {KEYS.get(name, f'model.{name}')}={_spelled(found)}"
             )
     rows, asked_rows = source.config.num_embeddings, config.num_embeddings
     if asked_rows < rows:
@@ -194,10 +238,32 @@ def check_shape(source: Source, config: ModelConfig) -> None:
         )
 
 
+def _new_kinds(source: ModelConfig, config: ModelConfig) -> set[str]:
+    """Fields of what drafts alone that may differ: what the source lacks starts anew, and a model
+    that does not draft has none of it."""
+    twin = config.mask_token_id is None
+    lacking = (
+        (not source.draft_rank, ("draft_rank", "draft_cell", "draft_width")),
+        (not source.adapter_rank, ("adapter_rank", "adapter_targets")),
+        (not source.own_mask_embedding, ("own_mask_embedding",)),
+    )
+    return {name for lacks, names in lacking if lacks or twin for name in names}
+
+
 def _spelled(value: object) -> str:
+    """As a user writes it on the command line."""
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(str, value)) + "]"
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _mean(weight: Tensor, rows: int) -> Tensor:
+    """The mean of the first `rows` rows of `weight` [V, E], [E]."""
+    return weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)
 
 
 def _set_to_mean(weight: Tensor, rows: int, index: Tensor) -> None:
     """Set the rows `index` [N] of `weight` [V, E] to the mean of its first `rows` rows."""
-    weight[index] = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)
+    weight[index] = _mean(weight, rows)

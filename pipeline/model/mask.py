@@ -66,6 +66,15 @@ class Spans:
     upper: Tensor
     block: Tensor
 
+    @property
+    def clean_tokens(self) -> int:
+        """S, the same in every sequence of a batch; tensors [B, S + M] on the CPU."""
+        return int((self.block[0] < 0).sum())
+
+    def rows(self, some: slice) -> "Spans":
+        """The rule of some rows; their `lower` and `upper` still count from the first clean one."""
+        return Spans(self.lower[..., some], self.upper[..., some], self.block[..., some])
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "Spans":
         lower, upper, block = (
             field.to(device, non_blocking=non_blocking)

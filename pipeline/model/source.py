@@ -1,6 +1,6 @@
 """Weights on disk, whatever wrote them, and copying them into a model without a second copy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.model.adapters import is_drafting
 from pipeline.model.config import ModelConfig
 from pipeline.model.opening import Opening, full_shape, whole
 from pipeline.model.transformer import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+BY_TOKEN = (EMBEDDING, HEAD, "draft_head.up.weight")
+"""Matrices with a row for each token."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class Source:
     """`step` and `tokens` of the training run, where they are known."""
 
 
-def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
-    """Copy `source`'s weights into `model`, one tensor at a time.
+def fill(
+    model: Transformer, source: Source, opened: Opening = whole, fresh: Collection[str] = ()
+) -> None:
+    """Copy `source`'s weights into `model`, one tensor at a time; it need not hold those that are
+    to start `fresh`.
 
     The embedding matrices of `model` may have more rows than those of the source; the rows that
     have no counterpart are left as they are. A process that does not write reads nothing.
@@ -61,18 +67,20 @@ def fill(model: Transformer, source: Source, opened: Opening = whole) -> None:
     # Module by module rather than `parameters()`: a tied matrix stands under both of its names.
     targets = dict(model.named_parameters(remove_duplicate=False))
     tied = model.config.tie_embeddings
-    pending = set(targets) - ({HEAD} if tied else set())
+    pending = set(targets) - ({HEAD} if tied else set()) - set(fresh)
     head: NamedWeight | None = None
     for weight in source.weights(dtype):
         if tied and weight.name == HEAD:
             head = weight
             continue
         if weight.name not in targets:
+            if model.config.mask_token_id is None and is_drafting(weight.name):
+                continue  # a model that does not draft
             raise UserError(
                 f"{weight.file}: holds tensor {weight.name}, which this architecture "
                 f"({model.config.family}) does not have"
             )
-        rows = source.config.num_embeddings if weight.name in (EMBEDDING, HEAD) else None
+        rows = source.config.num_embeddings if weight.name in BY_TOKEN else None
         copy_rows(targets[weight.name], weight, rows, opened)
         pending.discard(weight.name)
     if pending:

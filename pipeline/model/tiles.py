@@ -78,7 +78,7 @@ class TiledMask:
     """A training mask as tiles, which together hold every row that sees a clean key, and blocks."""
 
     clean_tokens: int
-    """S"""
+    """Clean rows among the queries: S, or 0 where the slots come by themselves."""
     tiles: tuple[Tile, ...]
     keyless: Tensor
     """bool [B, 1, M]: slots that see no clean key, those of a document's first block."""
@@ -89,11 +89,20 @@ class TiledMask:
     def from_spans(cls, spans: Spans) -> "TiledMask":
         """Tiles of the rule `spans`, tensors [B, L] on the CPU: the cuts depend on values."""
         width = spans.block.shape[1]
-        clean = int((spans.block[0] < 0).sum())
+        clean = spans.clean_tokens
         tiles = _document_tiles(spans.lower[:, :clean]) or _row_tiles(spans, 0, clean)
         tiles += _row_tiles(spans, clean, width)
         keyless = (spans.lower >= spans.upper)[:, None, clean:]
         return cls(clean, tuple(tiles), keyless, _blocks(spans.block, clean))
+
+    @classmethod
+    def of_slots(cls, spans: Spans) -> "TiledMask":
+        """The mask of the slots alone as queries [B, H, M, D] over all S + M keys, of which the
+        first S get no gradient."""
+        slots = spans.rows(slice(spans.clean_tokens, None))
+        tiles = _row_tiles(slots, 0, slots.block.shape[1])
+        keyless = (slots.lower >= slots.upper)[:, None]
+        return cls(0, tuple(tiles), keyless, _blocks(slots.block, 0))
 
     def to(self, device: torch.device) -> "TiledMask":
         if device.type == "cpu":
@@ -110,7 +119,10 @@ class TiledMask:
 
 @torch.compiler.disable  # cuts depend on the batch: each would be compiled anew
 def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:
-    """Attention of `query` [B, H, L, D] over `key`, `value` [B, H_kv, L, D]; shaped as `query`."""
+    """Attention of `query` [B, H, L, D] over `key`, `value` [B, H_kv, L, D]; shaped as `query`.
+
+    With a mask `of_slots` the queries are the last rows of as many as there are keys.
+    """
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
@@ -119,7 +131,11 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) 
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Keeps the inputs, the output and a number for each row: what tiles see is never copied."""
+    """Keeps the inputs, the output and a number for each row: what tiles see is never copied.
+
+    Of more keys than queries the first are those of clean rows that are not there, and get no
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:
@@ -131,7 +147,9 @@ class _TiledAttention(torch.autograd.Function):
             output[at], lse[at] = attend_part(query[at], key[seen], value[seen], tile.bias)
         if mask.blocks is not None:
             slots = (slice(None), slice(None), slice(mask.clean_tokens, None))
-            q, k, v = map(mask.blocks.gather, (query, key, value))
+            ahead = key.shape[2] - query.shape[2]
+            rows = (query, key[:, :, ahead:], value[:, :, ahead:])
+            q, k, v = map(mask.blocks.gather, rows)
             own, own_lse = attend_plainly(q, k, v, mask.blocks.bias)
             own, own_lse = map(mask.blocks.scatter, (own, own_lse.unsqueeze(-1)))
             prefix_lse = lse[slots].masked_fill(mask.keyless, -math.inf).unsqueeze(-1)
@@ -150,21 +168,25 @@ class _TiledAttention(torch.autograd.Function):
         mask: TiledMask = ctx.mask
         # A key's gradient is summed over tiles: in fp32 even of bf16.
         exact = torch.promote_types(query.dtype, torch.float32)
-        query_grad, key_grad, value_grad = (_zeros_like(query, exact) for _ in range(3))
+        query_grad = _zeros_like(query, exact)
+        key_grad, value_grad = (_zeros_like(key, exact) for _ in range(2))
+        ahead = key.shape[2] - query.shape[2]
         for tile in mask.tiles:
             at, seen = _rows_and_keys(tile)
             found = part_gradients(
                 grad[at], query[at], key[seen], value[seen], output[at], lse[at], tile.bias
             )
             query_grad[at] = found[0]
-            key_grad[seen] += found[1]
-            value_grad[seen] += found[2]
+            if not ahead:
+                key_grad[seen] += found[1]
+                value_grad[seen] += found[2]
         if mask.blocks is not None:
             slots = (slice(None), slice(None), slice(mask.clean_tokens, None))
-            rows = (grad, query, key, value, output, lse.unsqueeze(-1))
+            own_key, own_value = key[:, :, ahead:], value[:, :, ahead:]
+            rows = (grad, query, own_key, own_value, output, lse.unsqueeze(-1))
             g, q, k, v, o, own_lse = map(mask.blocks.gather, rows)
             found = plain_gradients(g, q, k, v, o, own_lse.squeeze(-1), mask.blocks.bias)
-            sums = (query_grad, key_grad, value_grad)
+            sums = (query_grad, key_grad[:, :, ahead:], value_grad[:, :, ahead:])
             for total, part in zip(sums, found, strict=True):
                 total[slots] += mask.blocks.scatter(part)
         dtype = query.dtype

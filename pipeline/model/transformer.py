@@ -5,8 +5,9 @@ Face's `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`, so weights
 unchanged. Letters: B batch, L tokens, E hidden size, H heads, D head size, V vocabulary.
 """
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.attention import Mask, attend
+from pipeline.model.adapters import adapter_for, initial_value, is_drafting, is_of_head, project
+from pipeline.model.attention import Mask, SectionMasks, attend
 from pipeline.model.config import ModelConfig
+from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
 from pipeline.model.opening import Opening, whole
 from pipeline.model.rotary import rotary_table, rotate
 
@@ -28,6 +31,21 @@ class Cache(Protocol):
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H_kv, L, D] behind the kept ones; return all of them."""
+
+
+class CleanPart:
+    """One layer's keys and values of the clean section, which its mask section attends to: where
+    the sections go through the model one after the other."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of the section that comes first; give the other all, [B, H_kv, S + M, D]."""
+        if self.kept is None:
+            self.kept = key, value
+            return key, value
+        return torch.cat([self.kept[0], key], dim=2), torch.cat([self.kept[1], value], dim=2)
 
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -54,6 +72,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_adapter = adapter_for(config, "q_proj", self.q_proj)
+        self.k_adapter = adapter_for(config, "k_proj", self.k_proj)
+        self.v_adapter = adapter_for(config, "v_proj", self.v_proj)
+        self.o_adapter = adapter_for(config, "o_proj", self.o_proj)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
@@ -61,18 +83,26 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: Cache | CleanPart | None,
+        clean: int | None,
     ) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query = project(self.q_proj, self.q_adapter, x, clean).view(heads)
+        key = project(self.k_proj, self.k_adapter, x, clean).view(heads)
+        value = project(self.v_proj, self.v_adapter, x, clean).view(heads).transpose(1, 2)
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if cache is not None:
+        if isinstance(cache, CleanPart):  # compiled layers must not depend on their number
+            key, value = cache.join(key, value)
+        elif cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        mixed = attend(query, key, value, mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, -1)
+        return project(self.o_proj, self.o_adapter, mixed, clean)
 
 
 class FeedForward(nn.Module):
@@ -82,15 +112,19 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_adapter = adapter_for(config, "gate_proj", self.gate_proj)
+        self.up_adapter = adapter_for(config, "up_proj", self.up_proj)
+        self.down_adapter = adapter_for(config, "down_proj", self.down_proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+    def forward(self, x: Tensor, clean: int | None) -> Tensor:
+        gate = project(self.gate_proj, self.gate_adapter, x, clean)
+        up = project(self.up_proj, self.up_adapter, x, clean)
         if self.recompute and self.training:
-            return again_in_backward(self._down, gate, up)
-        return self._down(gate, up)
+            return again_in_backward(self._down, gate, up, clean)
+        return self._down(gate, up, clean)
 
-    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(F.silu(gate) * up)
+    def _down(self, gate: Tensor, up: Tensor, clean: int | None) -> Tensor:
+        return project(self.down_proj, self.down_adapter, F.silu(gate) * up, clean)
 
 
 class DecoderLayer(nn.Module):
@@ -102,10 +136,15 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: Cache | CleanPart | None,
+        clean: int | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, clean)
+        return x + self.mlp(self.post_attention_layernorm(x), clean)
 
 
 class Decoder(nn.Module):
@@ -122,24 +161,69 @@ class Decoder(nn.Module):
         self.rope_theta = config.rope_theta
         self.rope_scaling = config.rope_scaling
         self.head_dim = config.head_dim
+        self.mask_token_id = config.mask_token_id
+        self.mask_embedding: nn.Parameter | None = None
+        if config.own_mask_embedding:
+            self.mask_embedding = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        mask: Mask,
+        mask: Mask | SectionMasks,
         cache: Cache | None = None,
+        clean: int | None = None,
     ) -> Tensor:
+        rows = input_ids.shape[1]
+        clean = None if clean is None or clean >= rows else clean
+        if isinstance(mask, SectionMasks):
+            assert clean is not None, "for forwards with a mask section"
+            return self._one_after_the_other(input_ids, position_ids, mask, clean)
         x = self.embed_tokens(input_ids)
-        rotary = rotary_table(
-            position_ids, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling
-        )
+        if clean is not None and self.mask_embedding is not None:
+            slots = self._slots(input_ids[:, clean:], x[:, clean:])
+            x = torch.cat([x[:, :clean], slots], dim=1)
+        rotary = self._rotary(position_ids, x)
         for layer in self.layers:
             if self.recompute and self.training:
-                x = again_in_backward(layer, x, rotary, mask, cache)
+                x = again_in_backward(layer, x, rotary, mask, cache, clean)
             else:
-                x = layer(x, rotary, mask, cache)
+                x = layer(x, rotary, mask, cache, clean)
         return self.norm(x)
+
+    def _one_after_the_other(
+        self, input_ids: Tensor, position_ids: Tensor, masks: SectionMasks, clean: int
+    ) -> Tensor:
+        """The joint forward with a frozen base: no clean row leads to a weight that learns, so the
+        clean section goes ahead without a graph, and the slots find its keys and values there."""
+        parts = [CleanPart() for _ in self.layers]
+        with torch.no_grad():
+            x = self.embed_tokens(input_ids)
+            text, slots = x[:, :clean], x[:, clean:]
+            rotary = self._rotary(position_ids[..., :clean], x)
+            for layer, part in zip(self.layers, parts, strict=True):
+                text = layer(text, rotary, masks.clean, part, None)
+            text = self.norm(text)
+        slots = self._slots(input_ids[:, clean:], slots)
+        rotary = self._rotary(position_ids[..., clean:], x)
+        for layer, part in zip(self.layers, parts, strict=True):
+            if self.recompute and self.training:
+                slots = again_in_backward(layer, slots, rotary, masks.slots, part, 0)
+            else:
+                slots = layer(slots, rotary, masks.slots, part, 0)
+        return torch.cat([text, self.norm(slots)], dim=1)
+
+    def _slots(self, input_ids: Tensor, x: Tensor) -> Tensor:
+        """The embeddings `x` [B, M, E] of slots, with their own in place of the mask token's."""
+        if self.mask_embedding is None:
+            return x
+        is_mask = input_ids == self.mask_token_id
+        return torch.where(is_mask[..., None], self.mask_embedding, x)
+
+    def _rotary(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_table(
+            position_ids, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling
+        )
 
 
 class Head(nn.Linear):
@@ -158,6 +242,10 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config.hidden_size, config.num_embeddings, bias=False)
+        self.frozen_base = False
+        """Whether only what drafts learns; see `freeze_base`."""
+        self.draft_head = DraftHead(config) if config.draft_rank else None
+        """Makes drafts sequential; None where a block's places are drawn independently."""
         self._tie()
 
     @classmethod
@@ -177,10 +265,12 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Mask = None,
+        mask: Mask | SectionMasks = None,
         cache: Cache | None = None,
         rows: Tensor | None = None,
         then: Finish | None = None,
+        clean: int | None = None,
+        blocks: BlockRows | None = None,
     ) -> Any:
         """Logits of a forward pass; with `input_ids` alone, of a plain causal one.
 
@@ -188,33 +278,74 @@ class Transformer(nn.Module):
             input_ids: [B, L].
             position_ids: rotary position of each token, [B, L] or [L]; None counts from 0.
             mask: boolean, broadcasting to [B, H, L, keys], or a backend's form of it; None is
-                causal.
+                causal. `SectionMasks` has the sections go one after the other, the clean one
+                without a graph: for a frozen base.
             cache: keys and values of earlier tokens; extended in place.
             rows: [N] indexes into the B·L rows; None takes all. Logits are computed only there.
             then: what to make of the final hidden states [B·L, E] and the LM head's matrix [V, E]
                 instead of logits; training passes its loss, whose logits never stand whole.
+            clean: how many rows of each sequence are clean; those behind them are mask slots, and
+                adapters act on them. None is all.
+            blocks: for `then` of a model with a draft head, where blocks stand: hidden states and
+                matrix are then `[h | z]` and `[W | B]`, with the rows of drafts without slots
+                behind the others (`pipeline.model.draft_head`).
 
         Returns:
             Logits [B, L, V], or [N, V] with `rows`; or what `then` returns.
         """
-        hidden = self.hidden(input_ids, position_ids, mask, cache)
+        hidden = self.hidden(input_ids, position_ids, mask, cache, clean)
+        if then is not None and self.draft_head is not None and blocks is not None:
+            return self._finish_drafts(self.drafts(hidden.flatten(0, 1), blocks), then)
         if then is not None:
             return self.lm_head(hidden.flatten(0, 1), then)
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
         return self.lm_head(hidden)
 
+    def drafts(self, hidden: Tensor, blocks: BlockRows) -> DraftRows:
+        """Final hidden states [R, E] of a joint forward with what the draft head adds to them."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        drafts: DraftRows = self.draft_head(hidden, blocks, self.model.embed_tokens)
+        return drafts
+
+    def draft_logits(self, drafts: DraftRows, rows: Tensor) -> Tensor:
+        """Logits [N, V] of the rows [N] among `drafts`."""
+        assert self.draft_head is not None, "only a model with a draft head has them"
+        logits: Tensor = self.lm_head(drafts.hidden[rows]) + self.draft_head.up(drafts.z[rows])
+        return logits
+
+    def _finish_drafts(self, drafts: DraftRows, then: Finish) -> Any:
+        """`then` of `[h | z]` and `[W | B]`, with both matrices whole."""
+        head = self.draft_head
+        assert head is not None
+
+        def with_head(hidden: Tensor, weight: Tensor) -> Any:
+            def with_both(z: Tensor, low: Tensor) -> Any:
+                return then(torch.cat([hidden, z], dim=1), torch.cat([weight, low], dim=1))
+
+            return head.up(drafts.z, with_both)
+
+        return self.lm_head(drafts.hidden, with_head)
+
     def hidden(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Mask = None,
+        mask: Mask | SectionMasks = None,
         cache: Cache | None = None,
+        clean: int | None = None,
     ) -> Tensor:
         """Final hidden states [B, L, E], arguments as in `forward`; input of `lm_head`."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.model(input_ids, position_ids, mask, cache)
+        return self.model(input_ids, position_ids, mask, cache, clean)
+
+    def freeze_base(self) -> "Transformer":
+        """Have only the weights that draft learn (`adapters.is_drafting`); returns self."""
+        self.frozen_base = True
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_drafting(name))
+        return self
 
     def checkpoint_activations(self, how: str) -> "Transformer":
         """Hold less for the backward pass, one of `CHECKPOINTING`; returns self."""
@@ -242,11 +373,14 @@ class Transformer(nn.Module):
         Normal with deviation 0.02, the projections that write into the residual stream scaled down
         by sqrt(2 · layers) (GPT-2), norms at one, biases at zero. Drawn on the CPU in fp32, one
         tensor at a time, whatever the type and place of the weights: the values do not depend on
-        either. `opened` makes a parameter whole where ZeRO 3 has cut it up.
+        either. What only drafts comes after (`initialize_adapters`). `opened` makes a parameter
+        whole where ZeRO 3 has cut it up.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
+            if is_drafting(name):
+                continue
             with torch.no_grad(), opened(parameter) as writes:
                 if not writes:
                     continue
@@ -259,4 +393,26 @@ class Transformer(nn.Module):
                     deviation = residual if writes_residual else 0.02
                     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     parameter.copy_(drawn.normal_(0.0, deviation, generator=generator))
+        drafting = [name for name, _ in self.named_parameters() if is_drafting(name)]
+        self.initialize_adapters(seed, drafting, opened)
+        if self.draft_head is not None:
+            self.draft_head.reset(seed, opened)
+        return self
+
+    def initialize_adapters(
+        self, seed: int, names: Collection[str], opened: Opening = whole
+    ) -> "Transformer":
+        """Draw the weights `names`, but for those of a draft head; returns self.
+
+        Each from a generator of its own, keyed by seed and name: neither the base's weights nor
+        another's depend on whether it is there.
+        """
+        parameters = dict(self.named_parameters())
+        for name in sorted(name for name in names if not is_of_head(name)):
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            with torch.no_grad(), opened(parameters[name]) as writes:
+                if writes:
+                    shape = parameters[name].shape
+                    parameters[name].copy_(initial_value(name, shape, generator))
         return self

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,7 +52,9 @@ class Sums:
     """Plain cross entropy of drafts without slots, in nats."""
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Targets, frozen: int = 0
+) -> tuple[Tensor, Tensor]:
     """The loss of the labelled rows of `hidden` under the LM head `weight`.
 
     What asks for no gradient gets none and costs none.
@@ -60,11 +63,13 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Targets) -> tuple[Tensor,
         hidden: final hidden states of all rows, [R, E].
         weight: the LM head's matrix, [V, E].
         targets: which rows have which labels, and what each counts.
+        frozen: columns of the matrix, the first ones, that get no gradient: those of a frozen base
+            beside a draft head's.
 
     Returns:
         The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [5].
     """
-    return _HeadLoss.apply(hidden, weight, targets)
+    return _HeadLoss.apply(hidden, weight, targets, frozen)
 
 
 def unpack(sums: Tensor) -> Sums:
@@ -75,14 +80,15 @@ def unpack(sums: Tensor) -> Sums:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, frozen: int
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(SUMS), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        gradients = _Gradients(hidden, weight, needs_hidden, frozen if needs_weight else None)
         shares = prefix_shares(hidden, weight, targets)
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
             own = hidden[targets.rows[part]]
-            if targets.ar_frozen and part.start < targets.ar_labels:
+            if not targets.ar_counts and part.start < targets.ar_labels:
                 sums[SUMS.index("ar")] += _plain(own, weight, targets.labels[part]).sum()
                 continue
             scored = _score(own, hidden, weight, targets, part, shares[part])
@@ -94,27 +100,24 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, upstream: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None
-        hidden, weight = found.hidden, found.weight
-        return (
-            None if hidden is None else hidden.mul_(upstream.to(hidden.dtype)),
-            None if weight is None else weight.mul_(upstream).to(found.weight_dtype),
-            None,
-        )
+        return *found.scaled(upstream), None, None
 
 
 class _Gradients:
     """Gradients of the loss that are asked for, collected piece by piece; that of the matrix in
-    fp32."""
+    fp32, of all but its first `frozen` columns. With None it has none."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
+        self, hidden: Tensor, weight: Tensor, needs_hidden: bool, frozen: int | None
     ) -> None:
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        self.frozen = frozen or 0
+        self.weight = None
+        if frozen is not None:
+            self.weight = torch.zeros_like(weight[:, self.frozen :], dtype=torch.float32)
+        self.weight_dtype = weight.dtype
         self.weight_dtype = weight.dtype
 
     def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
@@ -125,10 +128,21 @@ class _Gradients:
             self.hidden[rows] = slope @ weight
         if self.weight is None:
             return
+        own = own[:, self.frozen :]
         if weight.dtype == torch.float32:
             torch.addmm(self.weight, slope.T, own, out=self.weight)
         else:
             self.weight += slope.T @ own
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both times `factor`, whole and in the types of what they are gradients of; only once."""
+        if self.hidden is not None:
+            self.hidden.mul_(factor.to(self.hidden.dtype))
+        matrix = self.weight
+        if matrix is not None:
+            matrix = matrix.mul_(factor).to(self.weight_dtype)
+            matrix = F.pad(matrix, (self.frozen, 0)) if self.frozen else matrix
+        return self.hidden, matrix
 
 
 @dataclass(frozen=True)

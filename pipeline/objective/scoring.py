@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
 from pipeline.model.attention import training_mask
+from pipeline.model.draft_head import DraftRows
 from pipeline.model.transformer import Transformer
 
 ROWS_AT_ONCE = 1024
@@ -27,8 +28,10 @@ class Scored:
     """[S + M, E], input of the LM head."""
     losses: Tensor
     """Cross entropy of each labelled token in nats, fp64 [N] on the CPU: AR first, then slots in
-    their order."""
+    their order, then drafts without slots."""
     batch: Batch
+    drafts: DraftRows | None
+    """What the draft head adds; None without one, or without a mask section."""
 
     @property
     def ar_losses(self) -> Tensor:
@@ -37,7 +40,8 @@ class Scored:
     @property
     def diffusion_losses(self) -> Tensor:
         """One for each slot of the layout, in order; empty without a mask section."""
-        return self.losses[self.batch.ar_labels :]
+        ar = self.batch.ar_labels
+        return self.losses[ar : ar + self.batch.diffusion_labels]
 
 
 @torch.inference_mode()
@@ -50,18 +54,28 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     mask_token_id = model.config.mask_token_id
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
-    batch = make_batch([sequence], mask_token_id or 0, num_slots)
-    mask = training_mask(batch.spans, device)
+    drafting = model.draft_head is not None and num_slots > 0
+    # Every block is drafted without its slots as well, to see what these are worth.
+    batch = make_batch([sequence], mask_token_id or 0, num_slots, float(drafting))
+    mask, clean = training_mask(batch.spans, device), batch.spans.clean_tokens
     batch = batch.to(device)
-    hidden = model.hidden(batch.input_ids, batch.position_ids, mask)[0]
-    losses = [
-        F.cross_entropy(
-            model.lm_head(hidden[batch.rows[part]]).float(), batch.labels[part], reduction="none"
-        )
-        for part in pieces(len(batch.rows))
-    ]
+    hidden = model.hidden(batch.input_ids, batch.position_ids, mask, clean=clean)[0]
+    drafts = model.drafts(hidden, batch.blocks) if drafting else None
+    losses = []
+    for part in pieces(len(batch.rows)):
+        logits = row_logits(model, hidden, drafts, batch.rows[part])
+        losses.append(F.cross_entropy(logits.float(), batch.labels[part], reduction="none"))
     joined = torch.cat(losses) if losses else torch.zeros(0)
-    return Scored(hidden, joined.double().cpu(), batch)
+    return Scored(hidden, joined.double().cpu(), batch, drafts)
+
+
+def row_logits(
+    model: Transformer, hidden: Tensor, drafts: DraftRows | None, rows: Tensor
+) -> Tensor:
+    """Logits [n, V] of some rows [n] of a joint forward, with what a draft head adds."""
+    if drafts is None:
+        return model.lm_head(hidden[rows])
+    return model.draft_logits(drafts, rows)
 
 
 def pieces(count: int, size: int = ROWS_AT_ONCE) -> Iterator[slice]:

@@ -50,6 +50,8 @@ class Targets:
     """`none` or a distance of `pipeline.objective.distance`."""
     agreement_weight: float
     smoothing: float
+    ar_counts: bool = True
+    """Whether the rows of the AR loss count in the loss; else they are only measured."""
     alone_labels: int = 0
     """How many of the rows, the last ones, belong to drafts without slots."""
     teacher: str = "ar"
@@ -58,8 +60,6 @@ class Targets:
     """Rule of weights by accepted prefix, `dpace` or `auf`; with others `shares` are all."""
     chains: Chains | None = None
     """Where such a rule is."""
-    ar_frozen: bool = False
-    """AR rows count nothing: only their plain loss is wanted."""
 
     @property
     def ends(self) -> tuple[int, int, int]:
@@ -137,7 +137,7 @@ def make_targets(
         teacher=objective.teacher,
         place_weights=objective.place_weights,
         chains=chains_of(batch) if by_prefix else None,
-        ar_frozen=ar == 0.0,
+        ar_counts=ar > 0,
     )
 
 

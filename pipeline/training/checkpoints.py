@@ -20,7 +20,7 @@ from data_prep.files import fsync_folder, write_text_atomic
 from pipeline.distributed import World
 from pipeline.model.checkpoint_files import verify_file_list, write_file_list
 from pipeline.training.file_writer import FileWriter, install
-from pipeline.training.identity import differences, refuse_changes
+from pipeline.training.identity import completed, differences, refuse_changes
 from pipeline.training.reshape import load_reshaped
 from pipeline.training.retention import CheckpointConfig, complete_checkpoints, delete_old
 from pipeline.training.state import TrainState
@@ -172,7 +172,7 @@ class Checkpoints:
             return None, {}
         path = self.folder / name
         content = json.loads((path / "state.json").read_text())
-        changed = differences(content["identity"], self.identity)
+        changed = differences(completed(content["identity"], self.identity), self.identity)
         refuse_changes(name, changed, self.config.allow_changes)
         reshaped = differences(content["topology"], self.topology)
         if reshaped:

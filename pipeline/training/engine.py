@@ -1,5 +1,6 @@
 """The DeepSpeed engine: model and optimizer under ZeRO, built from the run's config."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,15 +8,19 @@ import torch
 from torch import nn
 
 from pipeline.distributed import World
+from pipeline.model.adapters import is_drafting
 from pipeline.model.opening import full_shape
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Norms and biases are never decayed."""
+    """AdamW. Norms and biases are never decayed, nor are weights that only draft."""
 
     learning_rate: float = 3e-4
     """Peak of the schedule."""
+    draft_learning_rate: float | None = None
+    """The same for the draft head, adapters and the mask slots' own embedding; None takes
+    `learning_rate`."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95
@@ -26,15 +31,20 @@ class OptimizerConfig:
     """Largest gradient norm of a step; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "draft_learning_rate", "epsilon"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         for name in ("weight_decay", "gradient_clipping"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def draft_rate_scale(self) -> float:
+        """The rate of weights that only draft, in rates of the others."""
+        return (self.draft_learning_rate or self.learning_rate) / self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,11 @@ def build_engine(
 
     if config.stage < 3:
         model.to(world.device)
+    groups = parameter_groups(model, optimizer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(
-            parameter_groups(model, optimizer.weight_decay),
+            [{key: value for key, value in group.items() if key != "drafts"} for group in groups],
             lr=0.0,  # set before every step; see `forget_steps`
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.epsilon,
@@ -91,6 +102,8 @@ def build_engine(
         dist_init_required=False,
     )
     forget_steps(engine.optimizer)
+    # Beside the groups, not in them: a checkpoint brings its own groups along.
+    engine.rate_scales = [optimizer.draft_rate_scale if g["drafts"] else 1.0 for g in groups]
     return engine
 
 
@@ -103,13 +116,25 @@ def forget_steps(optimizer: Any) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, norms and biases without."""
+    """Matrices with weight decay, norms and biases without, and, where there are any, what only
+    drafts (`drafts`), without decay too. Parameters that do not learn are in none."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = {name for name, p in named if len(full_shape(p)) >= 2}
+    divided = divide([(name, full_shape(p)) for name, p in named])
+    parameters, decays = dict(named), (weight_decay, 0.0, 0.0)
     return [
-        {"params": [p for n, p in named if n in matrices], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if n not in matrices], "weight_decay": 0.0},
+        {"params": [parameters[n] for n in names], "weight_decay": decay, "drafts": drafts}
+        for names, decay, drafts in zip(divided, decays, (False, False, True), strict=True)
+        if names
     ]
+
+
+def divide(shapes: Sequence[tuple[str, torch.Size]]) -> tuple[list[str], list[str], list[str]]:
+    """Names of the base's matrices, of its norms and biases, and of what only drafts, from named
+    `shapes`; the order of the optimizer's parameters."""
+    base = [(name, shape) for name, shape in shapes if not is_drafting(name)]
+    matrices = [name for name, shape in base if len(shape) >= 2]
+    rest = [name for name, shape in base if len(shape) < 2]
+    return matrices, rest, [name for name, _ in shapes if is_drafting(name)]
 
 
 def deepspeed_settings(
@@ -150,8 +175,10 @@ def deepspeed_settings(
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    """Set the step's rate; weights that only draft have theirs in proportion."""
+    groups = engine.optimizer.param_groups
+    for group, scale in zip(groups, engine.rate_scales, strict=True):
+        group["lr"] = rate * scale
 
 
 def gradient_norm(engine: Any) -> float:

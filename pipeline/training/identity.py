@@ -1,6 +1,8 @@
 """What makes a run the same run, and how a checkpoint differs from what is asked now."""
 
+import json
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from data_prep.errors import UserError
@@ -24,7 +26,15 @@ def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]
         "precision": settings.precision,
         "global_batch_size": settings.global_batch_size,
         "objective.name": settings.objective.name,
+        "freeze_base": settings.freeze_base,
     }
+
+
+def completed(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved identity with the keys of `asked` that are younger than it, as runs then were."""
+    shape = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default != MISSING}
+    before = json.loads(json.dumps({**shape, "freeze_base": False}))
+    return {**{key: value for key, value in before.items() if key in asked}, **saved}
 
 
 def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:

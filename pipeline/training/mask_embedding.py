@@ -1,7 +1,8 @@
 """Watches the mask token's embedding, the one weight that every draft starts from.
 
-It is read off the forward pass: the last row of a joint forward is always a mask slot, so nothing
-is gathered under ZeRO 3 and nothing waits for the device before the step does.
+It is read off the forward pass: the last row of a joint forward is always a mask slot, and an
+embedding that slots have for themselves is whole while the decoder runs. So nothing is gathered
+under ZeRO 3 and nothing waits for the device before the step does.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.model.transformer import Decoder
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,18 @@ class MaskEmbedding:
     """Looks at every training forward of a model with a mask token."""
 
     def __init__(
-        self, embedding: nn.Module, mask_token_id: int | None, config: MaskGuardConfig
+        self, decoder: Decoder, mask_token_id: int | None, config: MaskGuardConfig
     ) -> None:
         self.config = config
+        self._decoder = decoder
         self._mask_token_id = mask_token_id
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._expected = False
         self._outside = False
         if mask_token_id is not None:
-            embedding.register_forward_hook(self._look)
+            # A draft head embeds tokens, too, but behind the decoder.
+            decoder.register_forward_pre_hook(self._expect)
+            decoder.embed_tokens.register_forward_hook(self._look)
 
     def read(self) -> MaskNorm | None:
         """The last forward's; None without a mask section. Waits for the device."""
@@ -73,9 +80,17 @@ class MaskEmbedding:
             "look at optimizer.learning_rate and weight_decay"
         )
 
+    def _expect(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._expected = True
+
     def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not self._expected:
+            return
+        self._expected = False
         is_text = inputs[0][0] != self._mask_token_id
         norms = torch.linalg.vector_norm(output.detach()[0], dim=-1, dtype=torch.float32)
         # A mean by hand: picking rows out would wait for the device to count them.
         text = (norms * is_text).sum() / is_text.sum().clamp(min=1)
-        self._seen = norms[-1], text
+        own = self._decoder.mask_embedding
+        norm = norms[-1] if own is None else own.detach().float().norm()
+        self._seen = norm, text

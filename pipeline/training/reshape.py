@@ -11,8 +11,9 @@ partition.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
+from pipeline.model.adapters import is_drafting
+from pipeline.model.checkpoint import unique_names
+from pipeline.model.opening import full_shape
 from pipeline.model.safe_load import load_checked
 from pipeline.training.discard import is_plain
+from pipeline.training.engine import divide
 
 WEIGHT = "weight"
 """The fp32 weights, beside Adam's own names of its moments."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WHOLE_MODULE = "mp_rank_00_model_states.pt"
 MODEL_STATES = "*_model_states.pt"
 PARTITIONS = "*_optim_states.pt"
 
@@ -41,6 +45,8 @@ class FullState:
     """Updates that Adam has counted."""
     read: Callable[[str, str], Tensor]
     """`read(name, kind)`: the whole tensor in fp32, flat; kind is WEIGHT or one of MOMENTS."""
+    frozen: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """Weights that do not learn, flat and in their own type; the others' maps do not have them."""
 
 
 def load_reshaped(engine: Any, folder: Path) -> None:
@@ -55,13 +61,14 @@ def load_reshaped(engine: Any, folder: Path) -> None:
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
-    shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    shapes = {name: full_shape(p) for name, p in parameters.items()}
     if shapes != state.shapes:
         name = next(n for n in [*shapes, *state.shapes] if shapes.get(n) != state.shapes.get(n))
         raise UserError(
             f"{folder}: tensor {name} has shape {_spelled(state.shapes.get(name))}, the model "
             f"{_spelled(shapes.get(name))}; start in a new run_dir, with init_from if shapes allow"
         )
+    _set_frozen(engine, state)
     if not engine.zero_optimization():
         _set_plain(engine, parameters, state)
     elif engine.zero_optimization_partition_weights():
@@ -88,7 +95,7 @@ def read_full_state(folder: Path) -> FullState:
         return _read_plain(folder, main)
     ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
     if "fp32_flat_groups" in ranks[0]:
-        return _read_stage3(main, ranks)
+        return _read_stage3([main, *(load_checked(p, mmap=True) for p in model_states[1:])], ranks)
     return _read_slices(folder, main, ranks)
 
 
@@ -104,8 +111,11 @@ def _read_plain(folder: Path, main: dict[str, Any]) -> FullState:
     if "fp32_groups" in optimizer:
         masters = [tensor for group in optimizer["fp32_groups"] for tensor in group]
         optimizer = optimizer["optimizer_state_dict"]
-    names = [name for group in _names_by_group(module) for name in group]
+    unique = unique_names(module)
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    if len(numbers) < len(unique):  # a frozen base
+        unique = [name for name in unique if is_drafting(name)]
+    names = [n for group in divide([(n, module[n].shape) for n in unique]) for n in group]
     if len(names) != len(numbers):
         raise UserError(f"{folder}: {len(numbers)} optimizer states for {len(names)} parameters")
     states = dict(zip(names, (optimizer["state"][number] for number in numbers), strict=True))
@@ -116,22 +126,14 @@ def _read_plain(folder: Path, main: dict[str, Any]) -> FullState:
         return tensor.detach().reshape(-1).float()
 
     updates = float(next(iter(states.values()))["step"])
-    return FullState({name: module[name].shape for name in names}, updates, read)
+    shapes = {name: module[name].shape for name in names}
+    return FullState(shapes, updates, read, _frozen_in(module, shapes))
 
 
-def _names_by_group(module: dict[str, Tensor]) -> list[list[str]]:
-    """As `engine.parameter_groups` divides them: matrices, then the rest."""
-    tied: set[tuple[int, int]] = set()
-    unique = []
-    for name, tensor in module.items():  # a tied head is a parameter once, under its first name
-        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
-        if key not in tied:
-            tied.add(key)
-            unique.append(name)
-    return [
-        [name for name in unique if module[name].ndim >= 2],
-        [name for name in unique if module[name].ndim < 2],
-    ]
+def _frozen_in(
+    module: dict[str, Tensor], learning: Collection[str]
+) -> dict[str, Callable[[], Tensor]]:
+    return {n: module[n].flatten for n in unique_names(module) if n not in learning}
 
 
 def _read_slices(folder: Path, main: dict[str, Any], ranks: list[dict[str, Any]]) -> FullState:
@@ -158,14 +160,15 @@ def _read_slices(folder: Path, main: dict[str, Any], ranks: list[dict[str, Any]]
             raise UserError(f"{folder}: tensor {name} is incomplete in {PARTITIONS}")
         return whole
 
-    return FullState(shapes, float(ranks[0]["base_optimizer_state"]["state"][0]["step"]), read)
+    updates = float(ranks[0]["base_optimizer_state"]["state"][0]["step"])
+    return FullState(shapes, updates, read, _frozen_in(main["module"], shapes))
 
 
-def _read_stage3(main: dict[str, Any], ranks: list[dict[str, Any]]) -> FullState:
+def _read_stage3(models: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> FullState:
     """ZeRO 3: rank r holds the r-th of equal parts of every parameter, the last one padded."""
     shapes: dict[str, torch.Size] = {}
     offsets: dict[str, tuple[int, int]] = {}
-    for group, parameters in enumerate(main["param_shapes"]):
+    for group, parameters in enumerate(models[0]["param_shapes"]):
         offset = 0
         for name, shape in parameters.items():
             shapes[name] = torch.Size(shape)
@@ -184,10 +187,40 @@ def _read_stage3(main: dict[str, Any], ranks: list[dict[str, Any]]) -> FullState
         whole = torch.cat([flat(rank, group, kind).narrow(0, offset, part) for rank in ranks])
         return whole[:numel]
 
-    return FullState(shapes, float(ranks[0]["optimizer_state_dict"]["state"][0]["step"]), read)
+    def read_frozen(name: str, numel: int) -> Tensor:
+        return torch.cat([model["frozen_param_fragments"][name] for model in models])[:numel]
+
+    frozen = models[0].get("frozen_param_shapes") or {}
+    return FullState(
+        shapes,
+        float(ranks[0]["optimizer_state_dict"]["state"][0]["step"]),
+        read,
+        {name: partial(read_frozen, name, shape.numel()) for name, shape in frozen.items()},
+    )
 
 
 # Setting.
+
+
+@torch.no_grad()
+def _set_frozen(engine: Any, state: FullState) -> None:
+    """The weights that do not learn; those that do are known to be there."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        whole = state.frozen[name]()
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data.copy_(_own_part(whole))
+        else:
+            parameter.copy_(whole.view_as(parameter))
+
+
+def _own_part(whole: Tensor) -> Tensor:
+    """What ZeRO 3 gives this rank of a flat tensor: equal parts, the last one padded."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    part = -(-whole.numel() // size)
+    padded = torch.nn.functional.pad(whole, (0, part * size - whole.numel()))
+    return padded.narrow(0, part * rank, part)
 
 
 def _empty_state(optimizer: Any, flat: Tensor, updates: float, step: Tensor | None) -> None:
@@ -262,13 +295,9 @@ def _set_stage3(engine: Any, parameters: dict[str, Any], state: FullState) -> No
     zero._clear_fp32_optimizer_param_groups()
     for flat in zero.fp32_partitioned_groups_flat:
         _empty_state(zero.optimizer, flat, state.updates, step)
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for name, parameter in parameters.items():
         for kind in (WEIGHT, *MOMENTS):
-            whole = state.read(name, kind)
-            part = -(-whole.numel() // size)
-            padded = torch.nn.functional.pad(whole, (0, part * size - whole.numel()))
-            own = padded.narrow(0, part * rank, part)
+            own = _own_part(state.read(name, kind))
             key = None if kind == WEIGHT else kind
             zero.set_local_hp_param(own, parameter, key)
             if kind == WEIGHT:

@@ -1,6 +1,6 @@
 """The training run's config, checked: each part's dataclass lives with the part that owns it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.model.adapters import AdapterConfig
 from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import CHECKPOINTING
@@ -44,6 +45,7 @@ class PlainKeys:
     steps: int
     seed: int
     init_from: Path | None
+    freeze_base: bool
     global_batch_size: int
     micro_batch_size: int
     precision: str
@@ -78,6 +80,22 @@ class PlainKeys:
         check_tensorboard(self.tensorboard)
 
 
+def with_adapters(model: ModelConfig, adapter: AdapterConfig, frozen: bool) -> ModelConfig:
+    """`model` with what `adapter` adds for mask slots; a `frozen` base gives them an embedding."""
+    own = adapter.own_mask_embedding
+    if own is False and frozen:
+        raise UserError(
+            "adapter.own_mask_embedding: a frozen base's embeddings do not learn; set it to true, "
+            "or freeze_base=false"
+        )
+    return replace(
+        model,
+        adapter_rank=adapter.rank,
+        adapter_targets=adapter.targets if adapter.rank else (),
+        own_mask_embedding=frozen if own is None else own,
+    )
+
+
 def check_tensorboard(wanted: bool) -> None:
     if wanted and not tensorboard_is_installed():
         raise UserError(
@@ -96,8 +114,10 @@ class TrainSettings(PlainKeys):
     """The sets of `data.mix`; empty where `data.dir` is all."""
     manifest: Manifest
     model: ModelConfig
+    """With the adapters of `adapter`."""
     layout: LayoutChoice
     objective: ObjectiveConfig
+    """With a frozen base without the AR term, which nothing that learns has a part in."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     deepspeed: DeepSpeedConfig
@@ -134,15 +154,20 @@ class TrainSettings(PlainKeys):
         data = parse(DataConfig, cfg.data, "data")
         manifest = manifest or Manifest.load(data_dir)
         layout = parse(LayoutChoice, cfg.layout, "layout")
+        objective = parse(ObjectiveConfig, cfg.objective, "objective")
         return cls(
             **values,
             data_dir=data_dir,
             data=data,
             mix=() if planned else open_mix(data, manifest, layout),
             manifest=manifest,
-            model=parse(ModelConfig, cfg.model, "model"),
+            model=with_adapters(
+                parse(ModelConfig, cfg.model, "model"),
+                parse(AdapterConfig, cfg.adapter, "adapter"),
+                values["freeze_base"],
+            ),
             layout=layout,
-            objective=parse(ObjectiveConfig, cfg.objective, "objective"),
+            objective=replace(objective, alpha=0.0) if values["freeze_base"] else objective,
             optimizer=parse(OptimizerConfig, cfg.optimizer, "optimizer"),
             schedule=parse(ScheduleConfig, cfg.schedule, "schedule"),
             deepspeed=parse(DeepSpeedConfig, cfg.deepspeed, "deepspeed"),
@@ -158,6 +183,16 @@ class TrainSettings(PlainKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.freeze_base and self.init_from is None:
+            raise UserError(
+                "freeze_base: there is no base without init_from; set init_from=... to the model "
+                "to convert, or freeze_base=false"
+            )
+        if self.freeze_base and not self.objective.drafts:
+            raise UserError(
+                "freeze_base: objective=ar has nothing to train then; set freeze_base=false, or "
+                "another objective"
+            )
         if self.compile and self.deepspeed.stage == 3:
             raise UserError(
                 "compile: not with deepspeed=zero3, which gathers weights inside of every layer; "

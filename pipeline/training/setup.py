@@ -123,9 +123,7 @@ def build_trainer(
             precision=settings.precision,
             peak_tflops=settings.peak_tflops,
         ),
-        mask_embedding=MaskEmbedding(
-            model.model.embed_tokens, model.config.mask_token_id, settings.mask_guard
-        ),
+        mask_embedding=MaskEmbedding(model.model, model.config.mask_token_id, settings.mask_guard),
         notes=notes_of_start(state, told, checkpoints.load_s, preflight_s, world),
     )
 

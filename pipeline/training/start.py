@@ -36,9 +36,11 @@ def build_model(
     if source is None:
         model.initialize(settings.seed, opened)
     else:
-        mask = load_into(model, source, opened)
+        mask = load_into(model, source, opened, settings.seed)
         if mask is not None:
             say(f"mask token {config.mask_token_id}: embedding with {mask}")
+    if settings.freeze_base:
+        model.freeze_base()
     model.checkpoint_activations(settings.activation_checkpointing)
     return model.compile_layers() if settings.compile else model
 

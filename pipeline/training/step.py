@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
-from pipeline.model.attention import training_mask
+from pipeline.model.attention import section_masks, training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import make_targets, place_weights
@@ -166,9 +166,13 @@ def accumulate(
     # DeepSpeed averages over ranks and accumulation rounds; our losses are shares of a global mean.
     parts = world.size * len(batches)
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+    model = engine.module
+    make_mask = section_masks if model.frozen_base else training_mask
+    frozen = model.config.hidden_size if model.frozen_base else 0
     for batch in batches:
         # From the host's copy of the rule, and of what is labelled.
-        mask = training_mask(batch.spans, world.device, attention)
+        mask = make_mask(batch.spans, world.device, attention)
+        clean = batch.spans.clean_tokens
         targets = make_targets(
             batch, objective, counts.ar_labels, counts.draft_weight, counts.alone_draft_weight
         ).to(world.device)
@@ -177,7 +181,9 @@ def accumulate(
             batch.input_ids,
             position_ids=batch.position_ids,
             mask=mask,
-            then=partial(head_loss, targets=targets),
+            then=partial(head_loss, targets=targets, frozen=frozen),
+            clean=clean,
+            blocks=batch.blocks,
         )
         engine.backward(loss * parts)
         total += sums

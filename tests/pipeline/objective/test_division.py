@@ -43,7 +43,7 @@ class Engine:
         states = torch.randn(4, 2 * LENGTH + K * LENGTH, WIDTH, generator=generator)
         self.states = states.requires_grad_()
         self.weight = torch.randn(VOCABULARY, WIDTH, generator=generator, requires_grad=True)
-        self.numbers = []
+        self.module = SimpleNamespace(frozen_base=False)
 
     def hidden(self, numbers, batch):
         """The rows of the sequences, then those of their blocks that are drafted without slots."""

@@ -169,6 +169,21 @@ def test_only_what_is_asked_for_is_computed(batch, name, needs, monkeypatch):
             assert torch.equal(own, other)
 
 
+def test_frozen_columns_of_the_matrix_get_no_gradient(batch, leaves):
+    objective, frozen = OBJECTIVES["blend"], 4
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    full = torch.autograd.grad(head_loss(*leaves, targets)[0] * 2, leaves)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = head_loss(*leaves, targets, frozen)
+    hidden, weight = torch.autograd.grad(loss * 2, leaves)
+    assert torch.equal(hidden, full[0])
+    assert not weight[:, :frozen].any()
+    torch.testing.assert_close(weight[:, frozen:], full[1][:, frozen:])
+    drafts = len(batch.rows) - batch.ar_labels
+    widths = (2 * WIDTH + WIDTH - frozen) * len(batch.rows) + WIDTH * drafts
+    assert counter.get_total_flops() == 2 * VOCABULARY * widths
+
+
 def test_the_published_objective_is_the_joint_loss(leaves):
     batch = made_batch(slots=16)
     objective = ObjectiveConfig(alpha=0.4)

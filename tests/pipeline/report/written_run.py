@@ -92,6 +92,7 @@ def eval_rows(step: int, objective: str, rng: random.Random) -> list[dict[str, A
                 "acceptance_by_position": None,
                 "teacher_forced_acceptance": None,
                 "unigram_acceptance": None,
+                "bigram_acceptance": None,
             }
         )
         if objective == "ar":
@@ -110,6 +111,9 @@ def eval_rows(step: int, objective: str, rng: random.Random) -> list[dict[str, A
                 "acceptance_by_position": [first, first * 0.9, None if step == 100 else 0.4],
                 "teacher_forced_acceptance": [first - 0.08, first * 0.75, first * 0.6],
                 "unigram_acceptance": [0.12 + 0.1 * temperature] * 3,
+                "bigram_acceptance": [0.17 + 0.1 * temperature] * 3,
+                "expected_tokens_per_forward": rate,
+                "bigram_expected_tokens_per_forward": 1.1,
             }
         )
     return rows

@@ -12,7 +12,7 @@ IDS = torch.tensor([[9, 7, 300, 7, MASK, MASK], [8, 8, 8, 8, MASK, MASK]])
 
 def watched(config: MaskGuardConfig, mask_token_id: int | None = MASK):
     model = random_model(small_config(mask_token_id=mask_token_id))
-    return model, MaskEmbedding(model.model.embed_tokens, mask_token_id, config)
+    return model, MaskEmbedding(model.model, mask_token_id, config)
 
 
 def test_it_reads_the_weights_that_the_forward_used():

@@ -1,0 +1,96 @@
+"""Weights that only drafting uses: low-rank updates on mask-slot rows, and who belongs to them.
+
+An adapter adds `B (A x)` to the output of a projection `W x` (LoRA, arXiv 2106.09685, without a
+scale), on the rows of mask slots alone. Clean rows, verified drafts and the cache never see one, so
+the AR half of a model is, bit for bit, the model without them. Rows stand section by section, so
+the product runs over a slice. `B` starts at zero: a model with new adapters is the model before.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
+
+MASK_EMBEDDING = "model.mask_embedding"
+DRAFT_HEAD = "draft_head."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of a model acts on mask slots alone, beside the draft head."""
+
+    rank: int = 0
+    """Rank of the low-rank updates; 0 is none."""
+    targets: tuple[str, ...] = ADAPTER_TARGETS
+    """The projections that have one."""
+    own_mask_embedding: bool | None = None
+    """Give mask slots an embedding outside of the embedding matrix; None does with a frozen
+    base."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be 0 (none) or more, got {self.rank}")
+        for name in self.targets:
+            if name not in ADAPTER_TARGETS:
+                known = ", ".join(ADAPTER_TARGETS)
+                raise ValueError(f"targets: no projection {name!r}; known are {known}")
+        if self.rank and not self.targets:
+            raise ValueError("targets names no projection; name one, or set rank=0")
+
+
+class LowRank(nn.Module):
+    """x [..., inputs] to B (A x) [..., outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+def adapter_for(config: ModelConfig, name: str, projection: nn.Linear) -> LowRank | None:
+    """The adapter of the `projection` called `name`, None where the shape has none."""
+    if not config.adapter_rank or name not in config.adapter_targets:
+        return None
+    return LowRank(projection.in_features, projection.out_features, config.adapter_rank)
+
+
+def project(projection: nn.Module, adapter: LowRank | None, x: Tensor, clean: int | None) -> Tensor:
+    """`projection` of all rows of `x` [B, L, inputs], with the adapter on the rows behind the first
+    `clean`; None has no slots. The projection itself always runs over all rows at once, so that
+    clean rows round as they do without adapters."""
+    out: Tensor = projection(x)
+    if adapter is None or clean is None:
+        return out
+    if clean == 0:
+        return out + adapter(x)
+    out[:, clean:] += adapter(x[:, clean:])
+    return out
+
+
+def is_drafting(name: str) -> bool:
+    """Whether the parameter `name` is used for drafting alone: an adapter's, the mask slots' own
+    embedding, or the draft head's. All others are the base model's."""
+    return name == MASK_EMBEDDING or is_of_head(name) or is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    return "_adapter." in name
+
+
+def is_of_head(name: str) -> bool:
+    return name.startswith(DRAFT_HEAD)
+
+
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """How an adapter's weight, or the mask slots' own embedding, starts: fp32 on the CPU."""
+    value = torch.zeros(shape, dtype=torch.float32)
+    if name.endswith(".up.weight"):
+        return value
+    deviation = 1 / math.sqrt(shape[1]) if is_adapter(name) else 0.02
+    return value.normal_(0.0, deviation, generator=generator)

@@ -1,0 +1,184 @@
+"""`tidar-train` with a frozen base, under every ZeRO stage: what learns, and what stays."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SMALL_RUN
+from hydra import compose, initialize_config_dir
+from small_models import random_model, small_config, write_checkpoint
+from workers import run_workers
+
+from data_prep.cli import config_dir
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from data_prep.tokenizers import load_tokenizer
+from pipeline import load_model
+from pipeline.decoding import generate
+from pipeline.distributed import World
+from pipeline.model.adapters import is_drafting
+from pipeline.train import train_in_world
+from pipeline.training.run_dir import owned
+from pipeline.training.settings import TrainSettings
+from pipeline.training.signals import StopRequest
+
+CASES = ("fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-0", "bf16-1", "bf16-3")
+SHAPE = (
+    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
+    "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8", "model.max_positions=256",
+    "model.rope_theta=5000",
+)  # fmt: skip
+FROZEN = (*SMALL_RUN, *SHAPE, "freeze_base=true", "steps=4", "checkpoint.every=2",
+          "adapter.rank=2", "adapter.targets=[v_proj,o_proj,up_proj]", "model.draft_rank=2",
+          "optimizer.draft_learning_rate=0.02", "wandb.mode=disabled")  # fmt: skip
+
+
+def settings_of(*overrides: str) -> TrainSettings:
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        return TrainSettings.from_config(compose("train", [*FROZEN, *overrides]))
+
+
+def train_all(world: World, data_dir: Path, base: Path, folder: Path) -> dict[str, list[int]]:
+    """Every case to its end, and the last two of its steps once more from its checkpoint; how many
+    parameters have a state in the optimizer."""
+    counts = {}
+    for case in CASES:
+        precision, stage = case.split("-")
+        for run_dir in (folder / case, folder / f"{case}-again"):
+            if world.is_main and run_dir.name.endswith("-again"):
+                shutil.copytree(folder / case, run_dir)
+                shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+                (run_dir / "checkpoints" / "latest").write_text("step-00000002\n")
+            world.barrier()
+            settings = settings_of(
+                f"data.dir={data_dir}", f"init_from={base}", f"run_dir={run_dir}",
+                f"precision={precision}", f"deepspeed=zero{stage}",
+            )  # fmt: skip
+            with owned(run_dir, settings.resolved, world, print):
+                assert train_in_world(settings, world, StopRequest(), lambda text: None) == 0
+        counts[case] = [stored_elements(path) for path in optimizer_files(folder / case)]
+    return counts
+
+
+def optimizer_files(run_dir: Path) -> list[Path]:
+    folder = run_dir / "checkpoints" / "step-00000004"
+    return sorted(folder.glob("*_optim_states.pt")) or sorted(folder.glob("*_model_states.pt"))
+
+
+def stored_elements(path: Path) -> int:
+    """Elements of Adam's first moment in a file."""
+    found = 0
+
+    def visit(value: object, name: object) -> None:
+        nonlocal found
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(inner, key)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                visit(inner, name)
+        elif isinstance(value, torch.Tensor) and name == "exp_avg":
+            found += value.numel()
+
+    visit(torch.load(path, weights_only=False), None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(data_dir, tmp_path_factory) -> Path:
+    """A model that was never trained to draft, whose last token is the data's mask token."""
+    tokenizer = Manifest.load(data_dir).tokenizer
+    config = small_config(vocab_size=tokenizer.vocab_size).without_drafting()
+    path = tmp_path_factory.mktemp("base") / "model"
+    return write_checkpoint(path, random_model(config, 4), load_tokenizer(data_dir))
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_workers(
+        train_all, 2, tmp_path_factory.mktemp("world"), data_dir, base, folder
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_ar_half_is_the_base_bit_for_bit(runs, base, case):
+    dtype = "bf16" if case.startswith("bf16") else "fp32"
+    before, tokenizer = load_model(base, dtype=dtype, device="cpu")
+    after, _ = load_model(runs[0] / case, dtype=dtype, device="cpu")
+    trained = after.state_dict()
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, trained.pop(name)), name
+    assert all(map(is_drafting, trained))
+    for name, weight in trained.items():  # B starts at zero, and the last layer's k has none
+        assert weight.any(), name
+    ids = torch.randint(0, before.config.vocab_size, (3, 50))
+    assert torch.equal(before(ids), after(ids))
+    prompt = tokenizer.encode("def add(left, right):")
+    text = generate(before, prompt, max_new_tokens=24, method="ar").tokens
+    assert generate(after, prompt, max_new_tokens=24, method="ar").tokens == text
+    if dtype == "fp32":
+        assert generate(after, prompt, max_new_tokens=24, method="tidar").tokens == text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_drafts_has_a_state(runs, case):
+    folder, counts = runs
+    config = load_model(folder / case, device="cpu")[0].config
+    least, stage = config.num_drafting_parameters, case[-1]
+    for found in (result[case] for result in counts):
+        stored = found[0] if stage == "0" else sum(found)
+        assert least <= stored <= least + 64  # padding of partitions
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_learns_and_resumes_exactly(runs, case):
+    folder = runs[0]
+    rows = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss_diffusion"] < rows[0]["loss_diffusion"] - 0.1
+    assert all(row["loss"] == pytest.approx(row["loss_diffusion"], rel=1e-5) for row in rows)
+    assert all(row["loss_ar"] > 0 for row in rows)
+    evals = (folder / case / "evals" / "decode_speed.jsonl").read_text().splitlines()
+    start = json.loads((folder / case / "evals" / "base.json").read_text())
+    for row in map(json.loads, evals):
+        assert row["heldout_ar_loss"] == pytest.approx(next(iter(start.values())), rel=1e-12)
+    straight, again = (
+        load_model(folder / name, device="cpu")[0].state_dict() for name in (case, f"{case}-again")
+    )
+    for name, weight in straight.items():
+        assert torch.equal(weight, again[name]), name
+
+
+def test_stages_agree(runs):
+    """A half of the batch on each rank under every stage: the same losses but for rounding."""
+    losses = {}
+    for case in CASES:
+        lines = (runs[0] / case / "metrics.jsonl").read_text().splitlines()
+        losses[case] = [json.loads(line)["loss"] for line in lines]
+    for case in CASES:
+        close = 2e-4 if case.startswith("fp32") else 0.02
+        assert losses[case] == pytest.approx(losses["fp32-0"], rel=close), case
+
+
+def test_mistakes(data_dir, base, runs):
+    def refuse(match: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=match) as caught:
+            settings_of(f"data.dir={data_dir}", "run_dir=x", *overrides)
+        assert "\n" not in str(caught.value)
+
+    refuse("freeze_base: there is no base without init_from")
+    refuse("freeze_base: objective=ar has nothing to train", f"init_from={base}", "objective=ar")
+    refuse(r"adapter: targets: no projection 'head'; known are q_proj", "adapter.targets=[head]")
+    refuse("adapter: rank must be 0", "adapter.rank=-1")
+    refuse(
+        "adapter.own_mask_embedding: a frozen base",
+        "adapter.own_mask_embedding=false", f"init_from={base}",
+    )  # fmt: skip
+    settings = settings_of(
+        f"data.dir={data_dir}", "run_dir=x", f"init_from={base}", "adapter.rank=0"
+    )
+    assert settings.model.adapter_targets == ()
+    assert settings.model.own_mask_embedding

@@ -4,13 +4,30 @@ Letters: B sequences, S clean tokens, M slots, N labelled rows, D of them drafts
 them the rows of drafts without slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.objective.joint import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The drafts of a batch as chains, of which decoding accepts a beginning: a block's slots, and
+    once more those of a block that is drafted without them."""
+
+    cells: Tensor
+    """int64 [D]: where each draft stands in a table of chains and places, flattened."""
+    drafts: Tensor
+    """bool [D]: all but those at place 0, whose token decoding has before it drafts."""
+    shape: tuple[int, int]
+    """Of the table."""
+
+    def to(self, device: torch.device) -> "Chains":
+        cells, drafts = (x.to(device, non_blocking=True) for x in (self.cells, self.drafts))
+        return Chains(cells, drafts, self.shape)
 
 
 @dataclass(frozen=True)
@@ -28,15 +45,21 @@ class Targets:
     """fp32 [N]: the loss of the global batch is the sum of share times row loss."""
     verifiers: Tensor
     """int64 [D]: the clean row whose logits are for a draft's position, or -1 where a document's
-    first token has none; empty unless the objective compares the two."""
+    first token has none; empty unless the objective asks the AR half."""
     agreement: str
-    """`none`, `tv` or `kl`."""
+    """`none` or a distance of `pipeline.objective.distance`."""
     agreement_weight: float
     smoothing: float
     ar_counts: bool = True
     """Whether the rows of the AR loss count in the loss; else they are only measured."""
     alone_labels: int = 0
     """How many of the rows, the last ones, belong to drafts without slots."""
+    teacher: str = "ar"
+    """Whose distribution drafts are compared with, `ar` or `text`."""
+    place_weights: str = "decay"
+    """Rule of weights by accepted prefix, `dpace` or `auf`; with others `shares` are all."""
+    chains: Chains | None = None
+    """Where such a rule is."""
 
     @property
     def ends(self) -> tuple[int, int, int]:
@@ -50,8 +73,21 @@ class Targets:
 
     def mix(self, part: slice) -> Tensor:
         """How much of the agreement loss each draft of `part` takes, fp32: nothing without a
-        verifier."""
+        teacher."""
+        if self.teacher == "text":
+            return torch.full_like(self.shares[part], self.agreement_weight)
         return self.agreement_weight * (self.verifiers_of(part) >= 0).float()
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same with its tensors on `device`."""
+        rows, labels, shares, verifiers = (
+            field.to(device, non_blocking=True)
+            for field in (self.rows, self.labels, self.shares, self.verifiers)
+        )
+        chains = self.chains.to(device) if self.chains is not None else None
+        return replace(
+            self, rows=rows, labels=labels, shares=shares, verifiers=verifiers, chains=chains
+        )
 
 
 def make_targets(
@@ -61,7 +97,7 @@ def make_targets(
     draft_weight: float,
     alone_draft_weight: float = 0.0,
 ) -> Targets:
-    """The targets of `batch`, on its device.
+    """The targets of `batch`, on its device; on the host nothing waits for a GPU.
 
     Args:
         batch: one micro-batch.
@@ -85,18 +121,22 @@ def make_targets(
             weights[slots:] * (alone / max(alone_draft_weight, 1e-30)),
         ]
     )
-    compares = objective.agreement != "none" and objective.agreement_weight > 0
+    compares, by_prefix = objective.compares, objective.by_prefix
+    asks_ar = objective.teacher == "ar" and (compares or by_prefix)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     return Targets(
         rows=batch.rows,
         labels=batch.labels,
         ar_labels=batch.ar_labels,
         shares=shares,
-        verifiers=verifying_rows(batch) if compares else none,
+        verifiers=verifying_rows(batch) if asks_ar else none,
         agreement=objective.agreement if compares else "none",
         agreement_weight=objective.agreement_weight,
         smoothing=objective.label_smoothing,
         alone_labels=batch.alone_labels,
+        teacher=objective.teacher,
+        place_weights=objective.place_weights,
+        chains=chains_of(batch) if by_prefix else None,
         ar_counts=ar > 0,
     )
 
@@ -112,11 +152,22 @@ def drafted_places(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def place_weights(batch: Batch, objective: ObjectiveConfig) -> Tensor:
-    """The weight of each draft by its place in its block, fp32 [D]: `position_decay` to the power
-    of the place, counted from 0."""
+    """The weight of each draft by its place in its block alone, fp32 [D]: `position_decay` to the
+    power of the place, counted from 0. Weights by accepted prefix come on top, and change nothing
+    of what their mean is over: the number of drafts."""
     if objective.position_decay == 1.0:
         return torch.ones(len(batch.rows) - batch.ar_labels, device=batch.rows.device)
     return objective.position_decay ** drafted_places(batch)[1].float()
+
+
+def chains_of(batch: Batch) -> Chains:
+    """The chains of `batch`: its blocks, then those that are drafted without slots."""
+    blocks, longest = batch.blocks.slots.shape
+    _, place = drafted_places(batch)
+    number = batch.blocks.there.nonzero(as_tuple=True)[0]
+    alone = batch.rows[len(batch.rows) - batch.alone_labels :] - batch.input_ids.numel()
+    cells = torch.cat([number * longest + place[: len(number)], blocks * longest + alone])
+    return Chains(cells, place > 0, (blocks + len(batch.blocks.alone), longest))
 
 
 def verifying_rows(batch: Batch) -> Tensor:

@@ -39,7 +39,8 @@ class GlobalCounts:
     damaged_shards: int = 0
     """Shards that some rank had to leave out since the last step; each counts those it met."""
     teacher_rows: int = 0
-    """Rows that go through the LM head once more, forward only, as what slots are compared with."""
+    """Rows that go through the LM head once more, forward only: what drafts are compared with, and
+    drafts whose weight depends on what they are."""
     alone_labels: int = 0
     """Labelled rows of drafts without slots."""
     alone_draft_weight: float = 0.0
@@ -98,7 +99,7 @@ def count_globally(
     drafted = int(diffusion) + alone
     return GlobalCounts(
         int(ar), int(diffusion), int(clean), int(stops), weight, pairs, damaged,
-        teacher_rows=drafted if objective.agreement_weight > 0 else 0,
+        teacher_rows=drafted * objective.extra_heads,
         alone_labels=alone,
         alone_draft_weight=whole[3],
     )  # fmt: skip
@@ -169,13 +170,13 @@ def accumulate(
     make_mask = section_masks if model.frozen_base else training_mask
     frozen = model.config.hidden_size if model.frozen_base else 0
     for batch in batches:
-        # From the host's copy of the rule.
+        # From the host's copy of the rule, and of what is labelled.
         mask = make_mask(batch.spans, world.device, attention)
         clean = batch.spans.clean_tokens
-        batch = batch.to(world.device)
         targets = make_targets(
             batch, objective, counts.ar_labels, counts.draft_weight, counts.alone_draft_weight
-        )
+        ).to(world.device)
+        batch = batch.to(world.device)
         loss, sums = engine(
             batch.input_ids,
             position_ids=batch.position_ids,

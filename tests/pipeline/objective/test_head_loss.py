@@ -4,23 +4,38 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_objective import dense_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
 from pipeline.data.source import Sequence
 from pipeline.objective import head_loss as module
-from pipeline.objective.head_loss import head_loss, piece_slices, unpack
+from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.objective.targets import make_targets, place_weights, verifying_rows
+from pipeline.objective.targets import drafted_places, make_targets, place_weights, verifying_rows
 
 VOCABULARY, WIDTH = 23, 6
 OBJECTIVES = {
     "published": ObjectiveConfig(alpha=0.7),
     "ar twin": ObjectiveConfig("ar"),
-    "smoothed": ObjectiveConfig(label_smoothing=0.1),
-    "by position": ObjectiveConfig(alpha=0.3, position_decay=0.8),
+    "smoothed": ObjectiveConfig(label_smoothing=0.1, alpha=3.3),
+    "by position": ObjectiveConfig(alpha=0.3, position_decay=0.8, alone_weight=0.4),
+    "uniform, AR frozen": ObjectiveConfig(alpha=0.0, place_weights="uniform"),
     "tv": ObjectiveConfig(agreement="tv", agreement_weight=0.6, position_decay=0.9),
     "kl": ObjectiveConfig(agreement="kl", agreement_weight=1.0, label_smoothing=0.05),
+    "acceptance": ObjectiveConfig(agreement="acceptance", agreement_weight=0.7),
+    "blend": ObjectiveConfig(agreement="blend", agreement_weight=1.0),
+    "text kl": ObjectiveConfig(agreement="kl", agreement_weight=0.5, teacher="text"),
+    "text tv": ObjectiveConfig(agreement="tv", agreement_weight=0.5, teacher="text"),
+    "text acceptance": ObjectiveConfig(
+        agreement="acceptance", agreement_weight=0.6, teacher="text", label_smoothing=0.1
+    ),
+    "text blend": ObjectiveConfig(agreement="blend", agreement_weight=0.8, teacher="text"),
+    "dpace": ObjectiveConfig(place_weights="dpace", teacher="text"),
+    "dpace of acceptance": ObjectiveConfig(place_weights="dpace", alpha=0.2),
+    "auf": ObjectiveConfig(place_weights="auf", teacher="text", label_smoothing=0.1),
+    "auf, blend": ObjectiveConfig(place_weights="auf", agreement="blend", agreement_weight=0.5),
 }
 
 
@@ -44,10 +59,17 @@ def made_batch(slots, alone_share=0.0):
 
 @pytest.fixture
 def leaves(batch):
+    return made_leaves(batch)
+
+
+def made_leaves(batch):
+    """Hidden states and a head that are right about two labels in three."""
     generator = torch.Generator().manual_seed(0)
     rows = batch.input_ids.numel() + batch.blocks.slots[batch.blocks.alone].numel()
     hidden = torch.randn(rows, WIDTH, generator=generator)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    knows = torch.rand(len(batch.rows), 1, generator=generator) < 0.66
+    hidden[batch.rows] += knows * weight[batch.labels]
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
@@ -58,62 +80,25 @@ def counted(batch, objective):
     return 2 * batch.ar_labels, *(2 * float(weight) for weight in slots)
 
 
-def plain(hidden, weight, batch, objective):
-    """The loss row by row as the docs state it, by autograd."""
-    ar_labels, *totals = counted(batch, objective)
-    logs = F.log_softmax(hidden @ weight.T, -1)
-    width = batch.input_ids.shape[1]
-    ar, drafts = 0.0, [0.0, 0.0]
-    slot_of = {}
-    for order, block in enumerate(batch.blocks.alone.tolist()):
-        for place, slot in enumerate(batch.blocks.slots[block].tolist()):
-            slot_of[batch.input_ids.numel() + order * batch.blocks.slots.shape[1] + place] = slot
-    for number, (row, label) in enumerate(
-        zip(batch.rows.tolist(), batch.labels.tolist(), strict=True)
-    ):
-        smooth = objective.label_smoothing
-        loss = -(1 - smooth) * logs[row, label] - smooth * logs[row].mean()
-        if number < batch.ar_labels:
-            ar = ar + loss / ar_labels
-            continue
-        sequence, column = divmod(slot_of.get(row, row), width)
-        position = int(batch.position_ids[sequence, column])
-        begin, first = (int(x[sequence, column]) for x in (batch.spans.lower, batch.spans.upper))
-        if objective.agreement != "none" and position > begin:
-            p = logs[sequence * width + position - 1].detach().exp()
-            q = logs[row].exp()
-            distance = (
-                0.5 * (p - q).abs().sum()
-                if objective.agreement == "tv"
-                else (p * (p.log() - logs[row])).sum()
-            )
-            mix = objective.agreement_weight
-            loss = (1 - mix) * loss + mix * distance
-        alone = row in slot_of
-        share = objective.position_decay ** (position - first) / totals[alone]
-        drafts[alone] = drafts[alone] + share * loss
-    if not objective.drafts:
-        return ar
-    rho = objective.alone_weight if totals[1] else 0.0
-    total = objective.alpha * ar + drafts[0] + rho * drafts[1]
-    return total / (1 + objective.alpha + rho)
+def in_small_pieces(monkeypatch, rows=3):
+    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
+    monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", rows * VOCABULARY)
 
 
-@pytest.mark.parametrize("piece", [None, 3 * VOCABULARY])
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small pieces"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradients_are_those_of_whole_logits(batch, leaves, name, piece, monkeypatch):
-    if piece is not None:
-        monkeypatch.setattr(module, "FEWEST_ROWS", 1)
-        monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", piece)
+def test_loss_and_gradients_are_those_of_whole_logits(batch, name, small, monkeypatch):
+    if small:
+        in_small_pieces(monkeypatch)
     objective = OBJECTIVES[name]
     if not objective.drafts:
         batch = made_batch(slots=0)
-        leaves = leaves[0][: batch.input_ids.numel()].detach().requires_grad_(), leaves[1]
+    leaves = made_leaves(batch)
     targets = make_targets(batch, objective, *counted(batch, objective))
     pieces = piece_slices(targets, VOCABULARY, "cpu")
-    assert len(pieces) > 5 if piece else len(pieces) <= 3
+    assert len(pieces) > 5 if small else len(pieces) <= 3
     loss, sums = head_loss(*leaves, targets)
-    expected = plain(*leaves, batch, objective)
+    expected = dense_loss(*leaves, batch, objective, counted(batch, objective))
     torch.testing.assert_close(loss, expected)
     # Upstream factors, as DeepSpeed's scaling is one, go through.
     got = torch.autograd.grad(loss * 3.5, leaves)
@@ -128,6 +113,75 @@ def test_loss_and_gradients_are_those_of_whole_logits(batch, leaves, name, piece
     torch.testing.assert_close(named.loss, loss.detach())
     alone = F.cross_entropy(logits[drafted:], batch.labels[drafted:], reduction="sum")
     torch.testing.assert_close(named.alone, alone)
+
+
+@pytest.mark.parametrize("teacher", ["text", "ar"])
+@pytest.mark.parametrize("rule", ["dpace", "auf"])
+def test_places_behind_a_bad_draft_count_less(batch, leaves, rule, teacher):
+    """The tests above would compare little if all chains were right, or none."""
+    objective = ObjectiveConfig(place_weights=rule, teacher=teacher)
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    found = prefix_shares(*leaves, targets)[batch.ar_labels :] / targets.shares[batch.ar_labels :]
+    _, place = drafted_places(batch)
+    later, own = found[place > 1], found[place == 0]
+    assert torch.equal(own, torch.ones_like(own)), "place 0 is no draft"
+    assert len(later.unique()) == 2 if rule == "auf" else len(later.unique()) > 10
+    if rule == "auf":
+        assert torch.equal(later.unique(), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("kind", ["tv", "acceptance", "blend", "kl"])
+@pytest.mark.parametrize("teacher", ["text", "ar"])
+def test_distances_are_finite_without_overlap(batch, leaves, kind, teacher):
+    """Logits so far apart that in fp32 p and q share nothing at all."""
+    objective = ObjectiveConfig(agreement=kind, agreement_weight=1.0, teacher=teacher)
+    hidden, weight = leaves[0].detach() * 300, leaves[1]
+    hidden.requires_grad_()
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    loss, _ = head_loss(hidden, weight, targets)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_what_is_asked_for_is_computed(batch, name, needs, monkeypatch):
+    """Products of the head: one of each row, one more for each gradient of a row that learns, and
+    those that `extra_heads` says."""
+    in_small_pieces(monkeypatch)
+    objective = OBJECTIVES[name]
+    batch = batch if objective.drafts else made_batch(slots=0)
+    leaves = made_leaves(batch)
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    full = torch.autograd.grad(head_loss(*leaves, targets)[0], leaves)
+    for leaf, needed in zip(leaves, needs, strict=True):
+        leaf.requires_grad_(needed)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = head_loss(*leaves, targets)
+    drafts = len(batch.rows) - batch.ar_labels
+    learning = drafts if objective.drafts and objective.alpha == 0 else len(batch.rows)
+    products = len(batch.rows) + sum(needs) * learning + objective.extra_heads * drafts
+    assert counter.get_total_flops() == 2 * VOCABULARY * WIDTH * products
+    wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+    if wanted:
+        expected = [g for g, needed in zip(full, needs, strict=True) if needed]
+        for own, other in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
+            assert torch.equal(own, other)
+
+
+def test_frozen_columns_of_the_matrix_get_no_gradient(batch, leaves):
+    objective, frozen = OBJECTIVES["blend"], 4
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    full = torch.autograd.grad(head_loss(*leaves, targets)[0] * 2, leaves)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = head_loss(*leaves, targets, frozen)
+    hidden, weight = torch.autograd.grad(loss * 2, leaves)
+    assert torch.equal(hidden, full[0])
+    assert not weight[:, :frozen].any()
+    torch.testing.assert_close(weight[:, frozen:], full[1][:, frozen:])
+    drafts = len(batch.rows) - batch.ar_labels
+    widths = (2 * WIDTH + WIDTH - frozen) * len(batch.rows) + WIDTH * drafts
+    assert counter.get_total_flops() == 2 * VOCABULARY * widths
 
 
 def test_the_published_objective_is_the_joint_loss(leaves):
@@ -191,19 +245,19 @@ def test_weights_fall_with_the_place_in_the_block(batch):
         assert weight == 0.5**place
 
 
-def test_bf16_gradients_of_the_matrix_are_summed_in_fp32(batch, leaves, monkeypatch):
+@pytest.mark.parametrize("name", ["published", "acceptance", "blend", "dpace of acceptance"])
+def test_bf16_gradients_of_the_matrix_are_summed_in_fp32(batch, leaves, name, monkeypatch):
     """One row a piece: summed in bf16, the gradient would lose what many small parts add."""
-    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
-    monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", VOCABULARY)
-    objective = ObjectiveConfig()
+    in_small_pieces(monkeypatch, rows=1)
+    objective = OBJECTIVES[name]
     halves = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
     targets = make_targets(batch, objective, *counted(batch, objective))
     loss, _ = head_loss(*halves, targets)
     hidden, weight = torch.autograd.grad(loss, halves)
     assert hidden.dtype == weight.dtype == torch.bfloat16
     wholes = [half.detach().float().requires_grad_() for half in halves]
-    expected = torch.autograd.grad(plain(*wholes, batch, objective), wholes)
-    for own, other in zip((hidden, weight), expected, strict=True):
+    dense = dense_loss(*wholes, batch, objective, counted(batch, objective))
+    for own, other in zip((hidden, weight), torch.autograd.grad(dense, wholes), strict=True):
         assert float((own.float() - other).norm() / other.norm()) < 0.01
 
 

@@ -64,8 +64,11 @@ def section_length(sequence_length: int, coverage: float, block_size: int) -> in
     return min(sequence_length, math.ceil(slots / SLOT_MULTIPLE) * SLOT_MULTIPLE)
 
 
-def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) -> Batch:
+def make_batch(
+    sequences: ListOf[Sequence], mask_token_id: int, num_slots: int, *, causal_slots: bool = False
+) -> Batch:
     """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
+    `causal_slots` is that of the model.
 
     Labels: a clean position predicts the next token of its document, a slot the token at its own
     position; padding and the last token of a document predict nothing, and tokens of a prompt are
@@ -86,7 +89,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
         position_ids[number, :length] = np.arange(length)
         position_ids[number, length : length + layout.num_slots] = layout.slot_position
         spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
-        pairs += allowed_pairs(sequence.real_lengths, layout)
+        pairs += allowed_pairs(sequence.real_lengths, layout, causal_slots)
         predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
@@ -95,7 +98,7 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
-        spans=Spans(*(torch.from_numpy(part) for part in spans)),
+        spans=Spans(*(torch.from_numpy(part) for part in spans), causal_slots=causal_slots),
         rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows])),
         labels=torch.from_numpy(np.concatenate([*ar_labels, *slot_labels])),
         ar_labels=sum(map(len, ar_labels)),
@@ -105,12 +108,15 @@ def make_batch(sequences: ListOf[Sequence], mask_token_id: int, num_slots: int) 
     )
 
 
-def allowed_pairs(document_lengths: NDArray[np.integer], layout: Layout) -> int:
+def allowed_pairs(
+    document_lengths: NDArray[np.integer], layout: Layout, causal_slots: bool = False
+) -> int:
     """Pairs of query and key that the attention rule allows over these documents and blocks."""
     lengths = document_lengths.astype(np.int64)
     drafted = layout.draft_lengths.astype(np.int64)
     prefix = layout.prefix_end - layout.prefix_start
-    return int((lengths * (lengths + 1) // 2).sum() + (drafted * (prefix + drafted)).sum())
+    inside = drafted * (drafted + 1) // 2 if causal_slots else drafted**2
+    return int((lengths * (lengths + 1) // 2).sum() + (drafted * prefix + inside).sum())
 
 
 def positions_that_predict(

@@ -77,6 +77,8 @@ def tile_table(spans: Spans, clean_tokens: int) -> tuple[Tensor, Tensor]:
     some_slots = (first_block[..., None] <= last_block[:, None, :]) & (
         first_block[:, None, :] <= last_block[..., None]
     )
+    if spans.causal_slots:
+        some_slots &= begin <= begin[:, None]
 
     # Rows that the last tile lacks make it partial: the kernel then checks every pair.
     whole = begin + TILE <= length
@@ -88,6 +90,8 @@ def tile_table(spans: Spans, clean_tokens: int) -> tuple[Tensor, Tensor]:
     every_slot = one_block[..., None] & one_block[:, None, :]
     every_slot &= last_block[..., None] == last_block[:, None, :]
     every_slot &= whole & whole[:, None]
+    if spans.causal_slots:
+        every_slot &= begin < begin[:, None]
     every = every_clean | every_slot
     return some_clean | some_slots, every
 
@@ -112,12 +116,15 @@ def _compiled() -> Any:
 
 
 def _rule(spans: Spans) -> Any:
-    lower, upper, block = spans.lower, spans.upper, spans.block
+    lower, upper, block, causal_slots = spans.lower, spans.upper, spans.block, spans.causal_slots
 
     def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         in_span = (lower[batch, row] <= column) & (column < upper[batch, row])
         own = block[batch, row]
-        return in_span | ((own >= 0) & (own == block[batch, column]))
+        same_block = (own >= 0) & (own == block[batch, column])
+        if causal_slots:
+            same_block = same_block & (column <= row)
+        return in_span | same_block
 
     return allowed
 

@@ -50,7 +50,9 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     mask_token_id = model.config.mask_token_id
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
-    batch = make_batch([sequence], mask_token_id or 0, num_slots)
+    batch = make_batch(
+        [sequence], mask_token_id or 0, num_slots, causal_slots=model.config.causal_slots
+    )
     mask = training_mask(batch.spans, device)
     batch = batch.to(device)
     hidden = model.hidden(batch.input_ids, batch.position_ids, mask)[0]

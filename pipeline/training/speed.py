@@ -43,8 +43,10 @@ class SpeedMeter:
         *,
         precision: str,
         peak_tflops: float | None,
+        frozen: bool = False,
     ) -> None:
-        """`peak_tflops` None looks the device up by its name."""
+        """`peak_tflops` None looks the device up by its name; `frozen` is whether the base is."""
+        self.frozen = frozen
         self.config = config
         self.device = device
         self.processes = processes
@@ -69,6 +71,9 @@ class SpeedMeter:
             pairs=counts.attention_pairs,
             labelled=labelled,
             teacher_rows=counts.teacher_rows,
+            slots=counts.diffusion_labels,
+            alone=counts.alone_labels,
+            frozen=self.frozen,
         )
         tflops = flops.model / seconds / self.processes / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None

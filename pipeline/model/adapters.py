@@ -50,7 +50,8 @@ class LowRank(nn.Module):
         self.up = nn.Linear(rank, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+        out: Tensor = self.up(self.down(x))
+        return out
 
 
 def adapter_for(config: ModelConfig, name: str, projection: nn.Linear) -> LowRank | None:

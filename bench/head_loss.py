@@ -16,13 +16,15 @@ from bench.results import Outcome
 from data_prep.errors import UserError
 from pipeline.objective.head_loss import head_loss
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.objective.targets import Targets
+from pipeline.objective.targets import Chains, Targets
 
 VARIANTS = {
     "pieces": ObjectiveConfig(),
     "pieces, smoothed": ObjectiveConfig(label_smoothing=0.1),
     "pieces, tv": ObjectiveConfig(agreement="tv", agreement_weight=0.5),
     "pieces, kl": ObjectiveConfig(agreement="kl", agreement_weight=0.5),
+    "pieces, blend": ObjectiveConfig(agreement="blend", agreement_weight=0.5),
+    "pieces, dpace": ObjectiveConfig(place_weights="dpace", teacher="text"),
 }
 
 
@@ -82,6 +84,8 @@ def in_pieces(
     leaves: tuple[Tensor, Tensor], labels: Tensor, half: int, objective: ObjectiveConfig
 ) -> Callable[[], None]:
     rows = torch.arange(2 * half, device=labels.device)
+    # One draft a chain: how long chains are makes no difference to the cost, either.
+    chains = Chains(2 * rows[:half] + 1, rows[:half] >= 0, (half, 2))
     targets = Targets(
         rows=rows,
         labels=labels,
@@ -92,6 +96,9 @@ def in_pieces(
         agreement=objective.agreement,
         agreement_weight=objective.agreement_weight,
         smoothing=objective.label_smoothing,
+        teacher=objective.teacher,
+        place_weights=objective.place_weights,
+        chains=chains if objective.by_prefix else None,
     )
 
     def work() -> None:

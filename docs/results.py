@@ -40,11 +40,12 @@ def score(result: Result, block_size: int | None = None) -> Result:
 
 
 def figure(name: str, temperature: str | None = None) -> Callable[[Result], float | None]:
-    """Reads a figure of a result, one of the likelihood or of a temperature's decoding."""
+    """Reads a figure of a result, one of the likelihood or of a temperature's decoding; None where
+    an older result does not have it."""
 
     def read(result: Result) -> float | None:
         own = score(result)
-        value: float | None = own[name] if temperature is None else own[temperature][name]
+        value: float | None = own[name] if temperature is None else own[temperature].get(name)
         return value
 
     return read
@@ -124,8 +125,8 @@ def headline(results: Results) -> str:
             rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
     return table(
         ["run", "seeds", "bits/byte", "AR loss", "expected tokens/forward, T = 1",
-         "of a unigram draft", "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1",
-         "tokens/s ÷ AR on a CPU, T = 0 / 1"],
+         "of a unigram draft", "of a bigram draft", "measured T = 0", "measured T = 1",
+         "distinct 4-grams T = 0 / 1", "tokens/s ÷ AR on a CPU, T = 0 / 1"],
         rows,
     )  # fmt: skip
 
@@ -145,6 +146,7 @@ def speed_cells(own: list[Result]) -> list[str]:
     return [
         spread(own, figure("expected_tokens_per_forward", "sampled"), ".3f"),
         spread(own, figure("unigram_expected_tokens_per_forward", "sampled"), ".2f"),
+        spread(own, figure("bigram_expected_tokens_per_forward", "sampled"), ".2f"),
         spread(own, figure("tokens_per_forward", "greedy"), ".2f"),
         spread(own, figure("tokens_per_forward", "sampled"), ".2f"),
         distinct,
@@ -162,7 +164,8 @@ def gpu(folder: Path) -> str:
     rows = [
         [row["method"], f"{row['temperature']:g}", f"{row['tokens_per_forward']:.2f}",
          f"{row['speedup_over_ar']:.2f}", number(row["distinct_4grams"], ".2f"),
-         f"{row['ar_loss']:.3f}", number(row["unigram_expected_tokens_per_forward"], ".2f")]
+         f"{row['ar_loss']:.3f}", number(row["unigram_expected_tokens_per_forward"], ".2f"),
+         number(row.get("bigram_expected_tokens_per_forward"), ".2f")]
         for row in found["decode_speed"]
     ]  # fmt: skip
     quality = (
@@ -171,7 +174,7 @@ def gpu(folder: Path) -> str:
         f"{found['bits_per_byte_over_twin']:.3f} (≤ 1.01 wanted)."
     )
     head = ["method", "T", "tokens/forward", "tokens/s ÷ AR", "distinct 4-grams", "AR loss",
-            "unigram T/F"]  # fmt: skip
+            "unigram T/F", "bigram T/F"]  # fmt: skip
     return f"{quality}\n\n{table(head, rows)}"
 
 
@@ -200,6 +203,7 @@ def recipes(results: Results) -> str:
                     number(own["diffusion_bits_per_byte"], ".3f"),
                     number(sampled["expected_tokens_per_forward"], ".3f"),
                     number(sampled["unigram_expected_tokens_per_forward"], ".2f"),
+                    number(sampled.get("bigram_expected_tokens_per_forward"), ".2f"),
                     number(sampled["tokens_per_forward"], ".2f"),
                     number(own["greedy"]["tokens_per_forward"], ".2f"),
                     number(own["greedy"]["distinct_4grams"], ".2f"),
@@ -207,8 +211,8 @@ def recipes(results: Results) -> str:
             )
     return table(
         ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte",
-         "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "T/F, T = 1", "T/F, greedy",
-         "distinct 4-grams, greedy"],
+         "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "bigram T/F", "T/F, T = 1",
+         "T/F, greedy", "distinct 4-grams, greedy"],
         rows,
     )  # fmt: skip
 

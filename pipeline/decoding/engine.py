@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.cache import Cache, KVCache, RaggedCache
+from pipeline.decoding.drafting import Behind, Drafter
 from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
 from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import Sampling, draw
@@ -49,7 +50,9 @@ class StepEngine:
         proposer: Proposer | None = None,
     ) -> None:
         first = next(model.parameters())
-        self.model, self.sampling, self.shape = model, sampling, shape
+        sequential = shape.drafting and model.draft_head is not None
+        self.model, self.sampling = model, sampling
+        self.shape = shape = replace(shape, sequential=sequential)
         self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
         self.proposer = proposer
         assert proposer is None or (batch_size == 1 and not shape.drafting), "one plain row only"
@@ -58,6 +61,7 @@ class StepEngine:
         # Drafts from elsewhere differ in number from step to step.
         use_graphs = graphs and proposer is None and self.device.type == "cuda"
         with torch.inference_mode():
+            self.drafter = Drafter(model, sampling)
             self.cache: Cache
             if batch_size > 1 or use_graphs:
                 self.cache = RaggedCache(
@@ -93,7 +97,9 @@ class StepEngine:
         """
         assert self.proposer is None, "drafts from elsewhere have no shape to change"
         old = self.state
-        self.shape = shape
+        self.shape = shape = replace(
+            shape, sequential=shape.drafting and self.model.draft_head is not None
+        )
         self.state = RowState(
             shape, self.sampling, self.model.config.num_embeddings, self.batch_size,
             next(self.model.parameters()).dtype, self.device,
@@ -119,7 +125,7 @@ class StepEngine:
             self.proposer.start(seed)
         cache = self.cache.row(row) if isinstance(self.cache, RaggedCache) else self.cache
         cache.length = 0
-        slots = self._mask_slots(1, self.shape.block_size if self._drafts_itself else 0)
+        slots = self._mask_slots(1, self.shape.prefill_slots)
         chunks = prompt.split(self.prefill_chunk)
         for chunk in chunks[:-1]:
             where = cache.length + torch.arange(len(chunk), device=self.device)
@@ -142,10 +148,11 @@ class StepEngine:
 
     def _begin(self, rows: slice, hidden: Tensor, block: Tensor, uniforms: Tensor | None) -> Tensor:
         """First tokens [b] and drafts of `rows`, from their prompts' last hidden states [b, 1, E]
-        and those of the blocks behind them [b, K, E]."""
+        and those of the blocks behind them [b, K, E], or [b, 0, E] where there are none."""
         token = self._first_token(hidden, block, rows, uniforms)
         self.state.current[rows] = token[:, None]
-        self._draft_rows(rows, block, None if uniforms is None else uniforms[:, 1:])
+        behind = Behind(hidden[:, 0], block if block.shape[1] else None)
+        self._draft_rows(rows, behind, None if uniforms is None else uniforms[:, 1:])
         return token
 
     def _first_token(
@@ -235,7 +242,7 @@ class StepEngine:
         if isinstance(self.cache, KVCache):
             self.cache.keep(accepted + 1)
         self.lengths[row] += accepted + 1
-        self._drafted[row] = accepted + 1 in shape.blocks
+        self._drafted[row] = shape.drafted_after(accepted + 1)
         return [*values[1 : 1 + accepted], values[-1]]
 
     def _advance(self, shape: StepShape, table: "_Tables") -> Tensor:
@@ -254,16 +261,30 @@ class StepEngine:
         state.current.copy_(token[:, None])
         if seen is not None and state.seen is not None:
             state.seen.copy_(seen[table.rows, accepted])
+        if shape.drafting:
+            self._draft_after(shape, table, hidden, accepted)
+        return made
+
+    def _draft_after(
+        self, shape: StepShape, table: "_Tables", hidden: Tensor, accepted: Tensor
+    ) -> None:
+        """Draft what follows a step's own token, in every row that can be drafted."""
+        state, block, there = self.state, None, None
         if table.starts is not None:
             start = table.starts[accepted + 1]
-            state.limit.copy_(torch.where(start >= 0, shape.block_size - 1, 0))
+            there = start >= 0
             index = start.clamp_min(0)[:, None] + table.block
-            uniforms = state.uniforms
-            own = None if uniforms is None else uniforms[:, self.shape.drafts :]
-            self._draft_rows(slice(None), hidden[table.rows[:, None], index], own)
-        elif shape.drafting:
+            block = hidden[table.rows[:, None], index]
+        if shape.sequential:
+            state.limit.fill_(shape.block_size - 1)
+        elif there is not None:
+            state.limit.copy_(torch.where(there, shape.block_size - 1, 0))
+        else:
             state.limit.zero_()
-        return made
+            return
+        own = None if state.uniforms is None else state.uniforms[:, self.shape.drafts :]
+        behind = Behind(hidden[table.rows, accepted], block, there)
+        self._draft_rows(slice(None), behind, own)
 
     def _verify(
         self, shape: StepShape, hidden: Tensor, drafts: Tensor, seen: Tensor | None
@@ -289,25 +310,14 @@ class StepEngine:
         uniforms = state.uniforms[:, full - shape.drafts : full]
         return verify(drafts, state.probabilities[:, :count], target, uniforms, limit)
 
-    def _draft_rows(self, rows: slice, block: Tensor, uniforms: Tensor | None) -> None:
-        """Draw d_1 … d_{K-1} of `rows` from the hidden states of their blocks, [b, K, E].
-
-        A block's first slot stands where the verifier's own token goes: nothing is drawn there. The
-        penalty knows the tokens up to d_0; a draft's own neighbours are not known when it is drawn.
-        """
-        if block.shape[1] < 2:
+    def _draft_rows(self, rows: slice, behind: Behind, uniforms: Tensor | None) -> None:
+        """Draw d_1 … d_{K-1} of `rows`."""
+        size = self.shape.block_size
+        if size < 2:
             return
-        logits = self.model.lm_head(block[:, 1:])
-        seen = None
-        if self.state.seen is not None:
-            ahead = self.state.current[rows]
-            seen = self.state.seen[rows].scatter(1, ahead, True)[:, None]
-        if uniforms is None:
-            tokens = self.sampling.scores(logits, seen).argmax(-1)
-            self.state.set_draft(rows, tokens, None, logits)
-        else:
-            probabilities = self.sampling.probabilities(logits, seen)
-            self.state.set_draft(rows, draw(probabilities, uniforms), probabilities, logits)
+        seen = None if self.state.seen is None else self.state.seen[rows]
+        current = self.state.current[rows]
+        self.state.set_draft(rows, self.drafter.draw(size, current, behind, seen, uniforms))
 
     def _seen(self, tokens: Tensor) -> Tensor | None:
         """For each of the step's `tokens` [B, n], those before it and itself: bool [B, n, V]."""

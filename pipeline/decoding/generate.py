@@ -85,9 +85,10 @@ def generate(
     Args:
         model: a `Transformer`; for `tidar` one that knows its mask token.
         prompt_ids: token ids, [N], N >= 1.
-        method: `tidar`, `ar` for one token a forward, `prompt_lookup` (drafts are what followed
-            the last few tokens before), `speculative` (drafts of a smaller model), or
-            `block_diffusion` (unmasking without verification: its text is not that of `ar`).
+        method: `tidar`, `ar` for one token a forward, `recurrent` (the draft head alone, without
+            mask blocks), `prompt_lookup` (drafts are what followed the last few tokens before),
+            `speculative` (drafts of a smaller model), or `block_diffusion` (unmasking without
+            verification: its text is not that of `ar`).
         block_size: K; None takes the one the model was trained with.
         max_new_tokens: at least 1.
         temperature: 0 is greedy.
@@ -227,7 +228,7 @@ def open_engine(
     proposer = proposer_of(method, sampling, block_size, model, draft_model, capacity)
     if batch_size > 1 and (proposer is not None or method == "block_diffusion"):
         raise UserError(f"batch_size: method={method} decodes one prompt at a time; use 1")
-    if batch_size > 1 and shape.drafting and 1 not in shape.blocks:
+    if batch_size > 1 and shape.drafting and not shape.sequential and 1 not in shape.blocks:
         raise UserError("blocks: a batch needs block 1, for rows that have no draft; add it")
     room: dict[str, Any] = {
         "capacity": capacity,

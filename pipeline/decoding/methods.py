@@ -1,6 +1,7 @@
 """The ways to decode, by name, and the checks that an argument can be used with a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
 
-METHODS = ("tidar", "ar", "prompt_lookup", "speculative", "block_diffusion")
+METHODS = ("tidar", "recurrent", "ar", "prompt_lookup", "speculative", "block_diffusion")
 PROPOSED = ("prompt_lookup", "speculative")
 """Those whose drafts come from elsewhere."""
 LOOKUP_TOKENS = 7
@@ -28,8 +29,8 @@ def step_shape(
     block_size: int | None,
     blocks: Sequence[int] | None = None,
 ) -> StepShape:
-    """The step of `method`: drafts and mask blocks for `tidar`, a block behind the one before for
-    `block_diffusion`, one token for the others.
+    """The step of `method`: drafts and mask blocks for `tidar`, drafts alone for `recurrent`, a
+    block behind the one before for `block_diffusion`, one token for the others.
 
     (Where drafts come from elsewhere, they are put behind that token step by step.)
 
@@ -48,25 +49,33 @@ def step_shape(
     if method != "tidar":
         if sampling.trust < 1:
             raise UserError(f"trust: below 1 needs method=tidar, got {method}")
-        if method != "block_diffusion":
+        if method not in ("recurrent", "block_diffusion"):
             return StepShape(1)
     size = block_size if block_size is not None else model.config.block_size
     if size is None:
         raise UserError("block_size: this model has none of its own; give one")
     if size < 1:
         raise UserError(f"block_size: must be at least 1, got {size}")
+    sequential = model.draft_head is not None
+    if method == "recurrent":
+        if not sequential:
+            raise UserError(
+                "method: recurrent needs a model with a draft head; train one with "
+                "model.draft_rank above 0, or use another method"
+            )
+        return StepShape(size, size, (), sequential)
     if model.config.mask_token_id is None:
         raise UserError("method: this model has no mask token, so it cannot draft; use method=ar")
     if method == "block_diffusion":
         return block_diffusion_shape(size)
     if blocks is None:
-        return StepShape.full(size)
+        return replace(StepShape.full(size), sequential=sequential)
     chosen = tuple(sorted(set(blocks)))
     if chosen and not 1 <= chosen[0] <= chosen[-1] <= size:
         raise UserError(f"blocks: must be numbers in 1 … {size}, got {list(blocks)}")
     if sampling.trust < 1 and len(chosen) < size:
         raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
-    return StepShape(size, size, chosen)
+    return StepShape(size, size, chosen, sequential)
 
 
 def proposer_of(

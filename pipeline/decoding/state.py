@@ -7,6 +7,7 @@ Letters: B rows, n tokens in hand, K block size, V vocabulary.
 import torch
 from torch import Tensor
 
+from pipeline.decoding.drafting import Draft
 from pipeline.decoding.sampling import Sampling, Uniforms
 from pipeline.decoding.step import StepShape
 
@@ -49,16 +50,15 @@ class RowState:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(batch_size, vocabulary, dtype=torch.bool, device=device)
 
-    def set_draft(
-        self, rows: slice, tokens: Tensor, probabilities: Tensor | None, logits: Tensor
-    ) -> None:
-        """Put a draft in the hands of `rows`: tokens [b, n - 1], q and logits [b, n - 1, V]."""
-        self.drafts[rows] = tokens
+    def set_draft(self, rows: slice, draft: Draft) -> None:
+        """Put a draft in the hands of `rows`."""
+        self.drafts[rows] = draft.tokens
         if self.probabilities is not None:
-            assert probabilities is not None, "drafts that are drawn have a distribution"
-            self.probabilities[rows] = probabilities
+            assert draft.probabilities is not None, "drafts that are drawn have a distribution"
+            self.probabilities[rows] = draft.probabilities
         if self.logits is not None:
-            self.logits[rows] = logits
+            assert draft.logits is not None, "kept where trust is below 1"
+            self.logits[rows] = draft.logits
 
 
 class RowStreams:

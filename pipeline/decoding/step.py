@@ -3,9 +3,10 @@
 With P tokens kept, n tokens in hand and block size K the queries are `[d_0 … d_{n-1} | blocks]`.
 Block j is K mask tokens at positions P + j … P + j + K - 1: the draft that will be needed if
 exactly j of the n are accepted. The published step has n = K and all blocks 1 … K, K + K² tokens.
-Any block may be left out; when it would have been needed, a short step with one token and block 1
-follows. Plain autoregression is the step of one token and no block, verification of another's
-drafts (prompt lookup, a smaller model) the step of n tokens and no block.
+Any block may be left out; when it would have been needed, a draft head drafts without it, or, where
+there is none, a short step with one token and block 1 follows. Plain autoregression is the step of
+one token and no block, verification of another's drafts (prompt lookup, a smaller model) the step
+of n tokens and no block.
 Source: TiDAR (arXiv 2511.08923), section 3.2.
 """
 
@@ -26,6 +27,9 @@ class StepShape:
     """K; 0 where nothing is drafted."""
     blocks: tuple[int, ...] = ()
     """The numbers j of the blocks, in increasing order, each in 1 … n."""
+    sequential: bool = False
+    """Whether the model has a draft head: a row whose block is not there is drafted all the same,
+    and needs no short step."""
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
@@ -48,8 +52,19 @@ class StepShape:
 
     @property
     def short(self) -> "StepShape":
-        """The step of a row that has no draft: one token, and the block behind it."""
-        return StepShape(1, self.block_size, (1,) if self.drafting else ())
+        """The step of a row that has no draft: one token, and the block behind it; no block where
+        a draft head does without any."""
+        block = self.drafting and (bool(self.blocks) or not self.sequential)
+        return StepShape(1, self.block_size, (1,) if block else (), self.sequential)
+
+    @property
+    def prefill_slots(self) -> int:
+        """Slots behind a prompt."""
+        return self.block_size if self.short.blocks else 0
+
+    def drafted_after(self, accepted: int) -> bool:
+        """Whether a row has a draft behind a step that made so many tokens final."""
+        return accepted in self.blocks or (self.sequential and self.block_size > 1)
 
     @property
     def num_queries(self) -> int:

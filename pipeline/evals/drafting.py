@@ -1,11 +1,10 @@
 """How drafts do on held-out text, without decoding: of all of it, and source by source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import add
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.data.source import Sequence
@@ -14,8 +13,11 @@ from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import DraftScores, score_drafts
+from pipeline.objective.acceptance import MODEL, DraftScores, score_drafts
 from pipeline.objective.calibration import describe
+
+CONTROLS = ("unigram", "bigram")
+"""Drafts that stand beside the model's own in every row; None where one was not scored."""
 
 
 def score_heldout(
@@ -37,10 +39,9 @@ def score_heldout(
         rank=world.rank,
         world_size=world.size,
     )
-    probabilities = torch.from_numpy(heldout.unigram().probabilities)
     total = min(config.score_sequences, heldout.manifest.heldout.sequences)
     checked = _checked(sequences, -(-total // world.size), check)
-    own = score_drafts(model, checked, block_size, probabilities)
+    own = score_drafts(model, checked, block_size, heldout.controls(world, drafts))
     return reduce(add, world.gather(own))
 
 
@@ -84,15 +85,21 @@ def describe_drafts(scores: DraftScores) -> dict[str, Any]:
 
 def _acceptance(scores: DraftScores, temperature: float, scored: bool) -> dict[str, Any]:
     row = 0 if temperature == 0 else 1
-    rates = {
-        "teacher_forced_acceptance": _shares(scores.accepted[row], scores.drafts),
-        "teacher_forced_survival": _shares(scores.survived[row], scores.drafts),
-        "expected_tokens_per_forward": _expected_tokens(scores.survived[row], scores.drafts),
-        "unigram_acceptance": _shares(scores.unigram_accepted[row], scores.drafts),
-        "unigram_expected_tokens_per_forward": _expected_tokens(
-            scores.unigram_survived[row], scores.drafts
-        ),
+
+    def shares(sums: Mapping[str, Tensor], draft: str) -> list[float | None] | None:
+        return _shares(sums[draft][row], scores.drafts) if draft in sums else None
+
+    survival = shares(scores.survived, MODEL)
+    rates: dict[str, Any] = {
+        "teacher_forced_acceptance": shares(scores.accepted, MODEL),
+        "teacher_forced_survival": survival,
+        "expected_tokens_per_forward": _expected_tokens(survival),
     }
+    for name in CONTROLS:
+        rates[f"{name}_acceptance"] = shares(scores.accepted, name)
+        rates[f"{name}_expected_tokens_per_forward"] = _expected_tokens(
+            shares(scores.survived, name)
+        )
     return rates if scored else dict.fromkeys(rates)
 
 
@@ -101,6 +108,6 @@ def _shares(sums: Tensor, counts: Tensor) -> list[float | None]:
     return [total / count if count else None for total, count in pairs]
 
 
-def _expected_tokens(survived: Tensor, counts: Tensor) -> float:
+def _expected_tokens(survival: list[float | None] | None) -> float | None:
     """1, and for each place the chance that a draft is kept there."""
-    return 1 + sum(share or 0.0 for share in _shares(survived, counts))
+    return None if survival is None else 1 + sum(share or 0.0 for share in survival)

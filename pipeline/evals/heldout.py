@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
@@ -14,7 +15,10 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.decoding.prompts import read_prompts
+from pipeline.distributed import World
+from pipeline.evals.pairs import pair_counts
 from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.objective.controls import Controls
 
 
 class HeldOut:
@@ -118,6 +122,18 @@ class HeldOut:
             prompts.append(tokens or [tokenizer.eos_id])
             categories.append(row.category)
         return prompts, categories
+
+    def controls(self, world: World, drafts: bool = True) -> Controls:
+        """The drafts of no model, from the training split; all ranks call it together.
+
+        `drafts`: whether a model's own will stand beside them; without, no pairs are counted.
+        """
+        unigram = torch.from_numpy(self.unigram().probabilities)
+        if not drafts:
+            return Controls(unigram)
+        # One rank reads the shards, so that all have the same table whatever their disks hold.
+        own = pair_counts(self._data_dir, self.manifest) if world.is_main else None
+        return Controls(unigram, world.from_main(own))
 
     def unigram(self) -> "Unigram":
         return Unigram.from_counts(self.manifest.token_counts(self._data_dir))

@@ -23,7 +23,8 @@ from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.evals.texts import read_texts
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import DraftScores, drafts_of, unigram_draft
+from pipeline.objective.acceptance import DraftScores, drafts_of
+from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import score_sequence
 
 
@@ -108,7 +109,7 @@ def _by_source(
     if config.texts_file is not None:
         longest = heldout.manifest.sequence_length
         texts = read_texts(Path(config.texts_file).expanduser(), tokenizer, longest, block_size)
-        unigram = torch.from_numpy(heldout.unigram().probabilities)
+        controls = heldout.controls(world, drafts)
         for source, sequences in texts.items():
             if source in found:
                 raise UserError(
@@ -116,7 +117,7 @@ def _by_source(
                     "data.mix; rename one of them"
                 )
             own = sequences[world.rank :: world.size]
-            sums = sum_up(model, tokenizer, own, block_size, unigram)
+            sums = sum_up(model, tokenizer, own, block_size, controls)
             total = sum(world.gather(sums), LikelihoodSums.zero(block_size))
             found[source] = _figures(total, total.text_bytes, drafts)
     return found or None
@@ -139,8 +140,8 @@ def _of_split(
         rank=world.rank,
         world_size=world.size,
     )
-    unigram = torch.from_numpy(heldout.unigram().probabilities)
-    sums = sum_up(model, tokenizer, own, block_size, unigram)
+    controls = heldout.controls(world, model.config.mask_token_id is not None)
+    sums = sum_up(model, tokenizer, own, block_size, controls)
     return sum(world.gather(sums), LikelihoodSums.zero(block_size))
 
 
@@ -182,11 +183,11 @@ def sum_up(
     tokenizer: Tokenizer,
     sequences: Iterable[Sequence],
     block_size: int,
-    unigram: Tensor,
+    controls: Controls,
 ) -> LikelihoodSums:
-    """The sums of `sequences`; `unigram`: probabilities of the tokenizer's ids, fp64 [V']."""
-    costs = unigram.log().neg()
-    context_free = unigram_draft(model, unigram)
+    """The sums of `sequences`; `controls` of the tokenizer's ids, with an fp64 unigram."""
+    costs = controls.unigram.log().neg()
+    over_model = controls.on(model)
     total = LikelihoodSums.zero(block_size)
     for sequence in sequences:
         scored = score_sequence(model, sequence)
@@ -211,6 +212,6 @@ def sum_up(
             first_loss=float(costs[first].sum()),
             diffusion_tokens=tokens,
             diffusion_loss=losses,
-            drafts=drafts_of(model, sequence, scored, block_size, context_free),
+            drafts=drafts_of(model, sequence, scored, block_size, over_model),
         )
     return total

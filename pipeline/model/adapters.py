@@ -50,8 +50,7 @@ class LowRank(nn.Module):
         self.up = nn.Linear(rank, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(self.down(x))
-        return out
+        return self.up(self.down(x))
 
 
 def adapter_for(config: ModelConfig, name: str, projection: nn.Linear) -> LowRank | None:

@@ -59,7 +59,7 @@ def step_flops(
         labelled: rows of each that go through the LM head; None takes all, which all but a few do.
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
         teacher_rows: rows of each that go through the head once more, forward only: the AR
-            distributions that an agreement loss compares slots with.
+            distributions that a loss compares slots with, and slots whose weight it looks for.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim

@@ -124,9 +124,10 @@ def load_into(
     if model.draft_head is not None and not source.config.draft_rank:
         model.draft_head.reset(seed, opened)
     elif model.draft_head is not None:
-        with torch.no_grad(), opened(model.draft_head.up.weight) as writes:
+        matrix = dict(model.draft_head.named_parameters())["up.weight"]
+        with torch.no_grad(), opened(matrix) as writes:
             if writes:  # tokens that the source does not have
-                model.draft_head.up.weight[rows:].zero_()
+                matrix[rows:].zero_()
     new = set(range(rows, config.num_embeddings))
     if mask is not None and not trained and own is None:
         new.add(mask)

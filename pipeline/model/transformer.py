@@ -217,9 +217,9 @@ class Decoder(nn.Module):
         """The embeddings `x` [B, M, E] of slots, with their own in place of the mask token's."""
         if self.mask_embedding is None:
             return x
-        assert self.mask_token_id is not None, "a model that drafts has one"
-        is_mask = input_ids.eq(self.mask_token_id).unsqueeze(-1)
-        return torch.where(is_mask, self.mask_embedding, x)
+        assert self.mask_token_id is not None, "a model with mask slots has a mask token"
+        is_mask = input_ids == self.mask_token_id
+        return torch.where(is_mask[..., None], self.mask_embedding, x)
 
     def _rotary(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(

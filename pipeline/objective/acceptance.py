@@ -5,17 +5,22 @@ sum_v min(p_v, q_v) at temperature 1, the chance that rejection sampling keeps a
 text the earlier drafts of the block are taken as right, hence "teacher-forced".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
 from pipeline.objective.calibration import binned, empty_bins
+from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import Scored, pieces, score_sequence
+
+MODEL = "model"
+"""The name of the model's own draft among all that are scored."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,36 @@ class DraftScores:
     """Over the same tokens as `ar_loss`."""
     drafts: Tensor
     """Scored drafts at each position, fp64 [K - 1]."""
-    accepted: Tensor
-    """Summed acceptance of the diffusion draft: rows greedy, temperature 1; fp64 [2, K - 1]."""
-    survived: Tensor
+    accepted: Mapping[str, Tensor]
+    """Summed acceptance by draft: rows greedy, temperature 1; fp64 [2, K - 1]. `MODEL` is the
+    model's own, others are controls, by their names. Without any sequence no name is there."""
+    survived: Mapping[str, Tensor]
     """Summed chance that a draft and all before it in its block are accepted: the product of their
-    acceptances. Rows as in `accepted`, fp64 [2, K - 1]."""
-    unigram_accepted: Tensor
-    """As `accepted`, for a draft that knows no context, fp64 [2, K - 1]."""
-    unigram_survived: Tensor
-    """As `survived`, for that draft, fp64 [2, K - 1]."""
+    acceptances. Names and rows as in `accepted`, fp64 [2, K - 1]."""
     calibration: Tensor
-    """The same drafts by confidence, `calibration.ROWS` in each bin, fp64 [4, BINS]."""
+    """The model's drafts by confidence, `calibration.ROWS` in each bin, fp64 [4, BINS]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
-        rates = torch.zeros(2, block_size - 1, dtype=torch.float64)
-        return cls(0.0, 0, 0.0, 0, 0.0, rates[0], rates, rates, rates, rates, empty_bins())
+        none = torch.zeros(block_size - 1, dtype=torch.float64)
+        return cls(0.0, 0, 0.0, 0, 0.0, none, {}, {}, empty_bins())
 
     def __add__(self, other: "DraftScores") -> "DraftScores":
         return DraftScores(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+            **{f.name: _added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         )
+
+
+def _added(one: Any, other: Any) -> Any:
+    """The sum, by name where there are names; a side that lacks one adds nothing to it."""
+    if not isinstance(one, Mapping):
+        return one + other
+    return {name: sum(own[name] for own in (one, other) if name in own) for name in one | other}
 
 
 @torch.inference_mode()
 def score_drafts(
-    model: Transformer, sequences: Iterable[Sequence], block_size: int, unigram: Tensor
+    model: Transformer, sequences: Iterable[Sequence], block_size: int, controls: Controls
 ) -> DraftScores:
     """Losses and acceptance on `sequences`, one joint forward each.
 
@@ -63,81 +72,82 @@ def score_drafts(
         model: in evaluation mode. Without a mask token only the AR and unigram losses are summed.
         sequences: laid out with full coverage and `block_size`.
         block_size: K.
-        unigram: probabilities of a context-free draft, [V'], V' at most the model's V.
+        controls: the drafts to score beside the model's own.
     """
-    unigram = unigram_draft(model, unigram)
+    controls = controls.on(model)
     total = DraftScores.zero(block_size)
     for sequence in sequences:
         scored = score_sequence(model, sequence)
-        total = total + drafts_of(model, sequence, scored, block_size, unigram)
+        total = total + drafts_of(model, sequence, scored, block_size, controls)
     return total
-
-
-def unigram_draft(model: Transformer, unigram: Tensor) -> Tensor:
-    """`unigram` [V'] over all tokens of `model`, on its device; fp32 [V]."""
-    spare = model.config.num_embeddings - len(unigram)
-    if spare < 0:
-        raise ValueError(f"the unigram draft has {-spare} tokens more than the model")
-    return F.pad(unigram.float(), (0, spare)).to(next(model.parameters()).device)
 
 
 @torch.inference_mode()
 def drafts_of(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
+    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
 ) -> DraftScores:
-    """The sums of one sequence whose joint forward is `scored`; `unigram` by `unigram_draft`."""
+    """The sums of one sequence whose joint forward is `scored`; `controls` as `on` gives them."""
     batch = scored.batch
     drafts, accepted, survived, calibration = _acceptance(
-        model, sequence, scored, block_size, unigram
+        model, sequence, scored, block_size, controls
     )
+    labels = batch.labels[: batch.ar_labels]
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
         ar_tokens=batch.ar_labels,
         diffusion_loss=float(scored.diffusion_losses.sum()),
         diffusion_tokens=batch.diffusion_labels,
-        unigram_loss=float(-unigram[batch.labels[: batch.ar_labels]].double().log().sum()),
+        unigram_loss=float(-controls.unigram[labels].double().log().sum()),
         drafts=drafts,
-        accepted=accepted[0],
-        survived=survived[0],
-        unigram_accepted=accepted[1],
-        unigram_survived=survived[1],
+        accepted=accepted,
+        survived=survived,
         calibration=calibration,
     )
 
 
 def _acceptance(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, unigram: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`drafts` [K - 1], `accepted`, `survived` and `calibration` of `DraftScores` for one sequence,
-    the middle two [2, 2, K - 1]: of the model's own draft, then of the unigram's."""
+    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
+    names = (MODEL, *controls.names)
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
-    nothing = drafts.expand(2, 2, -1)
     if scored.batch.diffusion_labels == 0:
+        nothing = dict.fromkeys(names, drafts.expand(2, -1))
         return drafts, nothing, nothing, empty_bins()
     slot, offset, clean = _scored_slots(sequence)
     drafts = drafts.index_add(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
     clean_hidden = scored.hidden[: len(sequence.tokens)]
     slot_hidden = scored.hidden[len(sequence.tokens) :]
-    # Greedy and sampled acceptance of each slot, of the model's own draft and the unigram's.
-    rates = torch.zeros(2, 2, len(slot), dtype=torch.float64)
+    # Greedy and sampled acceptance of each slot's place, by draft.
+    rates = {name: torch.zeros(2, len(slot), dtype=torch.float64) for name in names}
     confidence, right = torch.zeros(2, len(slot), dtype=torch.float64)
     labels = scored.batch.labels[scored.batch.ar_labels :].cpu()[slot]
+    # The row that verifies a place is that of the token before it.
+    before = scored.batch.input_ids[0, : len(sequence.tokens)]
     for part in pieces(len(slot)):
-        device = unigram.device
-        p = torch.softmax(model.lm_head(clean_hidden[clean[part].to(device)]).float(), -1)
-        q = torch.softmax(model.lm_head(slot_hidden[slot[part].to(device)]).float(), -1)
-        for rate, draft in zip(rates, (q, unigram.expand_as(p)), strict=True):
-            rate[0, part] = (p.argmax(-1) == draft.argmax(-1)).double().cpu()
-            rate[1, part] = torch.minimum(p, draft).sum(-1).double().cpu()
+        verifier = clean[part].to(before.device)
+        p = torch.softmax(model.lm_head(clean_hidden[verifier]).float(), -1)
+        q = torch.softmax(model.lm_head(slot_hidden[slot[part].to(before.device)]).float(), -1)
+        for name, draft in chain([(MODEL, q)], controls.drafts(before[verifier])):
+            rates[name][:, part] = _agreement(p, draft)
         likeliest = q.max(-1)
         confidence[part] = likeliest.values.double().cpu()
         right[part] = (likeliest.indices.cpu() == labels[part]).double()
     # One row a block; a place that a short block lacks stays 0 and so counts nothing.
     block = torch.from_numpy(sequence.layout.slot_block.astype("int64"))[slot]
-    by_block = torch.zeros(2, 2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
-    by_block[:, :, block, offset - 1] = rates
-    calibration = binned(confidence, right, verified=rates[0, 0])
-    return drafts, by_block.sum(2), by_block.cumprod(3).sum(2), calibration
+    accepted, survived = {}, {}
+    for name, own in rates.items():
+        by_block = torch.zeros(2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
+        by_block[:, block, offset - 1] = own
+        accepted[name], survived[name] = by_block.sum(1), by_block.cumprod(2).sum(1)
+    calibration = binned(confidence, right, verified=rates[MODEL][0])
+    return drafts, accepted, survived, calibration
+
+
+def _agreement(p: Tensor, q: Tensor) -> Tensor:
+    """Greedy and sampled acceptance of drafts from `q` by the verifier's `p`, [N, V]; [2, N]."""
+    greedy = (p.argmax(-1) == q.argmax(-1)).double()
+    return torch.stack([greedy, torch.minimum(p, q).sum(-1).double()]).cpu()
 
 
 def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:

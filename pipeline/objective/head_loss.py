@@ -3,19 +3,26 @@
 With a vocabulary of 151,936 the logits of one sequence of 4096 tokens and its mask section take
 5 GB in fp32, and a plain cross entropy holds them three times. Here each piece of rows goes
 through the head, gives its loss, and, since the weight of each row in the global loss is known
-beforehand, at once its gradients; then its logits are gone. Nothing is computed twice.
-Letters: R rows of a batch, N labelled ones, P of them slots, n rows of a piece, E hidden size,
+beforehand, at once its gradients; then its logits are gone. Nothing is computed twice, but for
+weights by accepted prefix: those ask what all drafts of a block are, so drafts go through the head
+once before, forward only.
+Letters: R rows of a batch, N labelled ones, D of them drafts, n rows of a piece, E hidden size,
 V vocabulary.
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.objective.accepted_prefix import auf_weights, dpace_weights
+from pipeline.objective.distance import coefficients, distances, slope_
 from pipeline.objective.targets import Targets
 
 PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
@@ -23,8 +30,10 @@ PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 the matrix product busy."""
 FEWEST_ROWS = 128
 """A piece has at least so many, or all."""
-SUMS = ("loss", "ar", "diffusion", "overlap")
+SUMS = ("loss", "ar", "diffusion", "overlap", "alone")
 """What `head_loss` sums up, in this order; see `Sums`."""
+PLAIN = ("ar", "diffusion", "alone")
+"""Whose plain cross entropy each section adds to."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,17 @@ class Sums:
     diffusion: Tensor
     """Plain cross entropy of the slots, in nats."""
     overlap: Tensor
-    """sum_v min(p_v, q_v) over slots that have a verifier; 0 unless the objective asks for p."""
+    """sum_v min(p_v, q_v) over slots that have a teacher's p; 0 unless the objective compares."""
+    alone: Tensor
+    """Plain cross entropy of drafts without slots, in nats."""
 
 
 def head_loss(
     hidden: Tensor, weight: Tensor, targets: Targets, frozen: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The loss of the labelled rows of `hidden` under the LM head `weight`.
+
+    What asks for no gradient gets none and costs none.
 
     Args:
         hidden: final hidden states of all rows, [R, E].
@@ -54,7 +67,7 @@ def head_loss(
             beside a draft head's.
 
     Returns:
-        The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [4].
+        The loss, an fp32 scalar with a gradient, and all `SUMS` without one, fp32 [5].
     """
     return _HeadLoss.apply(hidden, weight, targets, frozen)
 
@@ -70,14 +83,17 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, frozen: int
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(SUMS), dtype=torch.float32, device=hidden.device)
-        needs, learns = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
-        gradients = _Gradients(hidden, weight, frozen if learns else None) if needs else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        gradients = _Gradients(hidden, weight, needs_hidden, frozen if needs_weight else None)
+        shares = prefix_shares(hidden, weight, targets)
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
             own = hidden[targets.rows[part]]
-            scored = _score(own, hidden, weight, targets, part)
+            if not targets.ar_counts and part.start < targets.ar_labels:
+                sums[SUMS.index("ar")] += _plain(own, weight, targets.labels[part]).sum()
+                continue
+            scored = _score(own, hidden, weight, targets, part, shares[part])
             sums += scored.sums
-            if gradients is not None and (targets.ar_counts or part.start >= targets.ar_labels):
-                gradients.add(targets.rows[part], own, weight, scored.slope)
+            gradients.add(targets.rows[part], own, weight, scored.slope)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
@@ -86,50 +102,61 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None
-        matrix = found.weight
-        if matrix is not None:
-            matrix = matrix.mul_(upstream).to(found.weight_dtype)
-        return found.hidden.mul_(upstream.to(found.hidden.dtype)), matrix, None, None
+        return *found.scaled(upstream), None, None
 
 
 class _Gradients:
-    """Gradients of the loss, collected piece by piece; that of the matrix in fp32, but for its
-    first `frozen` columns. With None all are."""
+    """Gradients of the loss that are asked for, collected piece by piece; that of the matrix in
+    fp32, of all but its first `frozen` columns. With None it has none."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, frozen: int | None) -> None:
-        self.hidden = torch.zeros_like(hidden)
-        learns = frozen is not None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs_hidden: bool, frozen: int | None
+    ) -> None:
+        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         self.frozen = frozen or 0
+        self.weight = None
+        if frozen is not None:
+            self.weight = torch.zeros_like(weight[:, self.frozen :], dtype=torch.float32)
+        self.weight_dtype = weight.dtype
         self.weight_dtype = weight.dtype
 
     def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
         """Take in the piece of `rows` [n] with hidden states `own` [n, E]; `slope` [n, V] is the
         gradient of their logits."""
         slope = slope.to(weight.dtype)
-        self.hidden[rows] = slope @ weight
+        if self.hidden is not None:
+            self.hidden[rows] = slope @ weight
         if self.weight is None:
             return
-        if self.frozen:
-            self.weight[:, self.frozen :] += slope.T @ own[:, self.frozen :]
-        elif weight.dtype == torch.float32:
+        own = own[:, self.frozen :]
+        if weight.dtype == torch.float32:
             torch.addmm(self.weight, slope.T, own, out=self.weight)
         else:
             self.weight += slope.T @ own
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both times `factor`, whole and in the types of what they are gradients of; only once."""
+        if self.hidden is not None:
+            self.hidden.mul_(factor.to(self.hidden.dtype))
+        matrix = self.weight
+        if matrix is not None:
+            matrix = matrix.mul_(factor).to(self.weight_dtype)
+            matrix = F.pad(matrix, (self.frozen, 0)) if self.frozen else matrix
+        return self.hidden, matrix
 
 
 @dataclass(frozen=True)
 class _Scored:
     sums: Tensor
-    """fp32 [4], as `SUMS`."""
+    """fp32 [5], as `SUMS`."""
     slope: Tensor
     """Gradient of the logits, fp32 [n, V]."""
 
 
 def piece_slices(targets: Targets, vocabulary: int, device: str) -> list[slice]:
-    """The labelled rows in pieces, none of which mixes AR rows and slots."""
+    """The labelled rows in pieces, none of which mixes sections."""
     size = max(FEWEST_ROWS, PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"]) // vocabulary)
-    ends = (0, targets.ar_labels, len(targets.labels))
+    ends = (0, *targets.ends)
     return [
         slice(start, min(start + size, end))
         for begin, end in pairwise(ends)
@@ -137,16 +164,71 @@ def piece_slices(targets: Targets, vocabulary: int, device: str) -> list[slice]:
     ]
 
 
-def _score(own: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: slice) -> _Scored:
-    """Losses of the rows `part`, whose hidden states are `own` [n, E], and their slopes."""
-    labels, share = targets.labels[part], targets.shares[part]
+def prefix_shares(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
+    """What each labelled row counts, fp32 [N]: `targets.shares`, with weights by accepted prefix
+    where the objective asks for them.
+
+    A weight depends on the drafts of its own block alone, so on no division of the global batch.
+    """
+    if targets.chains is None:
+        return targets.shares
+    found = list(_scores_of_drafts(hidden, weight, targets))
+    if not found:
+        return targets.shares
+    scores = torch.cat(found)
+    there = torch.zeros(targets.chains.shape, dtype=torch.bool, device=scores.device)
+    table = torch.zeros(targets.chains.shape, dtype=scores.dtype, device=scores.device)
+    there.view(-1)[targets.chains.cells] = targets.chains.drafts
+    table.view(-1)[targets.chains.cells] = scores
+    rule = dpace_weights if targets.place_weights == "dpace" else auf_weights
+    weights = rule(table, there).view(-1)[targets.chains.cells]
+    shares = targets.shares.clone()
+    shares[targets.ar_labels :] *= weights
+    return shares
+
+
+def _scores_of_drafts(hidden: Tensor, weight: Tensor, targets: Targets) -> Iterator[Tensor]:
+    """How each draft would fare, in pieces that together are [D]: for `dpace` the chance of its
+    acceptance, q(label) or sum_v min(p_v, q_v); for `auf` whether its argmax is the one wanted."""
+    for part in piece_slices(targets, weight.shape[0], hidden.device.type):
+        if part.start < targets.ar_labels:
+            continue
+        logits = (hidden[targets.rows[part]] @ weight.T).float()
+        labels = targets.labels[part]
+        if targets.place_weights == "auf":
+            if targets.teacher == "ar":
+                rows = targets.verifiers_of(part)
+                labels = (hidden[rows.clamp(min=0)] @ weight.T).argmax(1)
+            yield logits.argmax(1) == labels
+        elif targets.teacher == "ar":
+            expected = _verifier(hidden, weight, targets, part)
+            yield torch.minimum(expected, logits.softmax(1)).sum(1)
+        else:
+            yield (logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)).exp()
+
+
+def _plain(own: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of `labels` [n], in nats."""
+    logits = (own @ weight.T).float()
+    return logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def _score(
+    own: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: slice, share: Tensor
+) -> _Scored:
+    """Losses of the rows `part`, whose hidden states are `own` [n, E], and their slopes; each row
+    counts its `share` [n]."""
+    labels = targets.labels[part]
+    section = bisect_right(targets.ends, part.start)
+    compares = targets.agreement != "none" and section > 0
     logits = (own @ weight.T).float()
     right = logits.gather(1, labels[:, None])[:, 0]
     mean = logits.mean(1) if targets.smoothing else right
-    agrees = targets.agreement != "none" and part.start >= targets.ar_labels
     # In place from here on: a second [n, V] would be the most memory there is.
-    expected = _verifier(hidden, weight, targets, part) if agrees else None
-    cross = -(expected * logits).sum(1) if expected is not None else right
+    expected = None
+    if compares and targets.teacher == "ar":
+        expected = _verifier(hidden, weight, targets, part)
+    cross = -(expected * logits).sum(1) if expected is not None else -right
     top = logits.amax(1, keepdim=True)
     draft = logits.sub_(top).exp_()
     total = draft.sum(1, keepdim=True)
@@ -156,63 +238,74 @@ def _score(own: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: 
     plain = log_sum - right
     smooth = targets.smoothing
     losses = (1 - smooth) * plain + smooth * (log_sum - mean)
-    overlap = torch.zeros_like(share)
-    factor = share[:, None]
-    if expected is not None:
-        losses, overlap, slope = _agreement(draft, expected, cross + log_sum, losses, targets, part)
-        factor = share[:, None] * (1 - targets.mix(part))[:, None]
-        slope.mul_(share[:, None])
-    slope_of_labels = -(1 - smooth) * factor[:, 0]
-    draft.mul_(factor)
+    # The slope is kept · (q - smoothed label) + text · (q - label) + that of a distance from p.
+    kept, text, slope = share, torch.zeros_like(share), None
+    sums = torch.zeros(len(SUMS), device=share.device)
+    if compares:
+        mix = targets.mix(part)
+        distance, overlap, text, slope = _agreement(
+            draft, expected, cross + log_sum, labels, share * mix, targets
+        )
+        kept, losses = share * (1 - mix), (1 - mix) * losses + mix * distance
+        if section == 1:
+            sums[SUMS.index("overlap")] = (overlap * (mix > 0)).sum()
+    draft.mul_((kept + text)[:, None])
     if smooth:
-        draft.sub_(factor * (smooth / draft.shape[1]))
-    draft.scatter_add_(1, labels[:, None], slope_of_labels[:, None])
-    if expected is not None:
+        draft.sub_((kept * (smooth / draft.shape[1]))[:, None])
+    draft.scatter_add_(1, labels[:, None], -((1 - smooth) * kept + text)[:, None])
+    if slope is not None:
         draft.add_(slope)
-    zero = torch.zeros_like(share[:1]).sum()
-    kinds = (plain.sum(), zero) if part.start < targets.ar_labels else (zero, plain.sum())
-    return _Scored(torch.stack([(share * losses).sum(), *kinds, overlap.sum()]), draft)
+    sums[SUMS.index("loss")] = (share * losses).sum()
+    sums[SUMS.index(PLAIN[section])] = plain.sum()
+    return _Scored(sums, draft)
 
 
 def _verifier(hidden: Tensor, weight: Tensor, targets: Targets, part: slice) -> Tensor:
-    """p: the AR distribution of each slot's position, fp32 [n, V]; taken as given, no gradient."""
+    """p: the AR distribution of each draft's position, fp32 [n, V]; taken as given, no gradient."""
     rows = targets.verifiers_of(part)
     return torch.softmax((hidden[rows.clamp(min=0)] @ weight.T).float(), 1)
 
 
 def _agreement(
     draft: Tensor,
-    expected: Tensor,
+    expected: Tensor | None,
     cross_entropy: Tensor,
-    losses: Tensor,
+    labels: Tensor,
+    factor: Tensor,
     targets: Targets,
-    part: slice,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix the distance between draft q and verifier p into `losses` [n].
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The distance of each draft from its teacher.
 
     Args:
         draft: q, fp32 [n, V].
-        expected: p, fp32 [n, V]; overwritten.
+        expected: p, fp32 [n, V], overwritten; None is the text, all on its label.
         cross_entropy: of q under p, in nats, [n].
-        losses: cross entropy of the labels, [n].
-        targets: the objective's mix.
-        part: which rows these are.
+        labels: int64 [n]
+        factor: what a row's distance counts, [n].
+        targets: the objective.
 
     Returns:
-        The mixed losses [n], the overlap sum_v min(p_v, q_v) of each row that has a verifier [n],
-        and the slope of the mixed-in part, [n, V].
+        The distances [n], the overlaps sum_v min(p_v, q_v) [n], and the slope: a coefficient of
+        q - label [n], which is all where the text teaches, or else 0 and the slope itself [n, V].
     """
-    mix = targets.mix(part)
-    has_verifier = targets.verifiers_of(part) >= 0
-    overlap = torch.minimum(draft, expected).sum(1) * has_verifier
-    if targets.agreement == "kl":
-        entropy = torch.special.entr(expected).sum(1)
-        distance = cross_entropy - entropy
-        slope = expected.neg_().add_(draft)  # q - p
-    else:
-        distance = 1 - overlap  # total variation
-        # d TV / d q_v is -1 where q_v < p_v and 0 elsewhere; then through the softmax.
-        short = (draft < expected).to(draft.dtype).neg_()
-        inner = (draft * short).sum(1, keepdim=True)
-        slope = short.sub_(inner).mul_(draft)
-    return (1 - mix) * losses + mix * distance, overlap, slope.mul_(mix[:, None])
+    kind = targets.agreement
+    if expected is None:
+        overlap = draft.gather(1, labels[:, None])[:, 0]
+        kl, tv = coefficients(kind, overlap)
+        # s of the module `distance` is -1 at the label alone, so both terms point the same way.
+        coefficient = torch.ones_like(kl) if kind == "acceptance" else kl + tv * overlap
+        found = cross_entropy if kind == "acceptance" else distances(kind, overlap, cross_entropy)
+        return found, overlap, factor * coefficient, None
+    overlap = torch.minimum(draft, expected).sum(1)
+    divergence = cross_entropy
+    if kind in ("kl", "blend"):
+        divergence = cross_entropy - torch.special.entr(expected).sum(1)
+    kl, tv = coefficients(kind, overlap)
+    slope = slope_(
+        draft,
+        expected,
+        None if kind in ("tv", "acceptance") else kl,
+        None if kind == "kl" else tv,
+        factor,
+    )
+    return distances(kind, overlap, divergence), overlap, torch.zeros_like(factor), slope

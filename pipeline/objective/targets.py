@@ -1,9 +1,10 @@
 """What each labelled row of a batch counts in the loss of the global batch, and what it is for.
 
-Letters: B sequences, S clean tokens, M slots, N labelled rows, P of them slots.
+Letters: B sequences, S clean tokens, M slots, N labelled rows, D of them drafts: slots, and behind
+them the rows of drafts without slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +14,29 @@ from pipeline.objective.joint import ObjectiveConfig
 
 
 @dataclass(frozen=True)
+class Chains:
+    """The drafts of a batch as chains, of which decoding accepts a beginning: a block's slots, and
+    once more those of a block that is drafted without them."""
+
+    cells: Tensor
+    """int64 [D]: where each draft stands in a table of chains and places, flattened."""
+    drafts: Tensor
+    """bool [D]: all but those at place 0, whose token decoding has before it drafts."""
+    shape: tuple[int, int]
+    """Of the table."""
+
+    def to(self, device: torch.device) -> "Chains":
+        cells, drafts = (x.to(device, non_blocking=True) for x in (self.cells, self.drafts))
+        return Chains(cells, drafts, self.shape)
+
+
+@dataclass(frozen=True)
 class Targets:
-    """Labels and weights of the labelled rows of one micro-batch, those of the AR loss first."""
+    """Labels and weights of the labelled rows of one micro-batch, section by section: those of the
+    AR loss, slots, drafts without slots."""
 
     rows: Tensor
-    """int64 [N], among B · (S + M)."""
+    """int64 [N], among B · (S + M) and the rows of drafts without slots behind them."""
     labels: Tensor
     """int64 [N]"""
     ar_labels: int
@@ -25,79 +44,137 @@ class Targets:
     shares: Tensor
     """fp32 [N]: the loss of the global batch is the sum of share times row loss."""
     verifiers: Tensor
-    """int64 [P]: the clean row whose logits are for a slot's position, or -1 where a document's
-    first token has none; empty unless the objective compares the two."""
+    """int64 [D]: the clean row whose logits are for a draft's position, or -1 where a document's
+    first token has none; empty unless the objective asks the AR half."""
     agreement: str
-    """`none`, `tv` or `kl`."""
+    """`none` or a distance of `pipeline.objective.distance`."""
     agreement_weight: float
     smoothing: float
     ar_counts: bool = True
     """Whether the rows of the AR loss count in the loss; else they are only measured."""
+    alone_labels: int = 0
+    """How many of the rows, the last ones, belong to drafts without slots."""
+    teacher: str = "ar"
+    """Whose distribution drafts are compared with, `ar` or `text`."""
+    place_weights: str = "decay"
+    """Rule of weights by accepted prefix, `dpace` or `auf`; with others `shares` are all."""
+    chains: Chains | None = None
+    """Where such a rule is."""
+
+    @property
+    def ends(self) -> tuple[int, int, int]:
+        """Where the sections end."""
+        total = len(self.labels)
+        return self.ar_labels, total - self.alone_labels, total
 
     def verifiers_of(self, part: slice) -> Tensor:
-        """Of the slots among the labelled rows `part`."""
+        """Of the drafts among the labelled rows `part`."""
         return self.verifiers[part.start - self.ar_labels : part.stop - self.ar_labels]
 
     def mix(self, part: slice) -> Tensor:
-        """How much of the agreement loss each slot of `part` takes, fp32: nothing without a
-        verifier."""
+        """How much of the agreement loss each draft of `part` takes, fp32: nothing without a
+        teacher."""
+        if self.teacher == "text":
+            return torch.full_like(self.shares[part], self.agreement_weight)
         return self.agreement_weight * (self.verifiers_of(part) >= 0).float()
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same with its tensors on `device`."""
+        rows, labels, shares, verifiers = (
+            field.to(device, non_blocking=True)
+            for field in (self.rows, self.labels, self.shares, self.verifiers)
+        )
+        chains = self.chains.to(device) if self.chains is not None else None
+        return replace(
+            self, rows=rows, labels=labels, shares=shares, verifiers=verifiers, chains=chains
+        )
 
 
 def make_targets(
-    batch: Batch, objective: ObjectiveConfig, ar_labels: int, draft_weight: float
+    batch: Batch,
+    objective: ObjectiveConfig,
+    ar_labels: int,
+    draft_weight: float,
+    alone_draft_weight: float = 0.0,
 ) -> Targets:
-    """The targets of `batch`, on its device.
+    """The targets of `batch`, on its device; on the host nothing waits for a GPU.
 
     Args:
         batch: one micro-batch.
         objective: with the weights of this step (`ObjectiveConfig.at`).
         ar_labels: labelled clean tokens of the global batch.
-        draft_weight: `draft_weights` of the global batch, summed.
+        draft_weight: `place_weights` of the global batch's slots, summed.
+        alone_draft_weight: the same of its drafts without slots.
     """
-    # The two terms of the joint loss, (alpha · mean AR + mean diffusion) / (1 + alpha).
-    drafts = draft_weights(batch, objective)
-    ar, draft = 1.0, 0.0
+    # The terms of the joint loss, (alpha · AR + diffusion + rho · alone) / (1 + alpha + rho).
+    weights = place_weights(batch, objective)
+    ar, draft, alone = 1.0, 0.0, 0.0
     if objective.drafts:
-        ar, draft = objective.alpha / (1 + objective.alpha), 1 / (1 + objective.alpha)
-    ar_share = ar / max(ar_labels, 1)
+        rho = objective.alone_weight if alone_draft_weight > 0 else 0.0
+        whole = 1 + objective.alpha + rho
+        ar, draft, alone = objective.alpha / whole, 1 / whole, rho / whole
+    slots, device = batch.diffusion_labels, weights.device
     shares = torch.cat(
         [
-            torch.full((batch.ar_labels,), ar_share, device=drafts.device),
-            drafts * (draft / max(draft_weight, 1e-30)),
+            torch.full((batch.ar_labels,), ar / max(ar_labels, 1), device=device),
+            weights[:slots] * (draft / max(draft_weight, 1e-30)),
+            weights[slots:] * (alone / max(alone_draft_weight, 1e-30)),
         ]
     )
-    compares = objective.agreement != "none" and objective.agreement_weight > 0
-    none = torch.zeros(0, dtype=torch.int64, device=drafts.device)
+    compares, by_prefix = objective.compares, objective.by_prefix
+    asks_ar = objective.teacher == "ar" and (compares or by_prefix)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
     return Targets(
         rows=batch.rows,
         labels=batch.labels,
         ar_labels=batch.ar_labels,
         shares=shares,
-        verifiers=verifying_rows(batch) if compares else none,
+        verifiers=verifying_rows(batch) if asks_ar else none,
         agreement=objective.agreement if compares else "none",
         agreement_weight=objective.agreement_weight,
         smoothing=objective.label_smoothing,
+        alone_labels=batch.alone_labels,
+        teacher=objective.teacher,
+        place_weights=objective.place_weights,
+        chains=chains_of(batch) if by_prefix else None,
         ar_counts=ar > 0,
     )
 
 
-def draft_weights(batch: Batch, objective: ObjectiveConfig) -> Tensor:
-    """The weight of each slot by its place in its block, fp32 [P]: `position_decay` to the power
-    of the place, counted from 0."""
-    slots = batch.rows[batch.ar_labels :]
+def drafted_places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The block of each draft and its place in it, counted from 0; int64 [D] each."""
+    there = batch.blocks.there
+    block, place = there.nonzero(as_tuple=True)
+    chosen = there[batch.blocks.alone]
+    chosen[:, :1] = False  # which no draft stands at
+    number, alone_place = chosen.nonzero(as_tuple=True)
+    return torch.cat([block, batch.blocks.alone[number]]), torch.cat([place, alone_place])
+
+
+def place_weights(batch: Batch, objective: ObjectiveConfig) -> Tensor:
+    """The weight of each draft by its place in its block alone, fp32 [D]: `position_decay` to the
+    power of the place, counted from 0. Weights by accepted prefix come on top, and change nothing
+    of what their mean is over: the number of drafts."""
     if objective.position_decay == 1.0:
-        return torch.ones(len(slots), device=slots.device)
-    # A block starts where its prefix ends; an empty prefix ends at the document's start.
-    place = batch.position_ids.flatten()[slots] - batch.spans.upper.flatten()[slots]
-    return objective.position_decay ** place.float()
+        return torch.ones(len(batch.rows) - batch.ar_labels, device=batch.rows.device)
+    return objective.position_decay ** drafted_places(batch)[1].float()
+
+
+def chains_of(batch: Batch) -> Chains:
+    """The chains of `batch`: its blocks, then those that are drafted without slots."""
+    blocks, longest = batch.blocks.slots.shape
+    _, place = drafted_places(batch)
+    number = batch.blocks.there.nonzero(as_tuple=True)[0]
+    alone = batch.rows[len(batch.rows) - batch.alone_labels :] - batch.input_ids.numel()
+    cells = torch.cat([number * longest + place[: len(number)], blocks * longest + alone])
+    return Chains(cells, place > 0, (blocks + len(batch.blocks.alone), longest))
 
 
 def verifying_rows(batch: Batch) -> Tensor:
-    """For each slot the clean row whose logits are for the same position, int64 [P]; -1 where the
+    """For each draft the clean row whose logits are for the same position, int64 [D]; -1 where the
     position is a document's first."""
     width = batch.input_ids.shape[1]
-    slots = batch.rows[batch.ar_labels :]
+    slots = batch.blocks.slots[drafted_places(batch)]
     position = batch.position_ids.flatten()[slots]
     start = batch.spans.lower.flatten()[slots]
     before = slots // width * width + position - 1

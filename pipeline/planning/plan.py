@@ -159,7 +159,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         rows=length + slots,
         pairs=allowed_pairs(length, block_size, coverage),
         checkpointing=planned.train.activation_checkpointing,
-        teacher_rows=slots if planned.train.objective.agreement_weight > 0 else 0,
+        teacher_rows=slots * planned.train.objective.extra_heads,
     )
 
 

@@ -73,10 +73,11 @@ def first_acceptance(row: Row, name: str) -> float | None:
 
 def _first_draft(greedy: Row) -> Figure:
     measured = first_acceptance(greedy, "acceptance_by_position")
-    unigram = first_acceptance(greedy, "unigram_acceptance")
     context = "greedy, draft position 1"
-    if unigram is not None:
-        context += f"; a unigram draft would get {percent(unigram)}"
+    for draft in ("unigram", "bigram"):
+        share = first_acceptance(greedy, f"{draft}_acceptance")
+        if share is not None:
+            context += f"; a {draft} draft would get {percent(share)}"
     return Figure("First draft accepted", percent(measured), context)
 
 
@@ -144,6 +145,14 @@ def _row_warnings(row: Row, words: str) -> list[str]:
             f"{words}: the first draft is accepted no more often ({percent(measured)}) than one "
             f"that ignores the context would be ({percent(unigram)}). The model has not yet "
             "learned to draft."
+        )
+    own = as_number(row.get("expected_tokens_per_forward"))
+    bigram = as_number(row.get("bigram_expected_tokens_per_forward"))
+    if own is not None and bigram is not None and own <= bigram:
+        found.append(
+            f"{words}: on held-out text a table of token pairs would draft as well, "
+            f"{fixed(bigram)} expected tokens per forward beside {fixed(own)}. The diffusion half "
+            "does not pay for itself yet."
         )
     return found
 

@@ -135,8 +135,9 @@ _ACCEPTANCE = (
     "first token after the one that the verifier itself has set. <em>While decoding</em>: share of "
     "the steps that got as far as this position in which its draft was accepted. "
     "<em>Teacher-forced</em>: the acceptance to expect on held-out text. <em>Unigram draft</em>: "
-    "what a draft without any knowledge of the context would get; a lead over it is what the "
-    "diffusion half has learned.</p>"
+    "what a draft without any knowledge of the context would get. <em>Bigram draft</em>: what a "
+    "table of token pairs would get, which knows the token before the position; only a lead over "
+    "it is worth a model.</p>"
 )
 
 

@@ -77,6 +77,7 @@ def acceptance_charts(run: Run) -> list[Chart]:
                 dashed=True,
                 marker="square",
             ),
+            Series("bigram draft", by_position(row, "bigram_acceptance"), "quiet", marker="ring"),
         ]
         charts.append(
             Chart(

@@ -66,6 +66,7 @@ def acceptance_table(run: Run) -> str:
         ("acceptance_by_position", "while decoding"),
         ("teacher_forced_acceptance", "teacher-forced"),
         ("unigram_acceptance", "unigram draft"),
+        ("bigram_acceptance", "bigram draft"),
     )
     body, positions = [], 0
     for temperature in (0.0, 1.0):
@@ -89,6 +90,7 @@ def sources_table(run: Run) -> str:
         ("diffusion_loss", 3),
         ("expected_tokens_per_forward", 2),
         ("unigram_expected_tokens_per_forward", 2),
+        ("bigram_expected_tokens_per_forward", 2),
         ("draft_calibration_error", 3),
     )
     body, positions = [], 0
@@ -104,7 +106,7 @@ def sources_table(run: Run) -> str:
         return ""
     head = (
         "source", "temperature", "AR loss", "diffusion loss", "expected tokens per forward",
-        "of a unigram draft", "calibration error",
+        "of a unigram draft", "of a bigram draft", "calibration error",
         *(f"kept up to {place}" for place in range(1, positions + 1)),
     )  # fmt: skip
     return table(head, [[*cells, *[MISSING] * (len(head) - len(cells))] for cells in body])

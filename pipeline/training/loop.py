@@ -162,6 +162,7 @@ class Trainer:
                 loss=result.loss,
                 loss_ar=result.loss_ar,
                 loss_diffusion=result.loss_diffusion,
+                loss_alone=result.loss_alone,
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
                 tokens=self.state.tokens,

@@ -169,10 +169,12 @@ def try_step(
     source: Source,
     world: World,
     say: Callable[[str], None],
+    alone_share: float = 0.0,
 ) -> float:
     """Time an all-reduce, and a forward and backward of a real batch that is then dropped.
 
-    Weights, optimizer state and the place in the data stay as they were.
+    Weights, optimizer state and the place in the data stay as they were. `alone_share` as in
+    training (`step_batches`).
 
     Returns:
         float: the seconds that all of it took.
@@ -184,7 +186,7 @@ def try_step(
     slots = section_length(length, coverage, source.block_size) if drafts else 0
     first = world.rank * settings.micro_batch_size
     sequences = [source[first + number] for number in range(settings.micro_batch_size)]
-    batches = [make_batch(sequences, source.manifest.tokenizer.mask_id, slots)]
+    batches = [make_batch(sequences, source.manifest.tokenizer.mask_id, slots, alone_share)]
     objective = settings.objective.at(0)
     counts = count_globally(batches, world, False, objective)
     started = time.perf_counter()

@@ -90,8 +90,9 @@ def build_trainer(
     state = state or TrainState()
     left_out = LeftOutFile(settings.run_dir, world)
     state.left_out = left_out.ranges(state.left_out)
+    alone_share = settings.objective.alone_share if model.config.draft_rank else 0.0
     if checked:
-        preflight_s += preflight.try_step(engine, settings, source, world, say)
+        preflight_s += preflight.try_step(engine, settings, source, world, say, alone_share)
     share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
     return Trainer(
         settings=settings,
@@ -102,6 +103,7 @@ def build_trainer(
             share,
             state.sequences_seen,
             with_slots=settings.objective.drafts,
+            alone_share=alone_share,
             left_out=state.left_out,
         ),
         world=world,

@@ -15,7 +15,7 @@ from pipeline.distributed import World
 from pipeline.model.attention import section_masks, training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
-from pipeline.objective.targets import draft_weights, make_targets
+from pipeline.objective.targets import make_targets, place_weights
 from pipeline.training.discard import Refuses, discard_step, is_plain, updates_refused
 from pipeline.training.engine import gradient_norm, set_learning_rate
 
@@ -39,7 +39,12 @@ class GlobalCounts:
     damaged_shards: int = 0
     """Shards that some rank had to leave out since the last step; each counts those it met."""
     teacher_rows: int = 0
-    """Rows that go through the LM head once more, forward only, as what slots are compared with."""
+    """Rows that go through the LM head once more, forward only: what drafts are compared with, and
+    drafts whose weight depends on what they are."""
+    alone_labels: int = 0
+    """Labelled rows of drafts without slots."""
+    alone_draft_weight: float = 0.0
+    """Their summed weights, as `draft_weight`."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ class StepResult:
     loss: float
     """What was minimised."""
     loss_ar: float
-    """Plain cross entropy, whatever the objective makes of it; so is the next."""
+    """Plain cross entropy, whatever the objective makes of it; so are the next two."""
     loss_diffusion: float | None
+    loss_alone: float | None
+    """Of drafts without slots; None where the batch has none."""
     grad_norm: float
     seconds: float
     refused: str | None = None
@@ -74,20 +81,27 @@ def count_globally(
 ) -> GlobalCounts:
     """Sum this rank's counts over all ranks; carries the stop flag along, so all ranks agree, and
     how many damaged shards the rank has met."""
+    weights = [place_weights(batch, objective).double() for batch in batches]
+    slots = [batch.diffusion_labels for batch in batches]
     own = [
         sum(batch.ar_labels for batch in batches),
-        sum(batch.diffusion_labels for batch in batches),
+        sum(slots),
         sum(batch.clean_tokens for batch in batches),
         int(stop_requested),
-        sum(float(draft_weights(batch, objective).double().sum()) for batch in batches),
+        sum(float(part[:end].sum()) for part, end in zip(weights, slots, strict=True)),
         sum(batch.attention_pairs for batch in batches),
         damaged_shards,
+        sum(batch.alone_labels for batch in batches),
+        sum(float(part[end:].sum()) for part, end in zip(weights, slots, strict=True)),
     ]
     ar, diffusion, clean, stops, weight, *whole = world.sum([float(value) for value in own])
-    pairs, damaged = map(int, whole)
+    pairs, damaged, alone = map(int, whole[:3])
+    drafted = int(diffusion) + alone
     return GlobalCounts(
         int(ar), int(diffusion), int(clean), int(stops), weight, pairs, damaged,
-        teacher_rows=int(diffusion) if objective.agreement_weight > 0 else 0,
+        teacher_rows=drafted * objective.extra_heads,
+        alone_labels=alone,
+        alone_draft_weight=whole[3],
     )  # fmt: skip
 
 
@@ -117,9 +131,10 @@ def train_step(
     """
     started = time.perf_counter()
     own = accumulate(engine, batches, counts, objective, world, attention)
-    loss, ar_total, diffusion_total, _ = world.sum(own)
+    loss, ar_total, diffusion_total, _, alone_total = world.sum(own)
     loss_ar = ar_total / max(counts.ar_labels, 1)
     loss_diffusion = diffusion_total / max(counts.diffusion_labels, 1) if objective.drafts else None
+    loss_alone = alone_total / counts.alone_labels if counts.alone_labels else None
     refused: str | None = None
 
     def refuse(norm: float) -> bool:
@@ -135,7 +150,7 @@ def train_step(
     else:
         grad_norm = discard_step(engine)
     seconds = time.perf_counter() - started
-    return StepResult(loss, loss_ar, loss_diffusion, grad_norm, seconds, refused)
+    return StepResult(loss, loss_ar, loss_diffusion, loss_alone, grad_norm, seconds, refused)
 
 
 def accumulate(
@@ -155,11 +170,13 @@ def accumulate(
     make_mask = section_masks if model.frozen_base else training_mask
     frozen = model.config.hidden_size if model.frozen_base else 0
     for batch in batches:
-        # From the host's copy of the rule.
+        # From the host's copy of the rule, and of what is labelled.
         mask = make_mask(batch.spans, world.device, attention)
         clean = batch.spans.clean_tokens
+        targets = make_targets(
+            batch, objective, counts.ar_labels, counts.draft_weight, counts.alone_draft_weight
+        ).to(world.device)
         batch = batch.to(world.device)
-        targets = make_targets(batch, objective, counts.ar_labels, counts.draft_weight)
         loss, sums = engine(
             batch.input_ids,
             position_ids=batch.position_ids,

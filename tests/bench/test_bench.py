@@ -34,7 +34,14 @@ RATIOS = {
     },
     "head_loss": {
         f"{name} / whole logits"
-        for name in ("pieces", "pieces, smoothed", "pieces, tv", "pieces, kl")
+        for name in (
+            "pieces",
+            "pieces, smoothed",
+            "pieces, tv",
+            "pieces, kl",
+            "pieces, blend",
+            "pieces, dpace",
+        )
     },
     "decode": {
         *("5 cached: K=1 / ar", "5 cached: K=3 / ar", "5 cached, batch 2: K=1 / ar"),

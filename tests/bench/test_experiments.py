@@ -164,7 +164,8 @@ def test_a_mixed_run_is_scored_at_each_block_length(study):
         sampled = score["sampled"]
         assert 1.0 <= sampled["expected_tokens_per_forward"] <= score["block_size"]
         assert len(sampled["unigram_acceptance"]) == score["block_size"] - 1
-        assert 1.0 <= sampled["unigram_expected_tokens_per_forward"] <= score["block_size"]
+        for draft in ("unigram", "bigram"):
+            assert 1.0 <= sampled[f"{draft}_expected_tokens_per_forward"] <= score["block_size"]
 
 
 @pytest.mark.parametrize(

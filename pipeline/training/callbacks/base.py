@@ -34,6 +34,8 @@ class StepMetrics:
     loss: float
     loss_ar: float
     loss_diffusion: float | None
+    loss_alone: float | None
+    """Of drafts without slots; None where there are none."""
     learning_rate: float
     grad_norm: float
     tokens: int

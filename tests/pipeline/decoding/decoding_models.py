@@ -23,6 +23,11 @@ def make_model(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)
+        if model.draft_head is not None:
+            # Large and random everywhere, B too, so that a draft's q is far from p and from flat.
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.draft_head.parameters():
+                parameter.normal_(0.0, 0.7, generator=generator)
     return model
 
 

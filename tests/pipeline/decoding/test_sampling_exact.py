@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from data_prep.errors import UserError
 from pipeline.decoding import Sampling, engine, generate
+from pipeline.decoding.drafting import Drafter
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.sampling import Uniforms, draw
 from pipeline.decoding.step import StepShape, prefill_mask
@@ -72,7 +73,7 @@ def sampled_texts(model, sampling: Sampling, shape: StepShape, same_stream=False
     The rows are admitted together: they have the same prompt, so its cache is copied.
     """
     engine = StepEngine(model, sampling, shape, batch_size=ROWS, capacity=len(PROMPT) + 12)
-    prompt, size = torch.tensor(PROMPT), shape.block_size
+    prompt, size = torch.tensor(PROMPT), engine.shape.prefill_slots
     engine.admit(0, prompt, 0)
     for layer in range(model.config.num_layers):
         for tensors in (engine.cache._all._keys, engine.cache._all._values):
@@ -190,6 +191,49 @@ SHAPES = [StepShape(3, 3, (1,)), StepShape(3, 3, (1, 3)), StepShape(3, 3), StepS
 def test_fewer_blocks_and_plain_steps_have_the_same_distribution(model, shape):
     sampling = Sampling(temperature=1.0, top_p=0.9)
     assert p_value(sampled_pairs(model, sampling, shape), expected_pairs(model, sampling)) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def in_order():
+    """A head whose weights are large and random: drafts differ much from the verifier's."""
+    return make_model(seed=3, scale=3.0, draft_rank=6, draft_width=8)
+
+
+NO_BLOCKS = StepShape(3, 3, ())
+WITH_HEAD = {
+    "all blocks": (StepShape.full(3), "plain"),
+    "all blocks, all settings": (StepShape.full(3), "all"),
+    "some blocks": (StepShape(3, 3, (2,)), "penalty"), "no block": (NO_BLOCKS, "plain"),
+    "no block, all settings": (NO_BLOCKS, "all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_a_sequential_draft_is_verified_by_what_it_was_drawn_from(in_order, name, monkeypatch):
+    """Exact whatever the head is; and where q is not what drafts were drawn from, it shows."""
+    shape, settings = WITH_HEAD[name]
+    sampling = Sampling(**{"temperature": 1.0, **SETTINGS[settings]})
+    probabilities = expected_pairs(in_order, sampling)
+    assert p_value(sampled_pairs(in_order, sampling, shape), probabilities) > 1e-3
+    original = Drafter.draw
+
+    def blind(self, *arguments):
+        """q of a draft that does not know the token before: that of another one."""
+        draft = original(self, *arguments)
+        assert draft.probabilities is not None
+        return replace(draft, probabilities=draft.probabilities.roll(1, dims=0))
+
+    monkeypatch.setattr(Drafter, "draw", blind)
+    assert p_value(sampled_pairs(in_order, sampling, shape), probabilities) < 1e-6
+
+
+@pytest.mark.parametrize("cell", ["linear", "mlp"])
+def test_simpler_cells_are_exact_too(cell):
+    model = make_model(seed=3, scale=3.0, draft_rank=6, draft_width=8, draft_cell=cell)
+    sampling = Sampling(temperature=1.0)
+    for shape in (StepShape.full(3), NO_BLOCKS):
+        observed = sampled_pairs(model, sampling, shape)
+        assert p_value(observed, expected_pairs(model, sampling)) > 1e-3
 
 
 def test_verify_is_exact_for_random_distributions():

@@ -35,9 +35,13 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def static_engine(model, sampling, batch_size: int, keys: list) -> StepEngine:
+MODELS = [{}, {"draft_rank": 5}]
+"""Without and with a draft head."""
+
+
+def static_engine(model, sampling, batch_size: int, keys: list, blocks=(1, 2, 4)) -> StepEngine:
     """An engine that goes the way of captured steps; every step is run as it is."""
-    shape = StepShape.full(4) if sampling.trust < 1 else StepShape(4, 4, (1, 2, 4))
+    shape = StepShape.full(4) if sampling.trust < 1 else StepShape(4, 4, blocks)
     engine = StepEngine(model, sampling, shape, batch_size=batch_size, capacity=300)
 
     def run_each(key, run):
@@ -49,8 +53,9 @@ def static_engine(model, sampling, batch_size: int, keys: list) -> StepEngine:
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_steps_of_fixed_width_give_the_same_tokens(sampling):
-    model, keys = make_model(), []
+@pytest.mark.parametrize("changes", MODELS)
+def test_steps_of_fixed_width_give_the_same_tokens(sampling, changes):
+    model, keys = make_model(**changes), []
     prompts = random_prompts(0, (3, 245, 9, 30), VOCABULARY)
     engine = static_engine(model, sampling, 2, keys)
     runs = dict(finish_each(engine, prompts, max_new_tokens=30))
@@ -63,9 +68,12 @@ def test_steps_of_fixed_width_give_the_same_tokens(sampling):
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling):
-    model = make_model()
-    engine = static_engine(model, sampling, 2, [])
+@pytest.mark.parametrize(
+    ("changes", "blocks"), [({}, (1, 2, 4)), ({"draft_rank": 5}, (2, 4)), ({"draft_rank": 5}, ())]
+)
+def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling, changes, blocks):
+    model = make_model(**changes)
+    engine = static_engine(model, sampling, 2, [], blocks)
     for row, prompt in enumerate(random_prompts(0, (5, 11), VOCABULARY)):
         engine.admit(row, prompt, row)
     engine.step()  # builds its tables

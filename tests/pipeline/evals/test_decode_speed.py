@@ -115,19 +115,23 @@ def test_scores_stand_in_every_row_and_acceptance_where_it_is_defined(data, mode
 
 def test_scores_are_taken_on_shifted_grids(data, model):
     """The decoder starts its blocks anywhere; a grid from the document's start scores otherwise."""
-    unigram = torch.from_numpy(data.heldout.unigram().probabilities).float()
+    controls = data.heldout.controls(OneRank())
     aligned, shifted = (
-        score_drafts(model, data.heldout.sequences(5, 0, 4, shift=shift), 4, unigram)
+        score_drafts(model, data.heldout.sequences(5, 0, 4, shift=shift), 4, controls)
         for shift in (False, True)
     )
     row = rows_of(model, data)["tidar", 1.0]
     expected = shifted.diffusion_loss / shifted.diffusion_tokens
     assert row["diffusion_loss"] == pytest.approx(expected)
     assert row["diffusion_loss"] != pytest.approx(aligned.diffusion_loss / aligned.diffusion_tokens)
-    rates = (shifted.accepted[1] / shifted.drafts).tolist()
-    assert row["teacher_forced_acceptance"] == pytest.approx(rates)
-    unigram_rates = (shifted.unigram_accepted[1] / shifted.drafts).tolist()
-    assert row["unigram_acceptance"] == pytest.approx(unigram_rates)
+    keys = {"model": "teacher_forced", "unigram": "unigram", "bigram": "bigram"}
+    assert shifted.accepted.keys() == keys.keys()
+    for draft, key in keys.items():
+        rates = (shifted.accepted[draft][1] / shifted.drafts).tolist()
+        assert row[f"{key}_acceptance"] == pytest.approx(rates)
+        if draft != "model":
+            kept = (shifted.survived[draft][1] / shifted.drafts).sum()
+            assert row[f"{key}_expected_tokens_per_forward"] == pytest.approx(1 + float(kept))
 
 
 def test_a_model_that_drafts_perfectly_gives_k_tokens_a_forward(data):

@@ -1,13 +1,17 @@
 """Held-out prompts and sequences: from the right split, each once, the same for all ranks."""
 
 import math
+import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from evals_data import SEQUENCE_LENGTH, make_sequence
+from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
 from data_prep.errors import UserError
+from pipeline.evals import pairs
 from pipeline.evals.heldout import HeldOut, Unigram, documents
+from pipeline.objective.controls import PairCounts
 
 
 def encoded(data, split: str) -> list[tuple[int, ...]]:
@@ -90,6 +94,72 @@ def test_unigram_counts_the_training_split(data):
     shares = [c / counts.sum() for c in counts if c]
     assert unigram.entropy == pytest.approx(-sum(p * math.log(p) for p in shares))
     np.testing.assert_allclose(unigram.probabilities, (counts + 1) / (counts + 1).sum())
+
+
+def test_pairs_are_those_of_the_training_split_within_documents(data):
+    vocabulary = data.tokenizer.vocab_size
+    expected = np.zeros((vocabulary, vocabulary))
+    for ids in encoded(data, "train"):
+        for piece in pieces(ids):
+            for one, other in pairwise(piece):
+                expected[one, other] += 1
+    assert np.array_equal(dense(pairs.pair_counts(data.folder, data.manifest)), expected)
+
+
+def dense(counts: PairCounts) -> np.ndarray:
+    size = len(counts.starts) - 1
+    table = np.zeros((size, size))
+    for token in range(size):
+        for n in range(int(counts.starts[token]), int(counts.starts[token + 1])):
+            assert table[token, counts.successors[n]] == 0
+            table[token, counts.successors[n]] = counts.counts[n]
+    return table
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(4 * SEQUENCE_LENGTH * 3, 3), (60, 1)])
+def test_of_a_large_split_a_part_is_counted_evenly(data, monkeypatch, tokens, groups):
+    """Groups of four sequences; below one group, the beginning of one."""
+    read, real = [], pairs.ShardReader.read_group
+
+    def spy(reader, number):
+        group = real(reader, number)
+        read.append((reader.path.name, number, group))
+        return group
+
+    monkeypatch.setattr(pairs.ShardReader, "read_group", spy)
+    monkeypatch.setattr(pairs, "PAIR_TOKENS", tokens)
+    monkeypatch.setattr(pairs, "_COUNTED", {})
+    counts = pairs.pair_counts(data.folder, data.manifest)
+    assert len(read) == len({place[:2] for place in read}) == groups
+    rows = [packed for *_, group in read for packed in group]
+    wanted = rows if groups > 1 else rows[:1]
+    real_pairs = 0
+    for packed in wanted:
+        last = packed.real_tokens(data.manifest.tokenizer.pad_id) == len(packed.tokens)
+        lengths = packed.document_lengths if last else packed.document_lengths[:-1]
+        real_pairs += int(lengths.sum()) - len(lengths)
+    assert int(counts.counts.sum()) == real_pairs <= tokens
+    again = pairs.pair_counts(data.folder, data.manifest)
+    assert again is counts
+    assert len(read) == groups
+
+
+def test_shards_that_cannot_be_read_are_left_out(data, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data.folder, folder)
+    whole = int(pairs.pair_counts(data.folder, data.manifest).counts.sum())
+    shards = data.manifest.train.shards
+    assert len(shards) > 1
+    monkeypatch.setattr(pairs, "_COUNTED", {})
+    (folder / shards[0].name).write_bytes(b"")
+    left = pairs.pair_counts(folder, data.manifest)
+    assert 0 < int(left.counts.sum()) < whole
+    assert "its token pairs are not counted" in capsys.readouterr().err
+    monkeypatch.setattr(pairs, "_COUNTED", {})
+    for shard in shards[1:]:
+        (folder / shard.name).unlink()
+    assert pairs.pair_counts(folder, data.manifest) is None
+    assert HeldOut(folder, data.manifest).controls(OneRank()).names == ("unigram",)
 
 
 def test_entropy_of_equal_frequencies():

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from evals_data import BLOCK_SIZE, CONFIG, OneRank, make_model, model_config, write_data
 
 from data_prep.errors import UserError
@@ -20,6 +19,7 @@ from pipeline.objective.acceptance import score_drafts
 DRAFTS = (
     "teacher_forced_acceptance", "teacher_forced_survival", "expected_tokens_per_forward",
     "unigram_acceptance", "unigram_expected_tokens_per_forward",
+    "bigram_acceptance", "bigram_expected_tokens_per_forward",
 )  # fmt: skip
 TEXT = ("ar_loss", "diffusion_loss", "unigram_loss", "unigram_entropy", *DRAFTS)
 CALIBRATION = ("draft_calibration", "draft_calibration_error")
@@ -80,14 +80,14 @@ def test_drafts_of_texts_are_those_of_their_sequences(data, model, tmp_path):
     config = LikelihoodConfig(texts_file=str(path), sequences=1)
     found = evaluate_likelihood(model, data.tokenizer, data.heldout, config, OneRank())
     longest = data.manifest.sequence_length
-    unigram = torch.from_numpy(data.heldout.unigram().probabilities).float()
+    controls = data.heldout.controls(OneRank())
     for source, chosen in read_texts(path, data.tokenizer, longest, BLOCK_SIZE).items():
-        scores = score_drafts(model, chosen, BLOCK_SIZE, unigram)
+        scores = score_drafts(model, chosen, BLOCK_SIZE, controls)
         own = found["by_source"][source]["drafts"]
         for row, temperature in enumerate(("temperature_0", "temperature_1")):
-            kept = (scores.survived[row] / scores.drafts).tolist()
+            kept = (scores.survived["model"][row] / scores.drafts).tolist()
             assert own[temperature]["teacher_forced_survival"] == pytest.approx(kept)
-            accepted = (scores.accepted[row] / scores.drafts).tolist()
+            accepted = (scores.accepted["model"][row] / scores.drafts).tolist()
             assert own[temperature]["teacher_forced_acceptance"] == pytest.approx(accepted)
             assert own[temperature]["expected_tokens_per_forward"] == pytest.approx(1 + sum(kept))
             assert tuple(own[temperature]) == DRAFTS

@@ -4,28 +4,48 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_objective import dense_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
 from pipeline.data.source import Sequence
 from pipeline.objective import head_loss as module
-from pipeline.objective.head_loss import head_loss, piece_slices, unpack
+from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.objective.targets import draft_weights, make_targets, verifying_rows
+from pipeline.objective.targets import drafted_places, make_targets, place_weights, verifying_rows
 
 VOCABULARY, WIDTH = 23, 6
 OBJECTIVES = {
     "published": ObjectiveConfig(alpha=0.7),
     "ar twin": ObjectiveConfig("ar"),
-    "smoothed": ObjectiveConfig(label_smoothing=0.1),
-    "by position": ObjectiveConfig(alpha=0.3, position_decay=0.8),
+    "smoothed": ObjectiveConfig(label_smoothing=0.1, alpha=3.3),
+    "by position": ObjectiveConfig(alpha=0.3, position_decay=0.8, alone_weight=0.4),
+    "uniform, AR frozen": ObjectiveConfig(alpha=0.0, place_weights="uniform"),
     "tv": ObjectiveConfig(agreement="tv", agreement_weight=0.6, position_decay=0.9),
     "kl": ObjectiveConfig(agreement="kl", agreement_weight=1.0, label_smoothing=0.05),
+    "acceptance": ObjectiveConfig(agreement="acceptance", agreement_weight=0.7),
+    "blend": ObjectiveConfig(agreement="blend", agreement_weight=1.0),
+    "text kl": ObjectiveConfig(agreement="kl", agreement_weight=0.5, teacher="text"),
+    "text tv": ObjectiveConfig(agreement="tv", agreement_weight=0.5, teacher="text"),
+    "text acceptance": ObjectiveConfig(
+        agreement="acceptance", agreement_weight=0.6, teacher="text", label_smoothing=0.1
+    ),
+    "text blend": ObjectiveConfig(agreement="blend", agreement_weight=0.8, teacher="text"),
+    "dpace": ObjectiveConfig(place_weights="dpace", teacher="text"),
+    "dpace of acceptance": ObjectiveConfig(place_weights="dpace", alpha=0.2),
+    "auf": ObjectiveConfig(place_weights="auf", teacher="text", label_smoothing=0.1),
+    "auf, blend": ObjectiveConfig(place_weights="auf", agreement="blend", agreement_weight=0.5),
 }
 
 
 @pytest.fixture
 def batch():
+    """Half of the blocks are drafted without slots, too."""
+    return made_batch(slots=16, alone_share=0.5)
+
+
+def made_batch(slots, alone_share=0.0):
     """Two sequences with several documents, one of a single token, and padding."""
     rng = np.random.default_rng(0)
     sequences = []
@@ -34,92 +54,138 @@ def batch():
         documents = np.array([*lengths, padding] if padding else lengths)
         tokens = rng.integers(0, VOCABULARY, size=16)
         sequences.append(Sequence(tokens, documents, padding, layout))
-    return make_batch(sequences, 0, 16)
+    return make_batch(sequences, 0, slots, alone_share)
 
 
 @pytest.fixture
 def leaves(batch):
+    return made_leaves(batch)
+
+
+def made_leaves(batch):
+    """Hidden states and a head that are right about two labels in three."""
     generator = torch.Generator().manual_seed(0)
-    rows = batch.input_ids.numel()
+    rows = batch.input_ids.numel() + batch.blocks.slots[batch.blocks.alone].numel()
     hidden = torch.randn(rows, WIDTH, generator=generator)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    knows = torch.rand(len(batch.rows), 1, generator=generator) < 0.66
+    hidden[batch.rows] += knows * weight[batch.labels]
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
 def counted(batch, objective):
     """Twice this batch's own labels, as if another rank held as many."""
-    return 2 * batch.ar_labels, 2 * float(draft_weights(batch, objective).sum())
+    weights = place_weights(batch, objective)
+    slots = weights[: batch.diffusion_labels].sum(), weights[batch.diffusion_labels :].sum()
+    return 2 * batch.ar_labels, *(2 * float(weight) for weight in slots)
 
 
-def plain(hidden, weight, batch, objective):
-    """The loss row by row as the docs state it, by autograd."""
-    ar_labels, draft_weight = counted(batch, objective)
-    logs = F.log_softmax(hidden @ weight.T, -1)
-    width = batch.input_ids.shape[1]
-    ar = draft = 0.0
-    for number, (row, label) in enumerate(
-        zip(batch.rows.tolist(), batch.labels.tolist(), strict=True)
-    ):
-        smooth = objective.label_smoothing
-        loss = -(1 - smooth) * logs[row, label] - smooth * logs[row].mean()
-        if number < batch.ar_labels:
-            ar = ar + loss / ar_labels
-            continue
-        sequence, column = divmod(row, width)
-        position = int(batch.position_ids[sequence, column])
-        begin, first = (int(x[sequence, column]) for x in (batch.spans.lower, batch.spans.upper))
-        if objective.agreement != "none" and position > begin:
-            p = logs[sequence * width + position - 1].detach().exp()
-            q = logs[row].exp()
-            distance = (
-                0.5 * (p - q).abs().sum()
-                if objective.agreement == "tv"
-                else (p * (p.log() - logs[row])).sum()
-            )
-            mix = objective.agreement_weight
-            loss = (1 - mix) * loss + mix * distance
-        draft = draft + objective.position_decay ** (position - first) * loss / draft_weight
-    if not objective.drafts:
-        return ar
-    return (objective.alpha * ar + draft) / (1 + objective.alpha)
+def in_small_pieces(monkeypatch, rows=3):
+    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
+    monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", rows * VOCABULARY)
 
 
-@pytest.mark.parametrize("piece", [None, 3 * VOCABULARY])
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small pieces"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradients_are_those_of_whole_logits(batch, leaves, name, piece, monkeypatch):
-    if piece is not None:
-        monkeypatch.setattr(module, "FEWEST_ROWS", 1)
-        monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", piece)
+def test_loss_and_gradients_are_those_of_whole_logits(batch, name, small, monkeypatch):
+    if small:
+        in_small_pieces(monkeypatch)
     objective = OBJECTIVES[name]
     if not objective.drafts:
-        batch = keep_ar(batch)
+        batch = made_batch(slots=0)
+    leaves = made_leaves(batch)
     targets = make_targets(batch, objective, *counted(batch, objective))
     pieces = piece_slices(targets, VOCABULARY, "cpu")
-    assert len(pieces) > 5 if piece else len(pieces) <= 2
+    assert len(pieces) > 5 if small else len(pieces) <= 3
     loss, sums = head_loss(*leaves, targets)
-    expected = plain(*leaves, batch, objective)
+    expected = dense_loss(*leaves, batch, objective, counted(batch, objective))
     torch.testing.assert_close(loss, expected)
     # Upstream factors, as DeepSpeed's scaling is one, go through.
     got = torch.autograd.grad(loss * 3.5, leaves)
     for own, other in zip(got, torch.autograd.grad(expected * 3.5, leaves), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
     logits = (leaves[0] @ leaves[1].T)[batch.rows]
-    reference = loss_sums(logits, batch.labels, batch.ar_labels)
+    drafted = batch.ar_labels + batch.diffusion_labels
+    reference = loss_sums(logits[:drafted], batch.labels[:drafted], batch.ar_labels)
     named = unpack(sums)
     torch.testing.assert_close(named.ar, reference.ar)
     torch.testing.assert_close(named.diffusion, reference.diffusion)
     torch.testing.assert_close(named.loss, loss.detach())
+    alone = F.cross_entropy(logits[drafted:], batch.labels[drafted:], reduction="sum")
+    torch.testing.assert_close(named.alone, alone)
 
 
-def keep_ar(batch):
-    from dataclasses import replace
+@pytest.mark.parametrize("teacher", ["text", "ar"])
+@pytest.mark.parametrize("rule", ["dpace", "auf"])
+def test_places_behind_a_bad_draft_count_less(batch, leaves, rule, teacher):
+    """The tests above would compare little if all chains were right, or none."""
+    objective = ObjectiveConfig(place_weights=rule, teacher=teacher)
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    found = prefix_shares(*leaves, targets)[batch.ar_labels :] / targets.shares[batch.ar_labels :]
+    _, place = drafted_places(batch)
+    later, own = found[place > 1], found[place == 0]
+    assert torch.equal(own, torch.ones_like(own)), "place 0 is no draft"
+    assert len(later.unique()) == 2 if rule == "auf" else len(later.unique()) > 10
+    if rule == "auf":
+        assert torch.equal(later.unique(), torch.tensor([0.0, 1.0]))
 
-    return replace(
-        batch, rows=batch.rows[: batch.ar_labels], labels=batch.labels[: batch.ar_labels]
-    )
+
+@pytest.mark.parametrize("kind", ["tv", "acceptance", "blend", "kl"])
+@pytest.mark.parametrize("teacher", ["text", "ar"])
+def test_distances_are_finite_without_overlap(batch, leaves, kind, teacher):
+    """Logits so far apart that in fp32 p and q share nothing at all."""
+    objective = ObjectiveConfig(agreement=kind, agreement_weight=1.0, teacher=teacher)
+    hidden, weight = leaves[0].detach() * 300, leaves[1]
+    hidden.requires_grad_()
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    loss, _ = head_loss(hidden, weight, targets)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_the_published_objective_is_the_joint_loss(batch, leaves):
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_what_is_asked_for_is_computed(batch, name, needs, monkeypatch):
+    """Products of the head: one of each row, one more for each gradient of a row that learns, and
+    those that `extra_heads` says."""
+    in_small_pieces(monkeypatch)
+    objective = OBJECTIVES[name]
+    batch = batch if objective.drafts else made_batch(slots=0)
+    leaves = made_leaves(batch)
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    full = torch.autograd.grad(head_loss(*leaves, targets)[0], leaves)
+    for leaf, needed in zip(leaves, needs, strict=True):
+        leaf.requires_grad_(needed)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = head_loss(*leaves, targets)
+    drafts = len(batch.rows) - batch.ar_labels
+    learning = drafts if objective.drafts and objective.alpha == 0 else len(batch.rows)
+    products = len(batch.rows) + sum(needs) * learning + objective.extra_heads * drafts
+    assert counter.get_total_flops() == 2 * VOCABULARY * WIDTH * products
+    wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+    if wanted:
+        expected = [g for g, needed in zip(full, needs, strict=True) if needed]
+        for own, other in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
+            assert torch.equal(own, other)
+
+
+def test_frozen_columns_of_the_matrix_get_no_gradient(batch, leaves):
+    objective, frozen = OBJECTIVES["blend"], 4
+    targets = make_targets(batch, objective, *counted(batch, objective))
+    full = torch.autograd.grad(head_loss(*leaves, targets)[0] * 2, leaves)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = head_loss(*leaves, targets, frozen)
+    hidden, weight = torch.autograd.grad(loss * 2, leaves)
+    assert torch.equal(hidden, full[0])
+    assert not weight[:, :frozen].any()
+    torch.testing.assert_close(weight[:, frozen:], full[1][:, frozen:])
+    drafts = len(batch.rows) - batch.ar_labels
+    widths = (2 * WIDTH + WIDTH - frozen) * len(batch.rows) + WIDTH * drafts
+    assert counter.get_total_flops() == 2 * VOCABULARY * widths
+
+
+def test_the_published_objective_is_the_joint_loss(leaves):
+    batch = made_batch(slots=16)
     objective = ObjectiveConfig(alpha=0.4)
     loss, _ = head_loss(*leaves, make_targets(batch, objective, 50, 60.0))
     sums = loss_sums((leaves[0] @ leaves[1].T)[batch.rows], batch.labels, batch.ar_labels)
@@ -131,7 +197,8 @@ def test_overlap_is_the_chance_of_acceptance(batch, leaves):
     targets = make_targets(batch, objective, *counted(batch, objective))
     _, sums = head_loss(*leaves, targets)
     probabilities = torch.softmax(leaves[0] @ leaves[1].T, -1)
-    verifier, slots = targets.verifiers, batch.rows[batch.ar_labels :]
+    slots = batch.rows[batch.ar_labels :][: batch.diffusion_labels]
+    verifier = targets.verifiers[: len(slots)]
     paired = verifier >= 0
     p, q = probabilities[verifier[paired]], probabilities[slots[paired]]
     torch.testing.assert_close(unpack(sums).overlap, torch.minimum(p, q).sum())
@@ -140,21 +207,32 @@ def test_overlap_is_the_chance_of_acceptance(batch, leaves):
 def test_verifiers_are_the_rows_before(batch):
     """The clean row one position before, in the same document; none for a document's first."""
     slots, verifiers = batch.rows[batch.ar_labels :], verifying_rows(batch)
+    slots, alone = slots[: batch.diffusion_labels], slots[batch.diffusion_labels :]
     firsts = {0: {0, 7, 8}, 1: {0, 5}}
-    for slot, verifier in zip(slots.tolist(), verifiers.tolist(), strict=True):
+    for slot, verifier in zip(slots.tolist(), verifiers[: len(slots)].tolist(), strict=True):
         sequence, column = divmod(slot, 32)
         position = int(batch.position_ids[sequence, column])
         expected = -1 if position in firsts[sequence] else sequence * 32 + position - 1
         assert verifier == expected
-    # What such a clean row is trained to predict is what its slot is trained to predict.
+    # A draft without its slot has the slot's.
+    of_slot = dict(zip(slots.tolist(), verifiers.tolist(), strict=False))
+    assert len(alone) == batch.alone_labels > 3
+    for row, verifier in zip(alone.tolist(), verifiers[len(slots) :].tolist(), strict=True):
+        order, place = divmod(row - batch.input_ids.numel(), batch.blocks.slots.shape[1])
+        assert verifier == of_slot[int(batch.blocks.slots[batch.blocks.alone[order], place])] >= 0
+    # What such a clean row is trained to predict is what its draft is trained to predict.
     label = dict(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
-    for slot, verifier in zip(slots.tolist(), verifiers.tolist(), strict=True):
-        assert verifier < 0 or label[verifier] == label[slot]
+    for row, verifier in zip(batch.rows[batch.ar_labels :].tolist(), verifiers, strict=True):
+        assert verifier < 0 or label[int(verifier)] == label[row]
 
 
 def test_weights_fall_with_the_place_in_the_block(batch):
-    weights = draft_weights(batch, ObjectiveConfig(position_decay=0.5))
-    slots = batch.rows[batch.ar_labels :].tolist()
+    weights = place_weights(batch, ObjectiveConfig(position_decay=0.5))
+    slots = batch.rows[batch.ar_labels :][: batch.diffusion_labels].tolist()
+    alone = batch.rows[batch.ar_labels :][batch.diffusion_labels :] - batch.input_ids.numel()
+    alone_places = alone % batch.blocks.slots.shape[1]
+    assert torch.equal(weights[len(slots) :], 0.5 ** alone_places.float())
+    weights = weights[: len(slots)]
     block = batch.spans.block.flatten()[slots].tolist()
     place = 0
     for number, weight in enumerate(weights.tolist()):
@@ -167,19 +245,19 @@ def test_weights_fall_with_the_place_in_the_block(batch):
         assert weight == 0.5**place
 
 
-def test_bf16_gradients_of_the_matrix_are_summed_in_fp32(batch, leaves, monkeypatch):
+@pytest.mark.parametrize("name", ["published", "acceptance", "blend", "dpace of acceptance"])
+def test_bf16_gradients_of_the_matrix_are_summed_in_fp32(batch, leaves, name, monkeypatch):
     """One row a piece: summed in bf16, the gradient would lose what many small parts add."""
-    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
-    monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", VOCABULARY)
-    objective = ObjectiveConfig()
+    in_small_pieces(monkeypatch, rows=1)
+    objective = OBJECTIVES[name]
     halves = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
     targets = make_targets(batch, objective, *counted(batch, objective))
     loss, _ = head_loss(*halves, targets)
     hidden, weight = torch.autograd.grad(loss, halves)
     assert hidden.dtype == weight.dtype == torch.bfloat16
     wholes = [half.detach().float().requires_grad_() for half in halves]
-    expected = torch.autograd.grad(plain(*wholes, batch, objective), wholes)
-    for own, other in zip((hidden, weight), expected, strict=True):
+    dense = dense_loss(*wholes, batch, objective, counted(batch, objective))
+    for own, other in zip((hidden, weight), torch.autograd.grad(dense, wholes), strict=True):
         assert float((own.float() - other).norm() / other.norm()) < 0.01
 
 

@@ -1,5 +1,6 @@
 """The joint loss against the formula, and its independence of how a batch is divided."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def rows():
     return logits, torch.randint(0, 7, (20,), generator=generator)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 3.3])
 def test_loss_is_the_published_formula(rows, alpha):
     logits, labels = rows
     sums = loss_sums(logits, labels, 12)
@@ -52,7 +53,7 @@ def test_autoregressive_twin_ignores_the_rest(rows):
     assert float(got) == pytest.approx(float(F.cross_entropy(logits[:12], labels[:12])), rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "alpha"), [("mdlm", 1.0), ("tidar", -0.1), ("tidar", 1.5)])
+@pytest.mark.parametrize(("name", "alpha"), [("mdlm", 1.0), ("tidar", -0.1), ("tidar", math.inf)])
 def test_bad_objectives_are_refused(name, alpha):
     with pytest.raises(ValueError, match="must be"):
         ObjectiveConfig(name, alpha)
@@ -61,10 +62,18 @@ def test_bad_objectives_are_refused(name, alpha):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"agreement": "js"}, "agreement must be one of none, tv, kl"),
+        ({"agreement": "js"}, "agreement must be one of none, tv, kl, acceptance, blend"),
         ({"agreement_weight": 0.5}, "agreement_weight needs agreement"),
         ({"agreement": "tv", "agreement_weight": 1.5}, r"agreement_weight must be in \[0, 1\]"),
+        ({"alone_share": 1.1}, r"alone_share must be in \[0, 1\]"),
+        ({"alone_weight": -1.0}, "alone_weight must be 0 or more"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"teacher": "base"}, "teacher must be one of ar, text"),
+        ({"place_weights": "focal"}, "place_weights must be one of uniform, decay, dpace, auf"),
+        (
+            {"place_weights": "auf", "position_decay": 0.9},
+            "position_decay needs place_weights=decay, not auf; set it to 1",
+        ),
         ({"position_decay": 0.0}, r"position_decay must be in \(0, 1\]"),
         ({"agreement_ramp_steps": -1}, "agreement_ramp_steps must be 0 or more"),
     ],

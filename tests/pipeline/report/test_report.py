@@ -137,6 +137,7 @@ def test_warns_that_repetition_inflates_tokens_per_forward(tmp_path: Path) -> No
         ({"speedup_over_ar": 0.6}, "decoded more slowly than AR here (0.60×)"),
         ({"ar_loss": 6.5}, "not below the unigram entropy"),
         ({"acceptance_by_position": [0.1, 0.1, 0.1]}, "no more often (10 %)"),
+        ({"bigram_expected_tokens_per_forward": 3.5}, "a table of token pairs would draft as well"),
     ],
 )
 def test_warns_of_what_looks_better_than_it_is(

@@ -49,6 +49,7 @@ def metric(step: int, objective: str, rng: random.Random) -> dict[str, Any]:
         "loss": (ar + diffusion) / 2 if tidar else ar,
         "loss_ar": ar,
         "loss_diffusion": diffusion if tidar else None,
+        "loss_alone": None,
         "learning_rate": 2e-3 * min(1, step / 20) * (0.55 + 0.45 * math.cos(math.pi * step / 400)),
         "grad_norm": 0.6 + 2 * math.exp(-step / 30) + abs(rng.gauss(0, 0.1)),
         "tokens": 4096 * step,
@@ -91,6 +92,7 @@ def eval_rows(step: int, objective: str, rng: random.Random) -> list[dict[str, A
                 "acceptance_by_position": None,
                 "teacher_forced_acceptance": None,
                 "unigram_acceptance": None,
+                "bigram_acceptance": None,
             }
         )
         if objective == "ar":
@@ -109,6 +111,9 @@ def eval_rows(step: int, objective: str, rng: random.Random) -> list[dict[str, A
                 "acceptance_by_position": [first, first * 0.9, None if step == 100 else 0.4],
                 "teacher_forced_acceptance": [first - 0.08, first * 0.75, first * 0.6],
                 "unigram_acceptance": [0.12 + 0.1 * temperature] * 3,
+                "bigram_acceptance": [0.17 + 0.1 * temperature] * 3,
+                "expected_tokens_per_forward": rate,
+                "bigram_expected_tokens_per_forward": 1.1,
             }
         )
     return rows

@@ -8,7 +8,8 @@ BY_SOURCE = {
     source: {
         "ar_loss": loss, "diffusion_loss": loss + 1, "teacher_forced_acceptance": [0.5, 0.25],
         "teacher_forced_survival": [0.5, 0.125], "expected_tokens_per_forward": 1.625,
-        "unigram_expected_tokens_per_forward": 1.25, "draft_calibration": {"drafts": [3, 4]},
+        "unigram_expected_tokens_per_forward": 1.25, "bigram_expected_tokens_per_forward": 1.5,
+        "draft_calibration": {"drafts": [3, 4]},
         "draft_calibration_error": 0.0625,
     }
     for source, loss in (("code", 2.5), ("web", 4.0))
@@ -23,7 +24,7 @@ EVAL_ROWS = [
         "acceptance_by_position": [0.625, None] if method == "tidar" else None,
         "distinct_4grams": 0.5, "ar_loss": 3.25, "diffusion_loss": 4.5, "unigram_loss": 6.0,
         "unigram_entropy": 5.75, "teacher_forced_acceptance": None, "unigram_acceptance": None,
-        "by_source": BY_SOURCE,
+        "bigram_acceptance": None, "by_source": BY_SOURCE,
     }
     for method in ("ar", "tidar")
     for temperature in (0.0, 1.0)
@@ -38,6 +39,7 @@ def steps(first: int, last: int) -> Iterator[StepMetrics]:
             loss=4.0 / step,
             loss_ar=3.0 / step,
             loss_diffusion=5.0 / step if step % 2 else None,
+            loss_alone=6.0 / step if step % 2 else None,
             learning_rate=1e-3 * step,
             grad_norm=0.1 * step,
             tokens=100 * step,

@@ -61,8 +61,8 @@ def check_equal(run_dir: Path, logged: dict[int, dict]) -> None:
     """W&B's history holds every number of the metrics file and of the eval file, and no other."""
     groups = {
         "train": (
-            "loss", "loss_ar", "loss_diffusion", "learning_rate", "grad_norm",
-            "mask_embedding_norm",
+            "loss", "loss_ar", "loss_diffusion", "loss_alone", "learning_rate",
+            "grad_norm", "mask_embedding_norm",
         ),
         "data": ("sequences_seen", "data_digest", "data_wait_seconds"),
         "system": (
@@ -156,7 +156,7 @@ def test_evals_are_a_table_a_heat_map_and_a_page(tmp_path):
     (table,) = media.glob("table/decode/sources*.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["step", "temperature", "source", *SOURCES_TABLE]
-    numbers = [2.5, 3.5, 1.625, 1.25, 0.0625, "[0.5, 0.25]", "[0.5, 0.125]"]
+    numbers = [2.5, 3.5, 1.625, 1.25, 1.5, 0.0625, "[0.5, 0.25]", "[0.5, 0.125]"]
     assert content["data"][0] == [3, 0.0, "code", *numbers]
     assert [row[1:3] for row in content["data"]] == [
         [temperature, source] for temperature in (0.0, 1.0) for source in ("code", "web")
@@ -290,7 +290,7 @@ def test_flatten_counts_positions_from_one_and_leaves_out_what_is_missing():
 def test_sources_of_text_give_single_numbers_only():
     values = eval_values(EVAL_ROWS[0])
     own = {key: value for key, value in values.items() if "/by_source/" in key}
-    assert len(own) == 2 * 5
+    assert len(own) == 2 * 6
     assert own["decode/ar/temperature_0/by_source/web/ar_loss"] == 4.0
 
 

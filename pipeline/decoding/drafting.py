@@ -1,0 +1,153 @@
+"""From a step's hidden states to the draft that the next one verifies.
+
+Without a draft head the places of a block are drawn independently, all at once. With one they are
+drawn in order, each knowing those before (`pipeline.model.draft_head`); a row whose block is not
+in the step is drafted all the same. Whatever draws them, verification needs the distribution that
+each token was drawn from, and the output is then the verifier's. Nothing here waits for the device.
+Letters: b rows, K block size, E hidden size, V vocabulary, P and w as in the head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.decoding.sampling import Sampling, draw
+from pipeline.model.draft_head import DraftHead
+from pipeline.model.transformer import Transformer
+
+TABLE_ELEMENTS = 2**24
+"""What the head makes of each token's embedding is kept as a table up to this size."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens d_1 … d_{K-1}, and what they were drawn from."""
+
+    tokens: Tensor
+    """int64 [b, K - 1]"""
+    probabilities: Tensor | None
+    """q, fp32 [b, K - 1, V]; None when greedy."""
+    logits: Tensor | None
+    """[b, K - 1, V]; None unless asked for."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The hidden states that a draft is made of."""
+
+    row: Tensor
+    """Of the row that drew d_0, [b, E]."""
+    block: Tensor | None
+    """Of the block for it, [b, K, E]; None where no row has one."""
+    there: Tensor | None = None
+    """Which rows have one, bool [b]; None is all."""
+
+
+class Drafter:
+    """Draws drafts for a model and sampling settings."""
+
+    def __init__(self, model: Transformer, sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        self._table: Tensor | None = None
+        head = model.draft_head
+        if head is not None:
+            embedding = model.model.embed_tokens.weight
+            width = head.token_parts(embedding[:1]).shape[-1]
+            if embedding.shape[0] * width <= TABLE_ELEMENTS:
+                self._table = head.token_parts(embedding)
+
+    def draw(
+        self,
+        size: int,
+        current: Tensor,
+        behind: Behind,
+        seen: Tensor | None,
+        uniforms: Tensor | None,
+    ) -> Draft:
+        """The draft of some rows.
+
+        Args:
+            size: K.
+            current: d_0, int64 [b, 1].
+            behind: what the step left of each row.
+            seen: tokens so far, d_0 left out, bool [b, V]; only for a repetition penalty.
+            uniforms: fp64 [b, K - 1]; None is greedy.
+        """
+        if seen is not None:
+            seen = seen.scatter(1, current, True)
+        if self.model.draft_head is None:
+            assert behind.block is not None, "without a head drafts come from blocks"
+            return self._at_once(behind.block, seen, uniforms)
+        return self._in_order(self.model.draft_head, size, current, behind, seen, uniforms)
+
+    def _at_once(self, block: Tensor, seen: Tensor | None, uniforms: Tensor | None) -> Draft:
+        """A block's first slot stands where the verifier's own token goes: nothing is drawn there.
+        The penalty knows the tokens up to d_0, and not a draft's own neighbours."""
+        logits = self.model.lm_head(block[:, 1:])
+        tokens, probabilities = self._choose(
+            logits, None if seen is None else seen[:, None], uniforms
+        )
+        return Draft(tokens, probabilities, self._kept(logits))
+
+    def _in_order(
+        self,
+        head: DraftHead,
+        size: int,
+        current: Tensor,
+        behind: Behind,
+        seen: Tensor | None,
+        uniforms: Tensor | None,
+    ) -> Draft:
+        state, plain = head.first(behind.row)
+        base, parts = self._bases(head, behind, plain)
+        base, parts = base.expand(-1, size - 1, -1), parts.expand(len(current), size - 1, -1)
+        tokens, rows, kept = [], [], []
+        before = current[:, 0]
+        for place in range(size - 1):
+            z, state = head.cell.step(parts[:, place] + self._told(head, before), state)
+            logits = base[:, place] + head.up(z)
+            uniform = None if uniforms is None else uniforms[:, place]
+            before, probabilities = self._choose(logits, seen, uniform)
+            tokens.append(before)
+            kept.append(logits)
+            if probabilities is not None:
+                rows.append(probabilities)
+            if seen is not None:
+                seen = seen.scatter(1, before[:, None], True)
+        return Draft(
+            torch.stack(tokens, 1),
+            torch.stack(rows, 1) if rows else None,
+            self._kept(torch.stack(kept, 1)) if self.sampling.trust < 1 else None,
+        )
+
+    def _bases(self, head: DraftHead, behind: Behind, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not depend on the draft: logits [b, K - 1 or 1, V] under the LM head, and the
+        cell's inputs [b or 1, K - 1 or 1, P]."""
+        plain, none = plain[:, None], head.slot_parts(head.no_slot)[None, None]
+        if behind.block is None:
+            return self.model.lm_head(plain), none
+        slots = behind.block[:, 1:]
+        parts = head.slot_parts(slots)
+        if behind.there is not None:
+            there = behind.there[:, None, None]
+            slots, parts = torch.where(there, slots, plain), torch.where(there, parts, none)
+        return self.model.lm_head(slots), parts
+
+    def _told(self, head: DraftHead, tokens: Tensor) -> Tensor:
+        """The cell's inputs [b, P] from the tokens before a place [b]."""
+        if self._table is not None:
+            return self._table[tokens]
+        return head.token_parts(self.model.model.embed_tokens(tokens))
+
+    def _choose(
+        self, logits: Tensor, seen: Tensor | None, uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A token for each row of logits [..., V], and q where it is drawn."""
+        if uniforms is None:
+            return self.sampling.scores(logits, seen).argmax(-1), None
+        probabilities = self.sampling.probabilities(logits, seen)
+        return draw(probabilities, uniforms), probabilities
+
+    def _kept(self, logits: Tensor) -> Tensor | None:
+        return logits if self.sampling.trust < 1 else None

@@ -75,9 +75,15 @@ def section_length(sequence_length: int, coverage: float, block_size: int) -> in
 
 
 def make_batch(
-    sequences: ListOf[Sequence], mask_token_id: int, num_slots: int, alone_share: float = 0.0
+    sequences: ListOf[Sequence],
+    mask_token_id: int,
+    num_slots: int,
+    *,
+    alone_share: float = 0.0,
+    causal_slots: bool = False,
 ) -> Batch:
     """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
+    `causal_slots` is that of the model.
 
     `alone_share` of the blocks that have text before them are drafted without slots as well; which
     ones is a pure function of the sequence.
@@ -102,7 +108,7 @@ def make_batch(
         position_ids[number, :length] = np.arange(length)
         position_ids[number, length : length + layout.num_slots] = layout.slot_position
         spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
-        pairs += allowed_pairs(sequence.real_lengths, layout)
+        pairs += allowed_pairs(sequence.real_lengths, layout, causal_slots)
         predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
@@ -119,7 +125,7 @@ def make_batch(
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
-        spans=Spans(*(torch.from_numpy(part) for part in spans)),
+        spans=Spans(*(torch.from_numpy(part) for part in spans), causal_slots=causal_slots),
         rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows, alone_rows])),
         labels=torch.from_numpy(np.concatenate([*ar_labels, drafted, alone_labels])),
         ar_labels=sum(map(len, ar_labels)),
@@ -194,12 +200,15 @@ def _alone_rows(
     return number[drafts], labels[chosen][drafts]
 
 
-def allowed_pairs(document_lengths: NDArray[np.integer], layout: Layout) -> int:
+def allowed_pairs(
+    document_lengths: NDArray[np.integer], layout: Layout, causal_slots: bool = False
+) -> int:
     """Pairs of query and key that the attention rule allows over these documents and blocks."""
     lengths = document_lengths.astype(np.int64)
     drafted = layout.draft_lengths.astype(np.int64)
     prefix = layout.prefix_end - layout.prefix_start
-    return int((lengths * (lengths + 1) // 2).sum() + (drafted * (prefix + drafted)).sum())
+    inside = drafted * (drafted + 1) // 2 if causal_slots else drafted**2
+    return int((lengths * (lengths + 1) // 2).sum() + (drafted * prefix + inside).sum())
 
 
 def positions_that_predict(

@@ -47,13 +47,15 @@ def step_batches(
     *,
     with_slots: bool,
     alone_share: float = 0.0,
+    causal_slots: bool = False,
     left_out: Sequence[tuple[int, int]] = (),
 ) -> Generator[list[Batch]]:
     """Yield, without end, the micro-batches of one optimizer step after another.
 
     A thread reads ahead; what goes wrong there is raised here. Close the generator to end it.
     Sequences whose order numbers lie in the ranges `left_out` never come; the order of all others
-    stays. `alone_share` of the blocks are drafted without slots as well (`make_batch`).
+    stays. `alone_share` of the blocks are drafted without slots as well (`make_batch`);
+    `causal_slots` is that of the model.
     """
     length = source.manifest.sequence_length
     slots = section_length(length, source.coverage, source.block_size) if with_slots else 0
@@ -63,7 +65,13 @@ def step_batches(
         seen = sequences_seen
         while True:
             yield [
-                make_batch([source[n] for n in numbers], mask_token_id, slots, alone_share)
+                make_batch(
+                    [source[n] for n in numbers],
+                    mask_token_id,
+                    slots,
+                    alone_share=alone_share,
+                    causal_slots=causal_slots,
+                )
                 for numbers in share.numbers(seen, left_out)
             ]
             seen = numbers_after(seen, share.global_batch_size, left_out)[-1] + 1

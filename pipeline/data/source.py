@@ -49,6 +49,8 @@ class LayoutChoice:
     """Optimizer steps before the shares begin to move."""
     block_shares_ramp_steps: int = 0
     """Optimizer steps over which they then do, linearly."""
+    causal_slots: bool = False
+    """A mask slot sees only earlier slots of its block, instead of all."""
     loss_span: str | None = None
     """`document`, or `response`: only what stands behind prompts, which the data must have."""
 

@@ -83,7 +83,8 @@ class BlockDiffusionEngine:
             if sampling.repetition_penalty != 1:
                 self._seen = torch.zeros(1, config.num_embeddings, dtype=torch.bool, device=device)
             self._rules = {
-                shape: StepRule(shape, room, device) for shape in (self.shape, self.shape.short)
+                shape: StepRule(shape, room, device, config.causal_slots)
+                for shape in (self.shape, self.shape.short)
             }
         self._stream = Uniforms(sampling, 1)
         self._next = self.shape.short
@@ -110,7 +111,8 @@ class BlockDiffusionEngine:
             self._seen[0, prompt] = True
         self._open_block()
         queries = torch.cat([last[None], self._block], dim=1)
-        mask = prefill_mask(cache.length, len(last), len(self._places), self.device)
+        causal = self.model.config.causal_slots
+        mask = prefill_mask(cache.length, len(last), len(self._places), self.device, causal)
         where = cache.length + torch.arange(queries.shape[1], device=self.device)
         hidden = self.model.hidden(queries, where, mask, cache, clean=len(last))
         self._set_length(len(prompt) - 1)

@@ -133,7 +133,8 @@ class StepEngine:
             cache.keep(len(chunk))
         last = chunks[-1]
         queries = torch.cat([last[None], slots], dim=1)
-        mask = prefill_mask(cache.length, len(last), slots.shape[1], self.device)
+        causal = model.config.causal_slots
+        mask = prefill_mask(cache.length, len(last), slots.shape[1], self.device, causal)
         where = cache.length + torch.arange(queries.shape[1], device=self.device)
         hidden = model.hidden(queries, where, mask, cache, clean=len(last))
         cache.keep(len(last))
@@ -360,18 +361,19 @@ class StepEngine:
     def _table(self, shape: StepShape) -> "_Tables":
         if shape not in self._tables:
             slots = self._mask_slots(self.batch_size, shape.num_queries - shape.drafts)
-            self._tables[shape] = _Tables(shape, self.cache.capacity, slots)
+            causal = self.model.config.causal_slots
+            self._tables[shape] = _Tables(shape, self.cache.capacity, slots, causal)
         return self._tables[shape]
 
 
 class _Tables:
     """What a shape's steps have in common, built once."""
 
-    def __init__(self, shape: StepShape, capacity: int, slots: Tensor) -> None:
+    def __init__(self, shape: StepShape, capacity: int, slots: Tensor, causal_slots: bool) -> None:
         device = slots.device
         self.slots = slots
         """Mask tokens, [B, Q - n]."""
-        self.rule = StepRule(shape, capacity, device)
+        self.rule = StepRule(shape, capacity, device, causal_slots)
         self.rows = torch.arange(len(slots), device=device)
         self.block = torch.arange(shape.block_size, device=device)
         self.starts: Tensor | None = None

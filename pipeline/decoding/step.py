@@ -96,27 +96,32 @@ def step_positions(shape: StepShape, device: torch.device) -> Tensor:
     return torch.tensor(offsets, dtype=torch.int64, device=device)
 
 
-def step_rule(shape: StepShape, device: torch.device) -> Tensor:
+def step_rule(shape: StepShape, device: torch.device, causal_slots: bool = False) -> Tensor:
     """BoolTensor [Q, Q]: which of a step's queries each of them sees; all see the whole prefix.
 
     A draft sees the drafts up to itself; a slot of block j sees the drafts d_0 … d_{j-1} and its
-    own block.
+    own block, of a model with `causal_slots` only up to itself.
     """
     drafts = torch.arange(shape.drafts, device=device)
     numbers = torch.tensor(shape.blocks, dtype=torch.int64, device=device)
     block = numbers.repeat_interleave(shape.block_size)
     none = torch.zeros(shape.drafts, len(block), dtype=torch.bool, device=device)
     draft_rows = torch.cat([drafts[None, :] <= drafts[:, None], none], dim=1)
-    slots = torch.cat([drafts[None, :] < block[:, None], block[None, :] == block[:, None]], dim=1)
+    same_block = block[None, :] == block[:, None]
+    if causal_slots:
+        same_block = same_block.tril()
+    slots = torch.cat([drafts[None, :] < block[:, None], same_block], dim=1)
     return torch.cat([draft_rows, slots])
 
 
-def step_mask(shape: StepShape, capacity: int, device: torch.device) -> Tensor:
+def step_mask(
+    shape: StepShape, capacity: int, device: torch.device, causal_slots: bool = False
+) -> Tensor:
     """BoolTensor [Q, capacity + Q]: `capacity` columns of prefix, then the queries.
 
     Built once: `mask[:, capacity - P:]` is the mask over P kept tokens and the step's own queries.
     """
-    rule = step_rule(shape, device)
+    rule = step_rule(shape, device, causal_slots)
     prefix = torch.ones(len(rule), capacity, dtype=torch.bool, device=device)
     return torch.cat([prefix, rule], dim=1)
 
@@ -124,20 +129,23 @@ def step_mask(shape: StepShape, capacity: int, device: torch.device) -> Tensor:
 class StepRule:
     """A step's mask for any number of kept tokens, from tables that are built once."""
 
-    def __init__(self, shape: StepShape, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: StepShape, capacity: int, device: torch.device, causal_slots: bool = False
+    ) -> None:
         self.shape = shape
+        self.causal_slots = causal_slots
         self.capacity = capacity
         self.device = device
         self.offsets = step_positions(shape, device)
 
     @cached_property
     def _sliced(self) -> Tensor:
-        return step_mask(self.shape, self.capacity, self.device)
+        return step_mask(self.shape, self.capacity, self.device, self.causal_slots)
 
     @cached_property
     def _bordered(self) -> Tensor:
         """[Q, Q + 2]: a column that all see (the prefix), the rule, one that none sees."""
-        rule = step_rule(self.shape, self.device)
+        rule = step_rule(self.shape, self.device, self.causal_slots)
         seen = torch.ones(len(rule), 1, dtype=torch.bool, device=self.device)
         return torch.cat([seen, rule, ~seen], dim=1)
 
@@ -152,13 +160,17 @@ class StepRule:
         return self._bordered[:, index].permute(1, 0, 2).unsqueeze(1)
 
 
-def prefill_mask(kept: int, count: int, block_size: int, device: torch.device) -> Tensor:
+def prefill_mask(
+    kept: int, count: int, block_size: int, device: torch.device, causal_slots: bool = False
+) -> Tensor:
     """BoolTensor [count + K, kept + count + K]: the last tokens of a prompt and a block behind.
 
-    The tokens are causal and see `kept` earlier ones; the block sees everything and itself.
+    The tokens are causal and see `kept` earlier ones; the block sees everything and itself, slot
+    by slot only up to itself with `causal_slots`.
     """
     total = count + block_size
     own = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-    own[count:, count:] = True
+    if not causal_slots:
+        own[count:, count:] = True
     before = torch.ones(total, kept, dtype=torch.bool, device=device)
     return torch.cat([before, own], dim=1)

@@ -80,10 +80,13 @@ def tile_table(spans: Spans, clean_tokens: int, first_row: int = 0) -> tuple[Ten
     some_slots = (first_block[..., None] <= last_key_block[:, None, :]) & (
         first_key_block[:, None, :] <= last_block[..., None]
     )
+    first_query = first_row + _tile_starts(length - first_row, keys)[:, None]
+    if spans.causal_slots:
+        some_slots &= begin < first_query + TILE
 
     # Rows that the last tile lacks make it partial: the kernel then checks every pair.
     whole_keys = begin + TILE <= length
-    whole = (_tile_starts(length - first_row, keys) + TILE <= length - first_row)[:, None]
+    whole = first_query + TILE <= length
     every_clean = (_highest(lower, HUGE)[..., None] <= begin) & (
         _lowest(upper, -1)[..., None] >= begin + TILE
     )
@@ -93,6 +96,8 @@ def tile_table(spans: Spans, clean_tokens: int, first_row: int = 0) -> tuple[Ten
     every_slot = one_block[..., None] & one_key_block[:, None, :]
     every_slot &= last_block[..., None] == last_key_block[:, None, :]
     every_slot &= whole_keys & whole
+    if spans.causal_slots:
+        every_slot &= begin + TILE <= first_query + 1
     every = every_clean | every_slot
     return some_clean | some_slots, every
 
@@ -129,13 +134,16 @@ def _block_range(block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rule(spans: Spans, first_row: int) -> Any:
-    lower, upper, block = spans.lower, spans.upper, spans.block
+    lower, upper, block, causal_slots = spans.lower, spans.upper, spans.block, spans.causal_slots
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, column: Tensor) -> Tensor:
         row = query + first_row if first_row else query
         in_span = (lower[batch, row] <= column) & (column < upper[batch, row])
         own = block[batch, row]
-        return in_span | ((own >= 0) & (own == block[batch, column]))
+        same_block = (own >= 0) & (own == block[batch, column])
+        if causal_slots:
+            same_block = same_block & (column <= row)
+        return in_span | same_block
 
     return allowed
 

@@ -26,7 +26,9 @@ class StepFlops:
         return self.weights + self.attention
 
 
-def allowed_pairs(sequence_length: int, block_size: int, coverage: float | None) -> int:
+def allowed_pairs(
+    sequence_length: int, block_size: int, coverage: float | None, causal_slots: bool = False
+) -> int:
     """Pairs of query and key that the rule allows in a sequence of one document.
 
     Several documents allow fewer. `coverage` None has no mask section.
@@ -36,7 +38,8 @@ def allowed_pairs(sequence_length: int, block_size: int, coverage: float | None)
         return clean
     layout = build_layout([sequence_length], block_size, coverage=coverage)
     drafted = layout.draft_lengths.astype(int)
-    return clean + int((drafted * (layout.prefix_end + drafted)).sum())
+    inside = drafted * (drafted + 1) // 2 if causal_slots else drafted**2
+    return clean + int((drafted * layout.prefix_end + inside).sum())
 
 
 def step_flops(

@@ -6,12 +6,13 @@ The input is the clean section (S tokens) followed by the mask section (M slots)
     clean query, position i  iff j <= i, same document            never
     slot of block b          iff j < start of b, same document    iff the same block
 
+With causal slots a slot sees of its block only itself and the slots before it.
 `dense_mask` states the rule; `Spans` says the same in three integers per row, which is what
 batches carry and what fast backends are built from. Source: TiDAR (arXiv 2511.08923), section 3.1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,12 +22,17 @@ from torch import Tensor
 from data_prep.layout import Layout
 
 
-def dense_mask(document_lengths: Sequence[int] | NDArray[np.integer], layout: Layout) -> Tensor:
+def dense_mask(
+    document_lengths: Sequence[int] | NDArray[np.integer],
+    layout: Layout,
+    causal_slots: bool = False,
+) -> Tensor:
     """The attention rule of one packed sequence as a boolean matrix.
 
     Args:
         document_lengths: tokens of each document in order; their sum is S.
         layout: the sequence's blocks, M = `layout.num_slots` slots in all.
+        causal_slots: whether slots see only earlier ones of their block and themselves.
 
     Returns:
         BoolTensor [S + M, S + M]: True where the query row may attend to the key column.
@@ -46,6 +52,8 @@ def dense_mask(document_lengths: Sequence[int] | NDArray[np.integer], layout: La
         position[None, :] < block_start[block][:, None]
     )
     slot_to_slot = block[:, None] == block[None, :]
+    if causal_slots:
+        slot_to_slot = slot_to_slot.tril()
     return torch.cat(
         [
             torch.cat([clean_to_clean, clean_to_slot], dim=1),
@@ -65,6 +73,9 @@ class Spans:
     lower: Tensor
     upper: Tensor
     block: Tensor
+    causal_slots: bool = field(default=False, kw_only=True)
+    """Of the slots of its block a row sees only those that stand no later than itself. Slots of a
+    block stand in order."""
 
     @property
     def clean_tokens(self) -> int:
@@ -73,14 +84,15 @@ class Spans:
 
     def rows(self, some: slice) -> "Spans":
         """The rule of some rows; their `lower` and `upper` still count from the first clean one."""
-        return Spans(self.lower[..., some], self.upper[..., some], self.block[..., some])
+        lower, upper, block = (x[..., some] for x in (self.lower, self.upper, self.block))
+        return Spans(lower, upper, block, causal_slots=self.causal_slots)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Spans":
         lower, upper, block = (
-            field.to(device, non_blocking=non_blocking)
-            for field in (self.lower, self.upper, self.block)
+            part.to(device, non_blocking=non_blocking)
+            for part in (self.lower, self.upper, self.block)
         )
-        return Spans(lower, upper, block)
+        return Spans(lower, upper, block, causal_slots=self.causal_slots)
 
     def dense(self) -> Tensor:
         """The rule as a BoolTensor [..., S + M, S + M], equal to `dense_mask` but for padding."""
@@ -89,6 +101,8 @@ class Spans:
         clean_key = (block < 0)[..., None, :]
         in_span = (self.lower[..., :, None] <= column) & (column < self.upper[..., :, None])
         same_block = block[..., :, None] == block[..., None, :]
+        if self.causal_slots:
+            same_block &= column <= column[:, None]
         return torch.where(clean_key, in_span, same_block)
 
 

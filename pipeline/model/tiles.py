@@ -54,7 +54,7 @@ class Blocks:
     places: Tensor
     """int64 [B, M, 1, 2]: the block of a slot, and its place there."""
     bias: Tensor
-    """fp32 [N, 1, K, K]: 0 between slots of the block, else -inf."""
+    """fp32 [N, 1, K, K]: 0 where a slot of the block sees another, else -inf."""
 
     def gather(self, x: Tensor) -> Tensor:
         """The slots of `x` [B, H, L, D] by block, [N, H, K, D]."""
@@ -93,7 +93,7 @@ class TiledMask:
         tiles = _document_tiles(spans.lower[:, :clean]) or _row_tiles(spans, 0, clean)
         tiles += _row_tiles(spans, clean, width)
         keyless = (spans.lower >= spans.upper)[:, None, clean:]
-        return cls(clean, tuple(tiles), keyless, _blocks(spans.block, clean))
+        return cls(clean, tuple(tiles), keyless, _blocks(spans.block, clean, spans.causal_slots))
 
     @classmethod
     def of_slots(cls, spans: Spans) -> "TiledMask":
@@ -102,7 +102,7 @@ class TiledMask:
         slots = spans.rows(slice(spans.clean_tokens, None))
         tiles = _row_tiles(slots, 0, slots.block.shape[1])
         keyless = (slots.lower >= slots.upper)[:, None]
-        return cls(0, tuple(tiles), keyless, _blocks(slots.block, 0))
+        return cls(0, tuple(tiles), keyless, _blocks(slots.block, 0, slots.causal_slots))
 
     def to(self, device: torch.device) -> "TiledMask":
         if device.type == "cpu":
@@ -244,7 +244,7 @@ def _row_tiles(spans: Spans, begin: int, end: int) -> list[Tile]:
     return tiles
 
 
-def _blocks(block: Tensor, clean: int) -> Blocks | None:
+def _blocks(block: Tensor, clean: int, causal_slots: bool) -> Blocks | None:
     """The runs of equal numbers in `block` [B, L], behind the first `clean` rows."""
     rows = torch.arange(block.numel()).view(block.shape)[:, clean:]
     block = block[:, clean:]
@@ -259,7 +259,8 @@ def _blocks(block: Tensor, clean: int) -> Blocks | None:
     slots = torch.full((count, length), -1)
     slots[number, place] = rows
     there = slots >= 0
-    bias = _bias(there[:, None, :, None] & there[:, None, None, :])
+    allowed = there[:, None, :, None] & there[:, None, None, :]
+    bias = _bias(allowed.tril() if causal_slots else allowed)
     places = torch.stack((number, place), dim=-1)[:, :, None]
     return Blocks(slots.clamp_min(0)[:, None], places, bias)
 

@@ -55,8 +55,14 @@ def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
     drafting = model.draft_head is not None and num_slots > 0
-    # Every block is drafted without its slots as well, to see what these are worth.
-    batch = make_batch([sequence], mask_token_id or 0, num_slots, float(drafting))
+    batch = make_batch(
+        [sequence],
+        mask_token_id or 0,
+        num_slots,
+        # Every block is drafted without its slots as well, to see what these are worth.
+        alone_share=float(drafting),
+        causal_slots=model.config.causal_slots,
+    )
     mask, clean = training_mask(batch.spans, device), batch.spans.clean_tokens
     batch = batch.to(device)
     hidden = model.hidden(batch.input_ids, batch.position_ids, mask, clean=clean)[0]

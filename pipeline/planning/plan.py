@@ -157,7 +157,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         planned.model,
         sequences=planned.train.global_batch_size,
         rows=length + slots,
-        pairs=allowed_pairs(length, block_size, coverage),
+        pairs=allowed_pairs(length, block_size, coverage, planned.model.causal_slots),
         checkpointing=planned.train.activation_checkpointing,
         teacher_rows=slots * planned.train.objective.extra_heads,
     )

@@ -1,6 +1,6 @@
 """The config of `tidar-plan`: a training run's, checked by the same code, and the cluster's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -96,6 +96,8 @@ class Planned:
         coverage = train.layout.coverage or manifest.coverage
         tokenizer = manifest.tokenizer
         model = train.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
+        causal = train.layout.causal_slots or model.causal_slots
+        model = replace(model, causal_slots=causal)
         if length > model.max_positions:
             raise UserError(
                 f"model.max_positions: {model.max_positions}, but the sequences have {length} "

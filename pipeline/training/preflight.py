@@ -186,7 +186,8 @@ def try_step(
     slots = section_length(length, coverage, source.block_size) if drafts else 0
     first = world.rank * settings.micro_batch_size
     sequences = [source[first + number] for number in range(settings.micro_batch_size)]
-    batches = [make_batch(sequences, source.manifest.tokenizer.mask_id, slots, alone_share)]
+    mask_id, causal = source.manifest.tokenizer.mask_id, engine.module.config.causal_slots
+    batches = [make_batch(sequences, mask_id, slots, alone_share=alone_share, causal_slots=causal)]
     objective = settings.objective.at(0)
     counts = count_globally(batches, world, False, objective)
     started = time.perf_counter()

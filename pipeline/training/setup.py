@@ -1,6 +1,7 @@
 """Putting a run together from its settings: model, engine, data, callbacks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     tokenizer = settings.manifest.tokenizer
     block_size = settings.layout.block_size or settings.manifest.block_size
     config = settings.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
+    causal = settings.layout.causal_slots or config.causal_slots
+    config = replace(config, causal_slots=causal)
     if settings.manifest.sequence_length > config.max_positions:
         raise UserError(
             f"model.max_positions: {config.max_positions}, but the data's sequences have "
@@ -104,6 +107,7 @@ def build_trainer(
             state.sequences_seen,
             with_slots=settings.objective.drafts,
             alone_share=alone_share,
+            causal_slots=model.config.causal_slots,
             left_out=state.left_out,
         ),
         world=world,

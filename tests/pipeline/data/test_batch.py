@@ -62,7 +62,7 @@ def test_rows_and_labels_are_the_rule(sequences):
 def test_blocks_of_a_batch_one_place_at_a_time(sequences):
     """Rows, the row that draws place 0, the tokens before, and the drafts without slots."""
     share, slots = 0.7, 12
-    batch = make_batch(sequences, MASK, slots, share)
+    batch = make_batch(sequences, MASK, slots, alone_share=share)
     width, blocks = 12 + slots, batch.blocks
     label_of = dict(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
     number, longest, able = 0, blocks.slots.shape[1], []
@@ -103,13 +103,13 @@ def test_blocks_of_a_batch_one_place_at_a_time(sequences):
 def test_drafts_without_slots_are_the_wanted_share_of_blocks():
     rng = np.random.default_rng(5)
     many = [make_sequence(rng, [30], 0) for _ in range(200)]
-    counts = [len(make_batch([one], MASK, 30, 0.25).blocks.alone) for one in many]
+    counts = [len(make_batch([one], MASK, 30, alone_share=0.25).blocks.alone) for one in many]
     # 9 of 10 blocks have text before them: 2 or 3 of them each time, 2.25 on average.
     assert set(counts) == {2, 3}
     assert abs(np.mean(counts) - 2.25) < 5 * np.std(counts) / len(counts) ** 0.5
     assert not make_batch(many[:2], MASK, 30).alone_labels
-    again = make_batch(many[1:2], MASK, 30, 0.25).blocks.alone
-    beside = make_batch(many[:2], MASK, 30, 0.25).blocks.alone
+    again = make_batch(many[1:2], MASK, 30, alone_share=0.25).blocks.alone
+    beside = make_batch(many[:2], MASK, 30, alone_share=0.25).blocks.alone
     assert again.tolist() == [n - 10 for n in beside.tolist() if n >= 10], "of a sequence alone"
 
 

@@ -20,7 +20,7 @@ def oracle(model, prompt: list[int], size: int, confidence: float, count: int, p
         block, still_open = [MASK] * size, [True] * size
         while any(still_open):
             ids = torch.tensor([text + block])
-            mask = prefill_mask(0, len(text), size, CPU)
+            mask = prefill_mask(0, len(text), size, CPU, model.config.causal_slots)
             logits = model(ids, torch.arange(ids.shape[1]), mask)[0, len(text) :].double()
             for token in {*text, *(t for t, o in zip(block, still_open, strict=True) if not o)}:
                 column = logits[:, token]
@@ -40,9 +40,9 @@ def oracle(model, prompt: list[int], size: int, confidence: float, count: int, p
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7])
 @pytest.mark.parametrize("confidence", [0.2, 0.6, 1.0])
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_text_and_forwards_are_those_of_the_oracle(size, confidence, penalty):
-    model = make_model(size, scale=4.0)
+@pytest.mark.parametrize(("penalty", "causal"), [(1.0, False), (1.5, False), (1.0, True)])
+def test_greedy_text_and_forwards_are_those_of_the_oracle(size, confidence, penalty, causal):
+    model = make_model(size, scale=4.0, causal_slots=causal)
     for prompt in random_prompts(size, (1, 6, 15), MASK):
         tokens, forwards = oracle(model, prompt.tolist(), size, confidence, 17, penalty)
         for chunk in (4, 512):

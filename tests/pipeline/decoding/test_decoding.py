@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from decoding_models import CPU, VOCABULARY, make_model, random_prompts
+from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 from small_models import sentencepiece_tokenizer
 
 from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch, stream
 from pipeline.decoding.cache import KVCache, RaggedCache
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.step import StepShape
+from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.stops import StopStrings
 from pipeline.model.transformer import Transformer
 
@@ -36,6 +36,41 @@ def test_greedy_tidar_equals_greedy_ar(block_size):
                 assert sum(run.accepted) >= 23
                 assert all(1 <= accepted <= block_size for accepted in run.accepted)
         assert all(run.forwards == 24 for run in expected)
+
+
+@torch.no_grad()
+def accepted_by_full_forwards(model: Transformer, prompt: list[int], text: list[int]) -> list[int]:
+    """Tokens that each greedy step makes final on the way through `text`, which is AR's: drafts
+    come from a forward of all that stands before the step's first token, and a block behind it."""
+    size, made, accepted = model.config.block_size, 1, []
+    while made + size <= len(text):
+        before = prompt + text[: made - 1]
+        mask = prefill_mask(0, len(before), size, CPU, model.config.causal_slots)
+        ids = torch.tensor([before + [MASK] * size])
+        draft = model(ids, torch.arange(ids.shape[1]), mask)[0, len(before) + 1 :].argmax(-1)
+        right = [a == b for a, b in zip(draft.tolist(), text[made:], strict=False)]
+        accepted.append(1 + (right.index(False) if False in right else len(right)))
+        made += accepted[-1]
+    return accepted
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_slots_are_decoded_by_the_rule_of_the_model(batch_size):
+    """Greedy TiDAR is greedy AR whatever is drafted, and drafts are those of the model's rule."""
+    found = []
+    for causal_slots in (False, True):
+        model = make_model(2, vocabulary=40, causal_slots=causal_slots, tie_embeddings=False)
+        prompts = random_prompts(5, (1, 5, 9, 14, 3, 20), VOCABULARY)
+        options = {"max_new_tokens": 40, "batch_size": batch_size}
+        expected = generate_batch(model, prompts, method="ar", **options)
+        got = generate_batch(model, prompts, **options)
+        for run, own, prompt in zip(got, expected, prompts, strict=True):
+            assert run.tokens == own.tokens
+            steps = accepted_by_full_forwards(model, prompt.tolist(), own.tokens)
+            assert run.accepted[: len(steps)] == steps
+            found.append(steps)
+    half = len(found) // 2
+    assert found[:half] != found[half:], "or the two rules could be confused"
 
 
 def test_greedy_equality_holds_under_a_repetition_penalty():

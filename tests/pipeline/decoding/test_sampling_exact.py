@@ -86,7 +86,7 @@ def sampled_texts(model, sampling: Sampling, shape: StepShape, same_stream=False
             engine.streams._draft[row] = Uniforms(replace(sampling, seed=row), 0)
             engine.streams._draft[row].take(2)  # a draft's number is the one that judges it
     queries = torch.cat([prompt, torch.full((size,), MASK)])[None]
-    mask = prefill_mask(0, len(prompt), size, CPU)
+    mask = prefill_mask(0, len(prompt), size, CPU, model.config.causal_slots)
     hidden = model.hidden(queries, torch.arange(queries.shape[1]), mask).expand(ROWS, -1, -1)
     last, block = hidden[:, len(prompt) - 1 : len(prompt)], hidden[:, len(prompt) :]
     first = engine._begin(slice(None), last, block, engine._uniforms(range(ROWS), 1))
@@ -234,6 +234,17 @@ def test_simpler_cells_are_exact_too(cell):
     for shape in (StepShape.full(3), NO_BLOCKS):
         observed = sampled_pairs(model, sampling, shape)
         assert p_value(observed, expected_pairs(model, sampling)) > 1e-3
+
+
+def test_causal_slots_leave_the_distribution_alone():
+    """Other drafts than those of slots that see each other, and the same law."""
+    texts = []
+    for causal_slots in (True, False):
+        model = make_model(seed=3, scale=3.0, causal_slots=causal_slots)
+        sampling = Sampling(temperature=1.0)
+        texts.append(sampled_pairs(model, sampling))
+        assert p_value(texts[-1], expected_pairs(model, sampling)) > 1e-3
+    assert not torch.equal(*texts)
 
 
 def test_verify_is_exact_for_random_distributions():

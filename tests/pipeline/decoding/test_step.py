@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-def written_out(shape: StepShape, prefix: int) -> torch.Tensor:
+def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Tensor:
     """Who sees whom in a decoding step; columns: prefix, drafts, blocks."""
     rows = [("draft", i, 0) for i in range(shape.drafts)]
     rows += [("slot", t, j) for j in shape.blocks for t in range(shape.block_size)]
@@ -42,19 +42,20 @@ def written_out(shape: StepShape, prefix: int) -> torch.Tensor:
             elif other == "draft":
                 seen = key_index < block
             else:
-                seen = key_block == block
+                seen = key_block == block and (key_index <= index or not causal)
             allowed[q, prefix + k] = seen
     return allowed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_step_mask_is_the_rule(shape):
-    mask = step_mask(shape, 9, CPU)
+@pytest.mark.parametrize("causal", [False, True])
+def test_step_mask_is_the_rule(shape, causal):
+    mask = step_mask(shape, 9, CPU, causal)
     assert len(mask) == shape.num_queries
-    rule = StepRule(shape, 9, CPU)
+    rule = StepRule(shape, 9, CPU, causal)
     for prefix in (0, 4, 9):
-        assert torch.equal(mask[:, 9 - prefix :], written_out(shape, prefix))
-        assert torch.equal(rule.over_prefix(prefix), written_out(shape, prefix))
+        assert torch.equal(mask[:, 9 - prefix :], written_out(shape, prefix, causal))
+        assert torch.equal(rule.over_prefix(prefix), written_out(shape, prefix, causal))
     positions = step_positions(shape, CPU)
     assert positions[: shape.drafts].tolist() == list(range(shape.drafts))
     for block in shape.blocks:
@@ -63,15 +64,16 @@ def test_step_mask_is_the_rule(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_different_lengths_see_their_own_prefix_and_nothing_behind(shape):
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_different_lengths_see_their_own_prefix_and_nothing_behind(shape, causal):
     lengths = [0, 5, 2]
     width = 5 + shape.num_queries + 3
-    rule = StepRule(shape, 30, CPU)
+    rule = StepRule(shape, 30, CPU, causal)
     mask = rule.over_lengths(torch.tensor(lengths), torch.arange(width))
     assert mask.shape == (3, 1, shape.num_queries, width)
     for row, length in zip(mask[:, 0], lengths, strict=True):
         used = length + shape.num_queries
-        assert torch.equal(row[:, :used], written_out(shape, length))
+        assert torch.equal(row[:, :used], written_out(shape, length, causal))
         assert not row[:, used:].any()
 
 
@@ -88,9 +90,10 @@ def test_impossible_blocks_are_refused(blocks):
 
 
 @pytest.mark.parametrize("accepted", [1, 2, 3])
-def test_a_step_sees_what_training_showed(accepted):
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_step_sees_what_training_showed(accepted, causal):
     """Block j of a step has the logits that the training forward gives that block's slots."""
-    model, block_size, tokens = make_model(), 3, [1, 4, 2, 8, 5, 7, 3]
+    model, block_size, tokens = make_model(causal_slots=causal), 3, [1, 4, 2, 8, 5, 7, 3]
     prefix = len(tokens) - block_size
     shape = StepShape.full(block_size)
     step = torch.tensor([tokens[prefix:] + [MASK] * block_size**2])
@@ -99,13 +102,14 @@ def test_a_step_sees_what_training_showed(accepted):
         model(torch.tensor([tokens[:prefix]]), cache=cache)
         cache.keep(prefix)
         positions = prefix + step_positions(shape, CPU)
-        got = model(step, positions, written_out(shape, prefix), cache)[0]
+        rule = StepRule(shape, 64, CPU, model.config.causal_slots)
+        got = model(step, positions, rule.over_prefix(prefix), cache)[0]
         start = prefix + accepted
         clean = tokens[:start] + [0] * block_size
         layout = Layout.from_table([[0, start, start + block_size, 0]])
         ids = torch.tensor([clean + [MASK] * block_size])
         position = torch.cat([torch.arange(len(clean)), torch.arange(start, start + block_size)])
-        expected = model(ids, position, dense_mask([len(clean)], layout))[0]
+        expected = model(ids, position, dense_mask([len(clean)], layout, causal))[0]
     block = got[shape.block_rows(accepted)]
     torch.testing.assert_close(block, expected[len(clean) :], atol=2e-5, rtol=1e-5)
     drafts = expected[prefix : prefix + accepted]
@@ -120,4 +124,5 @@ def test_prefill_mask():
         [1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1],
     ]
+    assert torch.equal(prefill_mask(0, 3, 2, CPU, True), torch.ones(5, 5).bool().tril())
     assert prefill_mask(2, 1, 1, CPU).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]

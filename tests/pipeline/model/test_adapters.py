@@ -75,12 +75,13 @@ def test_clean_rows_are_those_of_the_base_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize("backend", ["tiles", "flex", "dense", "auto"])
-@pytest.mark.parametrize("coverage", [1.0, 0.3])
-def test_a_frozen_base_is_the_joint_forward_with_gradients(backend, coverage, monkeypatch):
+@pytest.mark.parametrize(("coverage", "causal"), [(1.0, False), (0.3, False), (1.0, True)])
+def test_a_frozen_base_is_the_joint_forward_with_gradients(backend, coverage, causal, monkeypatch):
     # FlexAttention refuses gradients on a CPU, although its reference computes them.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     config = drafting_config(num_kv_heads=1 if backend == "dense" else 2)
     batch = batch_of(config, coverage)
+    batch = replace(batch, spans=replace(batch.spans, causal_slots=causal))
     clean = batch.spans.clean_tokens
     weights = torch.randn(2, batch.input_ids.shape[1], 32, dtype=torch.float64)
     weights[:, :clean] = 0

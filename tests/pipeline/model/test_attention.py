@@ -1,5 +1,7 @@
 """Every backend against the dense mask: outputs, gradients, and what is left out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,11 @@ BATCHES = {
     "padded": ([[90, 38], [128]], 4, {"shift": True, "coverage": 0.6}),
     "shorter than a tile": ([[9, 3], [12]], 4, {}),
     "blocks longer than a tile": ([[300]], 2 * TILE + 7, {"shift": True}),
+    "one block of two tiles": ([[256]], 2 * FLEX_TILE, {}),
     "many tiles": ([[1100], [500, 600]], 16, {}),
 }
+CAUSAL = ("packed", "odd lengths", "padded", "one block of two tiles")
+"""Those that are tested with causal slots as well."""
 
 
 def make_spans(lengths_of_sequences, block_size, options, padding=0) -> Spans:
@@ -37,9 +42,12 @@ def make_spans(lengths_of_sequences, block_size, options, padding=0) -> Spans:
     return Spans(*(torch.from_numpy(part) for part in np.stack(rows, axis=1)))
 
 
-@pytest.fixture(params=BATCHES)
+@pytest.fixture(params=[*((name, False) for name in BATCHES), *((name, True) for name in CAUSAL)])
 def spans(request) -> Spans:
-    return make_spans(*BATCHES[request.param], padding=11 if request.param == "padded" else 0)
+    """Each batch with slots that see all of their block, and some with slots that do not."""
+    name, causal_slots = request.param
+    made = make_spans(*BATCHES[name], padding=11 if name == "padded" else 0)
+    return replace(made, causal_slots=causal_slots)
 
 
 CPU = torch.device("cpu")
@@ -104,6 +112,10 @@ def test_unchecked_tiles_are_found():
     blocks = make_spans([[512]], 256, {})
     _, every = tile_table(blocks, 512)
     assert bool(every[0, 4:8, 4:8].any())  # slots of one long block see each other wholly
+    some, every = tile_table(replace(blocks, causal_slots=True), 512)
+    own = torch.tensor([[0, 0], [1, 0]], dtype=torch.bool)
+    assert torch.equal(every[0, 4:8, 4:8], torch.block_diag(own, own))
+    assert not some[0, 4:8, 4:8].triu(1).any(), "nothing is looked at that stands later"
 
 
 def test_masks_of_one_shape_compile_once():

@@ -34,7 +34,7 @@ def make_inputs(shift: bool = True, share: float = 0.6, coverage: float = 1.0):
         layout = build_layout(lengths, 4, rng=rng, shift=shift, coverage=coverage)
         tokens = rng.integers(5, 300, size=19).astype(np.uint16)
         sequences.append(Sequence(tokens, np.array(lengths), 0, layout))
-    return sequences, make_batch(sequences, 4, 19, share)
+    return sequences, make_batch(sequences, 4, 19, alone_share=share)
 
 
 def gru(cell, part, state):

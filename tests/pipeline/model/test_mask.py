@@ -20,7 +20,7 @@ LAYOUTS = [
 ]
 
 
-def rule(document_lengths: list[int], layout: Layout) -> torch.Tensor:
+def rule(document_lengths: list[int], layout: Layout, causal_slots: bool = False) -> torch.Tensor:
     """The method's table, one pair of rows at a time."""
     document = [d for d, length in enumerate(document_lengths) for _ in range(length)]
     rows: list[tuple[str, int, int]] = [("clean", i, -1) for i in range(len(document))]
@@ -36,7 +36,8 @@ def rule(document_lengths: list[int], layout: Layout) -> torch.Tensor:
             elif query_kind == "slot" and key_kind == "clean":
                 allowed[q, k] = same_document and j < int(layout.prefix_end[query_block])
             elif query_kind == "slot" and key_kind == "slot":
-                allowed[q, k] = query_block == key_block
+                seen = j <= i if causal_slots else True
+                allowed[q, k] = query_block == key_block and seen
     return allowed
 
 
@@ -44,19 +45,22 @@ def rule(document_lengths: list[int], layout: Layout) -> torch.Tensor:
 def test_dense_mask_is_the_rule(lengths, block_size, options):
     layout = build_layout(lengths, block_size, rng=np.random.default_rng(1), **options)
     assert torch.equal(dense_mask(lengths, layout), rule(lengths, layout))
+    assert torch.equal(dense_mask(lengths, layout, True), rule(lengths, layout, True))
 
 
 @pytest.mark.parametrize(("lengths", "block_size", "options"), LAYOUTS)
 @pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize("causal", [False, True])
 def test_spans_say_the_same_and_spare_slots_see_only_themselves(
-    lengths, block_size, options, spare
+    lengths, block_size, options, spare, causal
 ):
     layout = build_layout(lengths, block_size, rng=np.random.default_rng(2), **options)
     rows = layout_spans(lengths, layout, layout.num_slots + spare)
-    got = Spans(*(torch.from_numpy(part) for part in rows)).dense()
+    spans = Spans(*(torch.from_numpy(part) for part in rows), causal_slots=causal)
+    got = spans.to(torch.device("cpu")).dense()
     used = sum(lengths) + layout.num_slots
     expected = torch.eye(used + spare, dtype=torch.bool)
-    expected[:used, :used] = rule(lengths, layout)
+    expected[:used, :used] = rule(lengths, layout, causal)
     assert torch.equal(got, expected)
 
 
@@ -99,8 +103,9 @@ ISOLATION = {
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiles", "flex"])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ISOLATION)
-def test_only_allowed_inputs_change_a_logit(backend, name):
+def test_only_allowed_inputs_change_a_logit(backend, name, causal):
     """Change one input at a time: a row's logits move iff the rule lets it see that column.
 
     With two layers attention is followed further, so the reach is the rule's transitive closure.
@@ -111,7 +116,7 @@ def test_only_allowed_inputs_change_a_logit(backend, name):
     else:
         layout = mixed_blocks()
     clean = sum(lengths)
-    allowed = rule(lengths, layout)
+    allowed = rule(lengths, layout, causal)
     reach = (allowed.float() @ allowed.float()) > 0
     config = ModelConfig(
         hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -123,7 +128,7 @@ def test_only_allowed_inputs_change_a_logit(backend, name):
             if parameter.ndim > 1:
                 parameter.mul_(10)
     rows = layout_spans(lengths, layout, layout.num_slots)[:, None]
-    spans = Spans(*(torch.from_numpy(part) for part in rows))
+    spans = Spans(*(torch.from_numpy(part) for part in rows), causal_slots=causal)
     mask = training_mask(spans, torch.device("cpu"), backend)
     tokens = torch.randint(0, 11, (1, len(allowed)), generator=torch.Generator().manual_seed(0))
     position = torch.cat([torch.arange(clean), torch.from_numpy(layout.slot_position).long()])

@@ -54,7 +54,7 @@ def made_batch(slots, alone_share=0.0):
         documents = np.array([*lengths, padding] if padding else lengths)
         tokens = rng.integers(0, VOCABULARY, size=16)
         sequences.append(Sequence(tokens, documents, padding, layout))
-    return make_batch(sequences, 0, slots, alone_share)
+    return make_batch(sequences, 0, slots, alone_share=alone_share)
 
 
 @pytest.fixture

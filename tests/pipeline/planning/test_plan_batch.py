@@ -162,11 +162,12 @@ def test_saved_tensors_of_a_layer_are_those_counted(shape):
 
 
 @pytest.mark.parametrize("coverage", [None, 1.0, 0.5])
-def test_pairs_are_those_of_the_dense_mask(coverage):
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_are_those_of_the_dense_mask(coverage, causal):
     layout = build_layout([50], 8, coverage=coverage or 1.0)
-    mask = dense_mask([50], layout)
+    mask = dense_mask([50], layout, causal)
     expected = mask if coverage is not None else mask[:50, :50]
-    assert allowed_pairs(50, 8, coverage) == int(expected.sum())
+    assert allowed_pairs(50, 8, coverage, causal) == int(expected.sum())
 
 
 def test_a_sparse_mask_takes_neither_scores_nor_a_mask():

@@ -28,13 +28,15 @@ def sequences() -> list[Sequence]:
 
 
 @pytest.mark.parametrize("slots", [0, 32])
-def test_pairs_are_those_of_the_dense_mask_without_padding_and_spare_slots(slots):
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_are_those_of_the_dense_mask_without_padding_and_spare_slots(slots, causal):
     made = sequences()
-    batch = make_batch(made, 4, slots)
+    batch = make_batch(made, 4, slots, causal_slots=causal)
+    assert batch.spans.causal_slots is causal
     expected = 0
     for sequence in made:
         real = int(sequence.real_lengths.sum())
-        mask = dense_mask(sequence.real_lengths, sequence.layout)
+        mask = dense_mask(sequence.real_lengths, sequence.layout, causal)
         expected += int(mask.sum()) if slots else int(mask[:real, :real].sum())
     assert batch.attention_pairs == expected
 

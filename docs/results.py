@@ -327,6 +327,40 @@ def reliability(folder: Path) -> str:
     )
 
 
+def conversion(folder: Path) -> str:
+    """How a real model learned to draft with its base frozen, and how it then decodes."""
+    path = folder / "conversion-cpu.json"
+    if not path.is_file():
+        return "Not measured."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kinds = ("slots", "alone", "bigram", "unigram")
+    rows = [
+        [f"{point['tokens']:,}", f"{point['minutes']:.0f}",
+         *(" / ".join(f"{point[t][kind]:.2f}" for t in ("sampled", "greedy")) for kind in kinds),
+         f"{point['ar_loss']:.4f}"]
+        for point in found["points"]
+    ]  # fmt: skip
+    head = ["tokens seen", "minutes", "slots and head", "head alone", "bigram", "unigram",
+            "AR loss"]  # fmt: skip
+    decoded = [
+        [row["method"], f"{row['temperature']:g}", f"{row['tokens_per_forward']:.2f}",
+         f"{row['speedup_over_ar']:.2f}",
+         "–" if row["temperature"] else f"{row['exact_match_ar']:.0%} of {row['prompts']}"]
+        for row in found["decoding"]
+    ]  # fmt: skip
+    machine = found["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores of which the run had one thread, Python "
+        f"{machine['python']}, torch {machine['torch']}, {found['date'][:10]}. Other work kept the "
+        "cores busy, so minutes and speeds are rough; tokens per forward do not depend on them."
+    )
+    commands = "\n".join(found["commands"])
+    decoding = table(
+        ["method", "T", "tokens/forward", "tokens/s ÷ AR", "text equal to AR's"], decoded
+    )
+    return f"```\n{commands}\n```\n\n{table(head, rows)}\n\n{decoding}\n\n{where}"
+
+
 def findings(results: Results) -> str:
     """What each recipe changed against the published one, seed by seed, most first."""
     read = figure("expected_tokens_per_forward", "sampled")
@@ -366,6 +400,7 @@ def page(folder: Path = RESULTS) -> str:
         "origin": origin(results),
         "benchmarks": benchmarks(folder),
         "gpu": gpu(folder),
+        "conversion": conversion(folder),
         "reliability": reliability(folder),
     }
     text = TEMPLATE.read_text(encoding="utf-8")

@@ -42,7 +42,9 @@ class AutomaticEngine(StepEngine):
         **options: Any,
     ) -> None:
         """`chosen` is told the choice when it is made; the rest as for `StepEngine`."""
-        super().__init__(model, sampling, StepShape.full(block_size), capacity=capacity, **options)
+        self._linear = model.config.linear_drafts
+        largest = StepShape.one_block if self._linear else StepShape.full
+        super().__init__(model, sampling, largest(block_size), capacity=capacity, **options)
         self._curve, self._cached, self._chosen = curve, capacity // 2, chosen
         self._reached = [0] * (block_size - 1)
         self._accepted = [0] * (block_size - 1)
@@ -87,4 +89,5 @@ class AutomaticEngine(StepEngine):
             self._cached,
             batch_size=self.batch_size,
             drafting=drafting,
+            linear=self._linear,
         )

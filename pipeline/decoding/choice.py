@@ -8,7 +8,8 @@ step of one token follows with probability 1 - P(J). So
     tokens per second = (E + 1 - P(J)) / (T_full(J) + (1 - P(J)) · T_short)
 
 to be compared with 1 / T of a single token. The output is the same whatever is chosen. A batch of B
-rows is taken for one row with B times the queries.
+rows is taken for one row with B times the queries. A step of linear drafts has a draft behind any
+count, so P(J) = 1; its acceptance is measured on stale slots as they come.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ class Choice:
         if not self.shape.drafting:
             return f"plain steps ({rate}): drafting does not pay here"
         blocks = ", ".join(map(str, self.shape.blocks)) or "in every second step only"
+        if self.shape.linear:
+            blocks = "one for all counts"
         return (
             f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
             f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
@@ -65,7 +68,8 @@ def expected(
     size = shape.block_size
     probabilities = accepted_probabilities(acceptance[: size - 1])
     tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
-    missing = max(0.0, 1.0 - sum(probabilities[block - 1] for block in shape.blocks))
+    there = sum(p for count, p in enumerate(probabilities, 1) if shape.has_block(count))
+    missing = max(0.0, 1.0 - there)
     rows = 2 * size - 1 if shape.blocks else size
     full = curve.step_seconds(batch_size * shape.num_queries, batch_size * rows, cached)
     short = curve.step_seconds(batch_size * shape.short.num_queries, batch_size * size, cached)
@@ -80,6 +84,7 @@ def choose(
     *,
     batch_size: int = 1,
     drafting: bool = False,
+    linear: bool = False,
 ) -> Choice:
     """The fastest step at about `cached` tokens, by expectation.
 
@@ -90,11 +95,12 @@ def choose(
         batch_size: rows side by side.
         drafting: leave out plain steps and any K but the largest, so that the acceptance of every
             position can be seen.
+        linear: of a model of linear drafts.
     """
     best = max(
         (
             expected(shape, acceptance, curve, cached, batch_size)
-            for shape in shapes(acceptance, batch_size)
+            for shape in shapes(acceptance, batch_size, linear)
             if not drafting or shape.block_size == len(acceptance) + 1
         ),
         key=lambda option: option.tokens_per_second,
@@ -106,11 +112,17 @@ def choose(
     return Choice(StepShape(1), plain, 1.0)
 
 
-def shapes(acceptance: Sequence[float], batch_size: int = 1) -> Iterator[StepShape]:
-    """For each K from 2: no block, then more blocks, the likeliest first, up to all.
+def shapes(
+    acceptance: Sequence[float], batch_size: int = 1, linear: bool = False
+) -> Iterator[StepShape]:
+    """For each K from 2: no block, then more blocks, the likeliest first, up to all; of linear
+    drafts the one block.
 
     In a batch block 1 is always there: a row without a draft waits for it while others have one.
     """
+    if linear:
+        yield from map(StepShape.one_block, range(2, len(acceptance) + 2))
+        return
     least = 0 if batch_size == 1 else 1
     for size in range(2, len(acceptance) + 2):
         probabilities = accepted_probabilities(acceptance[: size - 1])

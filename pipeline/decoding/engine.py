@@ -149,10 +149,11 @@ class StepEngine:
 
     def _begin(self, rows: slice, hidden: Tensor, block: Tensor, uniforms: Tensor | None) -> Tensor:
         """First tokens [b] and drafts of `rows`, from their prompts' last hidden states [b, 1, E]
-        and those of the blocks behind them [b, K, E], or [b, 0, E] where there are none."""
+        and those of the blocks behind them [b, slots, E], or [b, 0, E] where there are none."""
         token = self._first_token(hidden, block, rows, uniforms)
         self.state.current[rows] = token[:, None]
-        behind = Behind(hidden[:, 0], block if block.shape[1] else None)
+        first = block[:, : self.shape.block_size]  # of a linear block, nothing is accepted yet
+        behind = Behind(hidden[:, 0], first if block.shape[1] else None)
         self._draft_rows(rows, behind, None if uniforms is None else uniforms[:, 1:])
         return token
 

@@ -167,14 +167,14 @@ def choose_shapes(
             cached = len(prompts[0]) + config.max_new_tokens // 2
             for temperature in config.temperatures:
                 key = ("tidar", temperature)
-                full = StepShape.full(block_size)
+                full = step_shape(model, "tidar", Sampling(), block_size)
                 sample = prompts[:CHOICE_PROMPTS]
                 decoder = Decoder(model, key, sample, config, full)
                 totals = MethodTotals()
                 for number in range(len(sample)):
                     totals += MethodTotals.of(decoder.run(number, number), matches=False)
                 rates = [rate or 0.0 for rate in totals.acceptance(block_size)]
-                chosen[temperature] = choose(rates, curve, cached).shape
+                chosen[temperature] = choose(rates, curve, cached, linear=full.linear).shape
         for temperature, shape in world.from_main(chosen).items():
             shapes["tidar_chosen", temperature] = shape
     return shapes

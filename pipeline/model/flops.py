@@ -27,16 +27,17 @@ class StepFlops:
 
 
 def allowed_pairs(
-    sequence_length: int, block_size: int, coverage: float | None, causal_slots: bool = False
+    sequence_length: int, block_slots: int, coverage: float | None, causal_slots: bool = False
 ) -> int:
     """Pairs of query and key that the rule allows in a sequence of one document.
 
-    Several documents allow fewer. `coverage` None has no mask section.
+    Several documents allow fewer. Blocks have `block_slots` slots; `coverage` None has no mask
+    section.
     """
     clean = sequence_length * (sequence_length + 1) // 2
     if coverage is None:
         return clean
-    layout = build_layout([sequence_length], block_size, coverage=coverage)
+    layout = build_layout([sequence_length], block_slots, coverage=coverage)
     drafted = layout.draft_lengths.astype(int)
     inside = drafted * (drafted + 1) // 2 if causal_slots else drafted**2
     return clean + int((drafted * layout.prefix_end + inside).sum())

@@ -61,7 +61,7 @@ class SpeedMeter:
     def measure(self, counts: GlobalCounts, seconds: float) -> Speed:
         """Of the step over the global batch of `counts`, which took `seconds`."""
         labelled = counts.ar_labels + counts.diffusion_labels + counts.alone_labels
-        rows = counts.clean_tokens + counts.diffusion_labels
+        rows = counts.clean_tokens + counts.diffusion_labels + counts.unlabelled_slots
         flops = step_flops(
             self.config,
             sequences=1,

@@ -25,9 +25,7 @@ def whole_blocks(layout: Layout) -> NDArray[np.int64]:
     return np.stack([layout.prefix_end, layout.draft_end]).astype(np.int64)
 
 
-def draw_windows(
-    layout: Layout, block_size: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def draw_windows(layout: Layout, block_size: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A window of up to K places in each block of a layout of 2K - 1 slots.
 
     The first place is one of 0 … K - 1, and never a block's last, behind which nothing would be

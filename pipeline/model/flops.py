@@ -52,6 +52,10 @@ def step_flops(
     labelled: int | None = None,
     checkpointing: str = "none",
     teacher_rows: int = 0,
+    slots: int = 0,
+    drafted: int | None = None,
+    alone: int = 0,
+    frozen: bool = False,
 ) -> StepFlops:
     """FLOPs of a step.
 
@@ -64,20 +68,45 @@ def step_flops(
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
         teacher_rows: rows of each that go through the head once more, forward only: the AR
             distributions that a loss compares slots with, and slots whose weight it looks for.
+        slots: how many of the rows are mask slots: adapters work on them.
+        drafted: places that they draft, where a draft head works; None takes all slots.
+        alone: places of each that are drafted without slots as well; they are among `labelled`.
+        frozen: only what drafts learns: clean rows go forward only, and through no weight of the
+            base goes a gradient but that of activations. Attention's backward is taken by the share
+            of slots among the rows.
     """
-    head = config.num_embeddings * config.hidden_size
+    head = config.num_embeddings * (config.hidden_size + config.draft_rank)
     width = config.num_heads * config.head_dim
     projections = 2 * width + 2 * config.num_kv_heads * config.head_dim
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
-    total = sequences * rows
-    forward_layers = 2 * layers * total
-    forward_head = 2 * head * sequences * (rows if labelled is None else labelled)
+    places = slots if drafted is None else drafted
+    total, heads = sequences * rows, sequences * (rows if labelled is None else labelled)
+    if labelled is None:
+        heads += sequences * alone
+    forward_layers, forward_head = 2 * layers * total, 2 * head * heads
     forward_attention = 4 * config.num_layers * width * sequences * pairs
+    drafting = (
+        2
+        * sequences
+        * (
+            config.num_layers * config.adapter_elements * slots
+            + config.num_cell_products * (places + alone)
+        )
+    )
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
+    weights = 3 * (forward_layers + forward_head)
+    attention = 3 * forward_attention
+    if frozen:
+        share, drafts = slots / max(rows, 1), sequences * (places + alone)
+        learned = 2 * config.num_embeddings * config.draft_rank * drafts
+        weights = forward_layers + round(share * forward_layers)
+        weights += forward_head + 2 * head * drafts + learned
+        attention = forward_attention + round(2 * share * forward_attention)
+        repeated = round(share * repeated)
     return StepFlops(
-        weights=3 * (forward_layers + forward_head) + 2 * head * sequences * teacher_rows,
-        attention=3 * forward_attention,
+        weights=weights + 3 * drafting + 2 * head * sequences * teacher_rows,
+        attention=attention,
         recomputed=repeated if checkpointing == "full" else 0,
     )

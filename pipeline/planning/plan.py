@@ -154,14 +154,21 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
     length, most = planned.sequence_length, planned.block_slots
     slots = 0 if coverage is None else section_length(length, coverage, most)
     drafted = -(-slots * planned.block_size // most)  # of a longer block only K places are
+    alone = 0
+    if planned.model.draft_rank:
+        alone = round(planned.train.objective.alone_share * drafted * (1 - 1 / planned.block_size))
     return step_flops(
         planned.model,
         sequences=planned.train.global_batch_size,
         rows=length + slots,
         pairs=allowed_pairs(length, most, coverage, planned.model.causal_slots),
-        labelled=length + drafted,
+        labelled=length + drafted + alone,
         checkpointing=planned.train.activation_checkpointing,
         teacher_rows=drafted * planned.train.objective.extra_heads,
+        slots=slots,
+        drafted=drafted,
+        alone=alone,
+        frozen=planned.train.freeze_base,
     )
 
 

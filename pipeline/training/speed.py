@@ -43,8 +43,10 @@ class SpeedMeter:
         *,
         precision: str,
         peak_tflops: float | None,
+        frozen: bool = False,
     ) -> None:
-        """`peak_tflops` None looks the device up by its name."""
+        """`peak_tflops` None looks the device up by its name; `frozen` is whether the base is."""
+        self.frozen = frozen
         self.config = config
         self.device = device
         self.processes = processes
@@ -61,14 +63,18 @@ class SpeedMeter:
     def measure(self, counts: GlobalCounts, seconds: float) -> Speed:
         """Of the step over the global batch of `counts`, which took `seconds`."""
         labelled = counts.ar_labels + counts.diffusion_labels + counts.alone_labels
-        rows = counts.clean_tokens + counts.diffusion_labels + counts.unlabelled_slots
+        slots = counts.diffusion_labels + counts.unlabelled_slots
         flops = step_flops(
             self.config,
             sequences=1,
-            rows=rows,
+            rows=counts.clean_tokens + slots,
             pairs=counts.attention_pairs,
             labelled=labelled,
             teacher_rows=counts.teacher_rows,
+            slots=slots,
+            drafted=counts.diffusion_labels,
+            alone=counts.alone_labels,
+            frozen=self.frozen,
         )
         tflops = flops.model / seconds / self.processes / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None

@@ -29,7 +29,7 @@ LARGE = ModelConfig(
 def settings(stage: int, precision: str = "fp32", init_from: Path | None = None) -> SimpleNamespace:
     """What building a model takes of a run's settings."""
     return SimpleNamespace(
-        init_from=init_from, seed=5, precision=precision, micro_batch_size=1,
+        init_from=init_from, freeze_base=False, seed=5, precision=precision, micro_batch_size=1,
         deepspeed=DeepSpeedConfig(stage), optimizer=OptimizerConfig(),
         activation_checkpointing="none", compile=False, accumulation_steps=lambda world_size: 1,
     )  # fmt: skip

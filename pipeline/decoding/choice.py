@@ -39,11 +39,10 @@ class Choice:
         rate = f"{self.tokens_per_second:.1f} tokens/s expected"
         if not self.shape.drafting:
             return f"plain steps ({rate}): drafting does not pay here"
-        blocks = ", ".join(map(str, self.shape.blocks)) or "in every second step only"
-        if self.shape.linear:
-            blocks = "one for all counts"
+        numbers = ", ".join(map(str, self.shape.blocks)) or "in every second step only"
+        blocks = "one block for all counts" if self.shape.linear else f"blocks {numbers}"
         return (
-            f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
+            f"K = {self.shape.block_size}, {blocks}, {self.shape.num_queries} queries "
             f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
         )
 

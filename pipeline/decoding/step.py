@@ -8,8 +8,8 @@ there is none, a short step with one token and block 1 follows. Plain autoregres
 one token and no block, verification of another's drafts (prompt lookup, a smaller model) the step
 of n tokens and no block.
 
-A model of linear drafts has one block for all counts, block 1, with 2K - 1 slots: K + 2K - 1 tokens.
-Behind j accepted tokens the next draft begins at its slot j - 1, which saw d_0 alone.
+A model of linear drafts has one block for all counts, block 1, with 2K - 1 slots: K + 2K - 1
+tokens. Behind j accepted tokens the next draft begins at its slot j - 1, which saw d_0 alone.
 Source: TiDAR (arXiv 2511.08923), section 3.2.
 """
 

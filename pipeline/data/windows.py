@@ -61,7 +61,7 @@ def stale_layout(
     """
     if not 0 <= first < block_size:
         raise ValueError(f"first must be a place in 0 … {block_size - 1}, got {first}")
-    ends = np.cumsum(document_lengths)
+    ends = np.cumsum(document_lengths, dtype=np.int64)  # shards store them without a sign
     end = ends[np.searchsorted(ends, layout.prefix_end, side="right")]
     begin = layout.prefix_end.astype(np.int64)
     draft_end = np.minimum(begin + block_slots(block_size, True), end)

@@ -112,7 +112,8 @@ def test_scored_windows_meet_each_position_once(first, shift):
     lengths = np.array([13, 1, 3, 7])
     rng = np.random.default_rng(3)
     layout = build_layout(lengths, K, shift=shift, rng=rng)
-    longer, windows = stale_layout(layout, lengths, K, first)
+    longer, windows = stale_layout(layout, lengths.astype(np.uint32), K, first)
+    assert windows.dtype == np.int64
     assert np.array_equal(Layout.from_table(longer.table()).slot_position, longer.slot_position)
     met = []
     for block in range(layout.num_blocks):

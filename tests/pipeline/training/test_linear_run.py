@@ -26,12 +26,13 @@ def test_a_linear_run_learns_and_is_scored_and_decodes_by_its_one_block(data_dir
     assert {tuple(row["blocks"]) for row in ours} == {(1,)}
     for row in ours:
         stale = row["expected_tokens_by_staleness"]
+        assert list(stale) == ["0", "1", "2"]
+        assert stale["0"] == row["expected_tokens_per_forward"]
+        assert all(1 <= tokens < 4 for tokens in stale.values())
         if row["temperature"] == 0:
             assert row["exact_match_ar"] == 1
-        assert list(stale) == ["0", "1", "2"]
-        assert stale["0"] == row["expected_tokens_per_forward"] > 1
-        assert all(1 < stale[first] < 4 for first in ("1", "2"))
-        assert stale["0"] != stale["1"]
+        else:  # every distribution has some overlap, and no two the same
+            assert len({1.0, *stale.values()}) == 4
     model, _ = load_model(tmp_path)
     assert model.config.linear_drafts
     run = generate(model, [5, 6, 7], max_new_tokens=20)

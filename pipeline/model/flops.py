@@ -51,8 +51,10 @@ def step_flops(
     labelled: int | None = None,
     checkpointing: str = "none",
     teacher_rows: int = 0,
+    slots: int = 0,
+    frozen: bool = False,
 ) -> StepFlops:
-    """FLOPs of a step.
+    """FLOPs of a step; those of a draft head's cell are left out.
 
     Args:
         config: the model's shape.
@@ -63,6 +65,9 @@ def step_flops(
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
         teacher_rows: rows of each that go through the head once more, forward only: the AR
             distributions that a loss compares slots with, and slots whose weight it looks for.
+        slots: rows of each that are mask slots, on which adapters act.
+        frozen: the base does not learn: clean rows go forward only, slots also back to
+            activations. Pairs are taken to divide over both sections as rows do.
     """
     head = config.num_embeddings * config.hidden_size
     width = config.num_heads * config.head_dim
@@ -75,8 +80,15 @@ def step_flops(
     forward_attention = 4 * config.num_layers * width * sequences * pairs
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
+    passes, attention = 3.0, 3.0
+    if frozen:
+        drafted = slots / rows
+        passes, attention = 1 + drafted, 1 + 2 * drafted
+        repeated = int(repeated * drafted)
+    adapters = 6 * config.num_layers * config.adapter_elements * sequences * slots
+    weights = int(passes * (forward_layers + forward_head)) + adapters
     return StepFlops(
-        weights=3 * (forward_layers + forward_head) + 2 * head * sequences * teacher_rows,
-        attention=3 * forward_attention,
+        weights=weights + 2 * head * sequences * teacher_rows,
+        attention=int(attention * forward_attention),
         recomputed=repeated if checkpointing == "full" else 0,
     )

@@ -126,6 +126,7 @@ def build_trainer(
             world.size,
             precision=settings.precision,
             peak_tflops=settings.peak_tflops,
+            frozen=settings.freeze_base,
         ),
         mask_embedding=MaskEmbedding(model.model, model.config.mask_token_id, settings.mask_guard),
         notes=notes_of_start(state, told, checkpoints.load_s, preflight_s, world),

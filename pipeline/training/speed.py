@@ -43,9 +43,11 @@ class SpeedMeter:
         *,
         precision: str,
         peak_tflops: float | None,
+        frozen: bool = False,
     ) -> None:
         """`peak_tflops` None looks the device up by its name."""
         self.config = config
+        self.frozen = frozen
         self.device = device
         self.processes = processes
         self.peak_tflops = peak_tflops
@@ -69,6 +71,8 @@ class SpeedMeter:
             pairs=counts.attention_pairs,
             labelled=labelled,
             teacher_rows=counts.teacher_rows,
+            slots=counts.diffusion_labels,
+            frozen=self.frozen,
         )
         tflops = flops.model / seconds / self.processes / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None

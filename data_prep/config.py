@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection
 from dataclasses import fields
 from difflib import get_close_matches
@@ -80,6 +81,23 @@ def existing_path(cfg: DictConfig, key: str, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; give the path of {what}")
     return path
+
+
+def array_share(array: str | None) -> tuple[int, int]:
+    """The i and n of `array=i/n`, the i-th of n shares; None is all, 0 of 1.
+
+    Raises:
+        UserError: when it is no share.
+    """
+    if array is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", array)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if index >= count:
+        raise UserError(
+            f"array: {array!r} is not i/n with i from 0 to n-1; the third of four is 2/4"
+        )
+    return index, count
 
 
 def config_hash(config: Any) -> str:

@@ -17,7 +17,8 @@ class Encoded(NamedTuple):
 
     id: str
     ids: NDArray[np.unsignedinteger]
-    """With the end token; a view of the ids of its batch, in the tokenizer's dtype."""
+    """With the end token, unless its text is cut; a view of the ids of its batch, in the
+    tokenizer's dtype."""
     text_bytes: int
     source: str = ""
     prompt_tokens: int = 0
@@ -31,13 +32,14 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     so that no token reaches from one into the other.
     """
     end = np.array([tokenizer.eos_id], dtype=np.int32)
+    nothing = end[:0]
     for batch in _batches(documents):
         encoded = iter(tokenizer.encode_batch([p for document in batch for p in document.pieces]))
         parts: list[NDArray[np.int32]] = []
         lengths: list[tuple[int, int]] = []
         for document in batch:
             prompt = [next(encoded)] if document.prompt else []
-            own = [*prompt, next(encoded), end]
+            own = [*prompt, next(encoded), nothing if document.cut else end]
             parts += own
             lengths.append((sum(map(len, own)), sum(map(len, prompt))))
         # All documents in one array: one conversion, and no array of its own for each.

@@ -1,7 +1,6 @@
 """The config of `tidar-prepare`, checked."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.config import config_hash, parse
+from data_prep.config import array_share, config_hash, parse
 from data_prep.errors import UserError
 from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
 from data_prep.layout import LOSS_SPANS
@@ -120,15 +119,7 @@ class PlainKeys:
 
     def array_share(self) -> tuple[int, int]:
         """The i and n of `array=i/n`: this process does the tasks t with t mod n = i."""
-        if self.array is None:
-            return 0, 1
-        match = re.fullmatch(r"(\d+)/(\d+)", self.array)
-        index, count = (int(match[1]), int(match[2])) if match else (0, 0)
-        if index >= count:
-            raise UserError(
-                f"array: {self.array!r} is not i/n with i from 0 to n-1; the third of four is 2/4"
-            )
-        return index, count
+        return array_share(self.array)
 
 
 @dataclass(frozen=True)

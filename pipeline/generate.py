@@ -8,19 +8,19 @@ from omegaconf import DictConfig
 
 from data_prep.cli import run
 from data_prep.config import existing_path, parse
-from data_prep.errors import UserError
 from pipeline.decoding import stream
 from pipeline.decoding.choice import Choice
 from pipeline.decoding.many import ManyOptions, generate_file
-from pipeline.decoding.prompts import output_file, prompt_rows, read_prompt
+from pipeline.decoding.prompts import output_file, read_prompt
 from pipeline.decoding.settings import GenerateConfig
+from pipeline.decoding.shares import Share, rank_device
 from pipeline.decoding.stops import StopStrings
 from pipeline.decoding.text import TextStream
 from pipeline.model.loading import load_model
 from pipeline.terminal import (
     EXIT_INTERRUPTED,
     histogram,
-    progress_bar,
+    prompts_progress,
     reader_may_leave,
     report,
     show_steps,
@@ -31,7 +31,7 @@ from pipeline.terminal import (
 def generate_text(cfg: DictConfig) -> int:
     checkpoint = existing_path(cfg, "checkpoint", "a checkpoint, an export or a model folder")
     config = parse(GenerateConfig, cfg, "")
-    if config.prompts_file is not None:
+    if config.has_many:
         return generate_many(config, checkpoint)
     colors = use_colors("true" if config.show else config.colors)
     sampling, text = config.sampling(), read_prompt(config.prompt, config.prompt_file)
@@ -65,11 +65,12 @@ def generate_text(cfg: DictConfig) -> int:
 
 
 def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
-    """Continue every prompt of `prompts_file`, to `output`."""
-    rows, output = prompt_rows(config.prompts_file), output_file(config.output)
-    if config.prompt or config.prompt_file is not None:
-        raise UserError("prompts_file: given together with another prompt; use one of them")
-    model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
+    """Continue this process's share of many prompts, to a file of its own."""
+    share, output = Share.of_process(config.array), output_file(config.output)
+    share.refuse_others(output)
+    rows = config.rows(share)
+    model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=rank_device(config.device))
+    prompts = config.document_prompts(tokenizer, share) if rows is None else rows
     choices: list[Choice] = []
     options = ManyOptions(
         config.sampling(),
@@ -83,14 +84,16 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
         config.confidence,
         choices.append,
     )
-    started = time.perf_counter()
+    path, started = share.file(output), time.perf_counter()
     try:
-        with progress_bar("prompts") as advance:
-            tokens, forwards = generate_file(model, tokenizer, rows, output, options, advance)
+        with prompts_progress(str(share)) as advance:
+            made = generate_file(model, tokenizer, prompts, path, options, share, advance)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    report(config.method, tokens, forwards, time.perf_counter() - started, choices)
+    seconds = time.perf_counter() - started
+    report(f"{share}{config.method}", made.tokens, made.forwards, seconds, choices)
+    print(f"{path}: {made.answers}", file=sys.stderr)
     return 0
 
 

@@ -5,8 +5,10 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
@@ -17,6 +19,8 @@ from data_prep.errors import UserError
 PALETTE = (39, 208, 78, 213, 220, 141)
 """Colours of successive forwards, of the 256 of a terminal; neighbours are easy to tell apart."""
 RESET = "\x1b[0m"
+EVERY_S = 10.0
+"""Between two lines of progress."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -66,7 +70,8 @@ def show_steps(
 def report(
     method: str, tokens: int, forwards: int, seconds: float, choices: Sequence[object] = ()
 ) -> None:
-    """The summary; the prompt's forward counts, and its time too. And the steps chosen, if any."""
+    """The summary; the prompt's forward counts, and its time too. And the steps chosen, if any.
+    `method` may have the name of a share in front."""
     ratio = f"{tokens / max(forwards, 1):.2f} tokens per forward, {tokens / seconds:.1f} tokens/s"
     print(f"{method}: {tokens} tokens, {forwards} forwards, {ratio}", file=sys.stderr)
     for choice in choices:
@@ -81,18 +86,51 @@ def histogram(counts: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calls with the numbers done and of all; silent in a pipe."""
+def prompts_progress(name: str) -> Iterator[Callable[[int, int, int], None]]:
+    """How far many prompts are, on stderr; moved by calls with the numbers done and of all, and the
+    new tokens. A bar in a terminal; elsewhere, and for one of several processes, a line every
+    `EVERY_S` seconds that begins with `name`."""
     console = Console(stderr=True)
+    if not console.is_terminal or name:
+        yield ProgressLines(name).advance
+        return
     with Progress(
-        TextColumn(f"{what} {{task.completed:.0f}}/{{task.total:.0f}}"),
+        TextColumn("prompts {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, started = bar.add_task("", total=None, rate=""), time.monotonic()
+
+        def advance(done: int, total: int, tokens: int) -> None:
+            rate = f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, rate=rate)
+
+        yield advance
+
+
+class ProgressLines:
+    """Says how far it is, in a line from time to time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = self._last = time.monotonic()
+        self._first: int | None = None
+
+    def advance(self, done: int, total: int, tokens: int) -> None:
+        """Prompts done and of all, and new tokens since the start; prints when it is time."""
+        now = time.monotonic()
+        if self._first is None:  # where this run begins; before that, an interrupted one was
+            self._first, self._started = done, now
+        if now - self._last < EVERY_S:
+            return
+        self._last, seconds = now, max(now - self._started, 1e-9)
+        line = f"{self._name}prompts {done:,}/{total:,}, {tokens / seconds:,.0f} tokens/s"
+        if done > self._first:
+            left = seconds * (total - done) / (done - self._first)
+            line += f", {timedelta(seconds=round(left))} left"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -77,8 +77,9 @@ def summary(score: dict[str, Any]) -> dict[str, Any]:
             key: row[key]
             for key in (
                 "expected_tokens_per_forward", "unigram_expected_tokens_per_forward",
-                "bigram_expected_tokens_per_forward", "teacher_forced_acceptance",
-                "unigram_acceptance", "bigram_acceptance", "tokens_per_forward",
+                "bigram_expected_tokens_per_forward", "recurrent_expected_tokens_per_forward",
+                "teacher_forced_acceptance", "unigram_acceptance", "bigram_acceptance",
+                "recurrent_acceptance", "tokens_per_forward",
                 "distinct_4grams", "exact_match_ar", "tokens_per_second", "speedup_over_ar",
                 "prompts", "tokens",
             )

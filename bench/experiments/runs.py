@@ -44,6 +44,12 @@ TV = (
     "objective=tidar_tv", "objective.agreement_from_step=0", "objective.agreement_ramp_steps=100",
 )  # fmt: skip
 
+GRU = (TIDAR, "model.draft_rank=64")
+"""The sequential head; its cell is a GRU unless said otherwise."""
+AT_ONCE = ("objective.agreement_from_step=0", "objective.agreement_ramp_steps=100")
+TEACHER = ("objective=tidar_kl", "objective.agreement_weight=1.0", *AT_ONCE, "model.draft_rank=64")
+"""The AR half's distribution is all that drafts learn from."""
+
 RUNS = (
     Run("base", "AR model that the others start from", "start", ("objective=ar",
         "optimizer.learning_rate=3e-3"), start=None, budget="base", headline=True),
@@ -71,6 +77,35 @@ RUNS = (
     Run("k16", "K = 16", "block length", (TIDAR, "layout.block_size=16")),
     Run("mixed", "K = 4, 8 and 16 in one run", "block length",
         (TIDAR, "layout.block_size=16", "layout.block_sizes=[4,8,16]"), score_at=(4, 8, 16)),
+    Run("linear", "sequential head, linear cell", "head", (*GRU, "model.draft_cell=linear")),
+    Run("mlp", "sequential head, two layers", "head", (*GRU, "model.draft_cell=mlp")),
+    Run("gru", "sequential head, GRU", "head", GRU, headline=True),
+    Run("gru_r16", "the same, rank 16", "head", (*GRU, "model.draft_rank=16")),
+    Run("gru_r128", "the same, rank 128", "head", (*GRU, "model.draft_rank=128")),
+    Run("gru_kl", "GRU, AR head as teacher", "draft loss", TEACHER, headline=True),
+    Run("gru_tv", "GRU, total variation", "draft loss",
+        (*TEACHER, "objective.agreement=tv", "objective.agreement_weight=0.5")),
+    Run("gru_lk", "GRU, −log of the acceptance", "draft loss",
+        (*TEACHER, "objective.agreement=acceptance")),
+    Run("gru_blend", "GRU, λ·KL + (1 − λ)·TV", "draft loss",
+        (*TEACHER, "objective.agreement=blend")),
+    Run("gru_dpace", "GRU, D-PACE weights", "draft loss",
+        (*GRU, "objective.place_weights=dpace", "objective.teacher=text")),
+    Run("gru_auf", "GRU, cut at the first predicted failure", "draft loss",
+        (*GRU, "objective.place_weights=auf", "objective.teacher=text")),
+    Run("gru_alpha_03", "GRU, α = 0.3", "alpha", (*GRU, "objective.alpha=0.3")),
+    Run("gru_alpha_33", "GRU, α = 3.3", "alpha", (*GRU, "objective.alpha=3.3")),
+    Run("gru_50", "GRU, half of the positions drafted", "coverage",
+        (*GRU, "layout.coverage=0.5")),
+    Run("gru_causal", "GRU, causal slots", "slots", (*GRU, "layout.causal_slots=true")),
+    Run("gru_adapters", "GRU, adapters of rank 16 on slots", "adapters",
+        (*GRU, "adapter.rank=16")),
+    Run("gru_frozen", "GRU and adapters of rank 16, base frozen", "adapters",
+        (*TEACHER, "freeze_base=true", "adapter.rank=16")),
+    Run("head_frozen", "GRU fitted to `published`, all else frozen", "head",
+        (*TEACHER, "freeze_base=true"), start="published", budget="tokens"),
+    Run("gru_k4", "GRU, K = 4", "block length", (*GRU, "layout.block_size=4")),
+    Run("gru_k16", "GRU, K = 16", "block length", (*GRU, "layout.block_size=16")),
     Run("scratch", "TiDAR as published, from scratch", "start",
         (TIDAR, "optimizer.learning_rate=3e-3"), start=None, budget="total"),
     Run("ar_scratch", "AR twin in one run from scratch", "start",

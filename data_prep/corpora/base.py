@@ -25,6 +25,8 @@ class Document:
     """The corpus it comes from, where several are mixed."""
     prompt: str = ""
     """What stands before `text` and need not be learnt, where the corpus tells the two apart."""
+    cut: bool = False
+    """Whether the text breaks off where its author did not end: no end token stands behind it."""
 
     @property
     def pieces(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ class JsonlConfig:
     """Field with the document's id; None makes ids of file name and the byte a line starts at."""
     prompt_field: str | None = None
     """Field with a prompt that the text answers; see `layout.loss_span`."""
+    cut_field: str | None = None
+    """Field that is true where the text breaks off, so that it gets no end token."""
 
 
 class JsonlCorpus(Corpus):
@@ -45,6 +47,7 @@ class JsonlCorpus(Corpus):
             "text_field": config.text_field,
             "id_field": config.id_field,
             "prompt_field": config.prompt_field,
+            "cut_field": config.cut_field,
         }
         self._needed = [(key, field) for key, field in fields.items() if field]
 
@@ -101,7 +104,12 @@ class JsonlCorpus(Corpus):
             raise UserError(
                 f"{_place(path, start)}: field {fields.id_field!r} is null; mend or remove the line"
             )
-        return Document(str(identity), text, prompt=prompt)
+        cut = record[fields.cut_field] if fields.cut_field else False
+        if not isinstance(cut, bool):
+            raise UserError(
+                f"{_place(path, start)}: field {fields.cut_field!r} is neither true nor false"
+            )
+        return Document(str(identity), text, prompt=prompt, cut=cut)
 
 
 def _parsed(line: bytes) -> Any:

@@ -1,7 +1,7 @@
 """Requests through a batch: a row that is done makes room for the next request at once."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,48 +72,57 @@ class Progress:
     done: bool
 
 
-def decode_requests(engine: Engine, requests: Sequence[Request]) -> Iterator[Progress]:
+@dataclass
+class _Admitted:
+    """A request that has a row."""
+
+    number: int
+    limit: Limit
+    text: list[int]
+    """Prompt and new tokens, where a proposer wants them."""
+    started: float
+
+
+def decode_requests(engine: Engine, requests: Iterable[Request]) -> Iterator[Progress]:
     """Decode all requests, at most `engine.batch_size` at a time; progress as it comes.
 
-    Which requests stand beside a request does not change its tokens, but to rounding.
+    Which requests stand beside a request does not change its tokens, but to rounding. A request
+    is taken when a row is free for it, so that `requests` may be made on the way.
     """
-    waiting = list(range(len(requests)))[::-1]
-    owner: dict[int, int] = {}
-    texts = [request.prompt.tolist() if engine.proposer else [] for request in requests]
-    started: dict[int, float] = {}
-    while waiting or owner:
+    waiting = enumerate(requests)
+    owner: dict[int, _Admitted] = {}
+    while True:
         for row in range(engine.batch_size):
-            while row not in owner and waiting:
-                number = waiting.pop()
-                request = requests[number]
-                started[number] = clock(engine.device)
+            while row not in owner and (new := next(waiting, None)) is not None:
+                number, request = new
+                started = clock(engine.device)
                 first, forwards = engine.admit(row, request.prompt, request.seed)
                 tokens = request.limit.cut(first)
                 done = request.limit.reason is not None
-                seconds = clock(engine.device) - started[number]
+                seconds = clock(engine.device) - started
                 if done:
                     engine.release(row)
                 else:
-                    owner[row] = number
-                    texts[number] += first
+                    text = [*request.prompt.tolist(), *first] if engine.proposer else []
+                    owner[row] = _Admitted(number, request.limit, text, started)
                 yield Progress(number, tokens, len(first), 0, 0, forwards, seconds, True, done)
         if not owner:
-            continue
+            return
         if engine.proposer is not None:
-            engine.propose(texts[owner[0]])
+            engine.propose(owner[0].text)
         made, verified = engine.step(), engine.verified
         now = clock(engine.device)
-        for row, number in list(owner.items()):
-            limit = requests[number].limit
-            texts[number] += made[row]
-            tokens = limit.cut(made[row])
-            done = limit.reason is not None
+        for row, one in list(owner.items()):
+            if engine.proposer is not None:
+                one.text += made[row]
+            tokens = one.limit.cut(made[row])
+            done = one.limit.reason is not None
             if done:
                 engine.release(row)
                 del owner[row]
-            seconds = now - started[number]
+            seconds = now - one.started
             yield Progress(
-                number,
+                one.number,
                 tokens,
                 len(made[row]),
                 verified[row],

@@ -1,7 +1,8 @@
 """`generate`: prompts in, new tokens out, by either method; `stream` gives them as they come."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -285,7 +286,7 @@ def run_engine(
 
 def finish_each(
     engine: Engine,
-    prompts: Sequence[Tensor],
+    prompts: Iterable[Tensor],
     *,
     seeds: Sequence[int] | None = None,
     max_new_tokens: int = 128,
@@ -293,19 +294,20 @@ def finish_each(
     stop: StopStrings | None = None,
     count_accepted: bool = True,
 ) -> Iterator[tuple[int, Generation]]:
-    """Decode `prompts`; index and generation of each as soon as it is done."""
-    first = engine.sampling.seed
-    seeds = range(first, first + len(prompts)) if seeds is None else seeds
-    watches: list[StopWatch | None] = [
-        None if stop is None else stop.watch(prompt.tolist()) for prompt in prompts
-    ]
+    """Decode `prompts`, each taken when a row is free for it; index and generation of each as soon
+    as it is done."""
+    own_seeds = count(engine.sampling.seed) if seeds is None else iter(seeds)
     stop_ids = [] if eos_id is None else [eos_id]
-    requests = [
-        Request(prompt, seed, Limit(max_new_tokens, stop_ids, watch))
-        for prompt, seed, watch in zip(prompts, seeds, watches, strict=True)
-    ]
+    limits: dict[int, tuple[Limit, StopWatch | None]] = {}
+
+    def requests() -> Iterator[Request]:
+        for number, prompt in enumerate(prompts):
+            watch = None if stop is None else stop.watch(prompt.tolist())
+            limits[number] = Limit(max_new_tokens, stop_ids, watch), watch
+            yield Request(prompt, next(own_seeds), limits[number][0])
+
     open_results: dict[int, Generation] = {}
-    for progress in decode_requests(engine, requests):
+    for progress in decode_requests(engine, requests()):
         number = progress.request
         result = open_results.setdefault(number, Generation())
         result.forwards += progress.forwards
@@ -322,8 +324,8 @@ def finish_each(
             result.accepted.append(progress.made)
             result.drafts.append(progress.drafts)
         if progress.done:
-            result.stopped_by = requests[number].limit.reason or "length"
-            watch = watches[number]
+            limit, watch = limits.pop(number)
+            result.stopped_by = limit.reason or "length"
             if watch is not None:
                 result.text = watch.text if result.stopped_by == "stop" else watch.finish()
             yield number, open_results.pop(number)

@@ -1,22 +1,28 @@
-"""Many prompts from a JSON-lines file to another, resumable after any interruption."""
+"""Many prompts to a file of answers, resumable after any interruption."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.decoding.answers import Answers, answer_line, open_answers, skipped_line
 from pipeline.decoding.choice import Choice
 from pipeline.decoding.generate import Generation, finish_each, open_engine
-from pipeline.decoding.methods import CONFIDENCE
-from pipeline.decoding.prompts import PromptRow
+from pipeline.decoding.methods import CONFIDENCE, prompt_tensor
+from pipeline.decoding.prompts import PromptRow, Prompts
 from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.shares import Share
 from pipeline.decoding.stops import StopStrings
-from pipeline.decoding.text import TextStream
 from pipeline.model.transformer import Transformer
+
+Advance = Callable[[int, int, int], None]
+"""Told the prompts done, all of them, and the new tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class ManyOptions:
     confidence: float = CONFIDENCE
     on_choice: Callable[[Choice], None] = lambda choice: None
 
-    def fingerprint(self, model: Transformer) -> str:
-        """Changes with everything that the texts depend on, but the weights."""
+    def fingerprint(self, model: Transformer, prompts: dict[str, Any]) -> str:
+        """Changes with everything that the texts depend on, but the weights; `prompts` are the
+        settings of the prompts."""
         left_out = ("batch_size", "draft_model", "on_choice")
         values: dict[str, Any] = {
             item.name: getattr(self, item.name)
@@ -44,49 +51,114 @@ class ManyOptions:
             if item.name not in left_out
         }
         values |= {"sampling": asdict(self.sampling), "model": model.config.to_dict()}
+        values |= {"prompts": prompts} if prompts else {}
         if self.draft_model is not None:
             values["draft_model"] = self.draft_model.config.to_dict()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass
+class Made:
+    """What one run of `generate_file` did."""
+
+    tokens: int = 0
+    forwards: int = 0
+    answers: str = ""
+    """Of all lines of the file: how many, and what ended them."""
+
+
 def generate_file(
     model: Transformer,
     tokenizer: Tokenizer,
-    rows: Sequence[PromptRow],
+    prompts: Prompts,
     output: Path,
     options: ManyOptions,
-    advance: Callable[[int, int], None],
-) -> tuple[int, int]:
+    share: Share,
+    advance: Advance,
+) -> Made:
     """Append one line to `output` for each prompt that has none yet, in the order they finish.
 
-    A prompt's seed is the sampling's plus its place in the file, so an interrupted run and a whole
-    one write the same texts. A last line cut short by an interruption is dropped.
+    A prompt's seed is the sampling's plus its number in the whole list, so an interrupted run and
+    a whole one write the same texts, in any number of shares. A last line cut short by an
+    interruption is dropped. Prompts are read twice, for their lengths and when a row is free.
 
     Args:
         model: what decodes.
         tokenizer: its tokenizer.
-        rows: the prompts.
-        output: JSON lines: id, category, prompt, text, tokens, forwards, tokens_per_forward,
-            seconds, stopped_by, settings.
+        prompts: this share's prompts. One that leaves no room for `max_new_tokens` gets a line
+            without text.
+        output: JSON lines (`answers.answer_line`).
         options: how they are continued.
-        advance: called with the numbers of prompts done and of all.
-
-    Returns:
-        New tokens and forwards of the prompts decoded now.
+        share: which prompts of all these are.
+        advance: called with the numbers of prompts done and of all, and the new tokens.
 
     Raises:
-        UserError: when `output` holds lines of other settings, or is no such file.
+        UserError: when `output` holds lines of other settings, or is no such file, or when no
+            prompt could have an answer of `max_new_tokens`.
     """
-    settings = options.fingerprint(model)
-    done = _finished(output, settings)
-    waiting = [number for number, row in enumerate(rows) if row.id not in done]
-    advance(len(rows) - len(waiting), len(rows))
-    if not waiting:
-        return 0, 0
-    ids = [tokenizer.encode(rows[number].prompt) or [tokenizer.eos_id] for number in waiting]
-    engine, prompts = open_engine(
+    room = model.config.max_positions - options.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens: {options.max_new_tokens} leave no room for a prompt in the model's "
+            f"{model.config.max_positions} positions; give fewer"
+        )
+    made = Made()
+    settings = options.fingerprint(model, prompts.settings)
+    with open_answers(output, settings, prompts.text_of) as answers:
+
+        def tell() -> None:
+            advance(len(answers.done), len(prompts), made.tokens)
+
+        waiting, longest = _waiting(tokenizer, prompts, answers, room)
+        tell()
+        if waiting:
+            for line, run in _answered(model, tokenizer, prompts, options, share, waiting, longest):
+                answers.add(line)
+                made.tokens += len(run.tokens)
+                made.forwards += run.forwards
+                tell()
+        made.answers = str(answers)
+    return made
+
+
+def _waiting(
+    tokenizer: Tokenizer, prompts: Prompts, answers: Answers, room: int
+) -> tuple[list[int], list[int]]:
+    """Places of the prompts to answer, and the ids of the longest; a prompt of more than `room`
+    tokens is skipped, with a line that says so."""
+    waiting: list[int] = []
+    longest: list[int] = []
+    for place in range(len(prompts)):
+        if prompts.id_of(place) in answers.done:
+            continue
+        row = prompts[place]
+        ids = _ids(tokenizer, row)
+        if len(ids) > room:
+            answers.add(skipped_line(row))
+            continue
+        waiting.append(place)
+        longest = max(longest, ids, key=len)
+    return waiting, longest
+
+
+def _ids(tokenizer: Tokenizer, row: PromptRow) -> list[int]:
+    return tokenizer.encode(row.prompt) or [tokenizer.eos_id]
+
+
+def _answered(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    options: ManyOptions,
+    share: Share,
+    waiting: Sequence[int],
+    longest: Sequence[int],
+) -> Iterator[tuple[dict[str, Any], Generation]]:
+    """The line of each prompt and what it came from, as they finish."""
+    # Opened for the longest prompt in every row; they are read when a row is free.
+    engine, _ = open_engine(
         model,
-        ids,
+        [longest] * min(options.batch_size, len(waiting)),
         batch_size=options.batch_size,
         method=options.method,
         block_size=options.block_size,
@@ -97,68 +169,21 @@ def generate_file(
         confidence=options.confidence,
         on_choice=options.on_choice,
     )
+    asked: dict[int, tuple[PromptRow, list[int]]] = {}
+
+    def read() -> Iterator[Tensor]:
+        for index, place in enumerate(waiting):
+            row = prompts[place]
+            asked[index] = row, _ids(tokenizer, row)
+            yield prompt_tensor(model, asked[index][1], options.max_new_tokens)
+
     finished = finish_each(
         engine,
-        prompts,
-        seeds=[options.sampling.seed + number for number in waiting],
+        read(),
+        seeds=[options.sampling.seed + share.number(place) for place in waiting],
         max_new_tokens=options.max_new_tokens,
         eos_id=tokenizer.eos_id,
         stop=StopStrings(tokenizer, options.stop) if options.stop else None,
     )
-    tokens = forwards = 0
-    with output.open("a", encoding="utf-8") as file:
-        for count, (index, run) in enumerate(finished, 1):
-            row = rows[waiting[index]]
-            line = _line(row, ids[index], run, tokenizer) | {"settings": settings}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            tokens, forwards = tokens + len(run.tokens), forwards + run.forwards
-            advance(len(rows) - len(waiting) + count, len(rows))
-    return tokens, forwards
-
-
-def _line(
-    row: PromptRow, prompt: list[int], run: Generation, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    text = run.text
-    if text is None:
-        decoder = TextStream(tokenizer, prompt)
-        text = decoder.add(run.tokens) + decoder.end()
-    return {
-        "id": row.id,
-        "category": row.category,
-        "prompt": row.prompt,
-        "text": text,
-        "tokens": len(run.tokens),
-        "forwards": run.forwards,
-        "tokens_per_forward": run.tokens_per_forward,
-        "seconds": run.seconds,
-        "stopped_by": run.stopped_by,
-    }
-
-
-def _finished(output: Path, settings: str) -> set[str]:
-    """Ids that `output` has whole lines for; a part of a line at its end is cut off."""
-    if not output.exists():
-        return set()
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    ids = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            values = json.loads(line)
-            own, known = values["settings"], str(values["id"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"output: {output}:{number} is not a line of tidar-generate; give another file"
-            ) from error
-        if own != settings:
-            raise UserError(
-                f"output: {output} holds texts of another model or other settings; give another "
-                "file, or delete it"
-            )
-        ids.add(known)
-    if len(whole) < len(content):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    return ids
+    for index, run in finished:
+        yield answer_line(*asked.pop(index), run, tokenizer), run

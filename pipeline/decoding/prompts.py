@@ -2,10 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from data_prep.errors import UserError
+from pipeline.decoding.shares import Share
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,49 @@ class PromptRow:
     """As given, else the line's number from 0."""
     prompt: str
     category: str | None = None
+
+
+class Prompts(Protocol):
+    """The prompts of one share, by their place in it; each is read when it is asked for."""
+
+    total: int
+    """Prompts of all shares."""
+    settings: dict[str, Any]
+    """What tells these prompts from others with the same ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int) -> PromptRow: ...
+
+    def id_of(self, place: int) -> str:
+        """The id of the prompt at `place`."""
+
+    def text_of(self, identity: str) -> str | None:
+        """The prompt with that id, where it is known without reading."""
+
+
+class FilePrompts:
+    """One share of the rows of a file."""
+
+    def __init__(self, rows: Sequence[PromptRow], share: Share, limit: int | None = None) -> None:
+        """`limit` is the most prompts of all shares together, the first ones."""
+        rows = rows[:limit]
+        self.total = len(rows)
+        self.settings: dict[str, Any] = {}
+        self._rows = rows[share.index :: share.count]
+        self._texts = {row.id: row.prompt for row in self._rows}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> PromptRow:
+        return self._rows[place]
+
+    def id_of(self, place: int) -> str:
+        return self._rows[place].id
+
+    def text_of(self, identity: str) -> str | None:
+        return self._texts.get(identity)
 
 
 def read_prompts(path: Path, key: str) -> list[PromptRow]:
@@ -67,16 +113,10 @@ def read_prompt(prompt: str, prompt_file: str | None) -> str:
         raise UserError(f"prompt_file: {path} is not a file of UTF-8 text ({error})") from error
 
 
-def prompt_rows(prompts_file: str | None) -> list[PromptRow]:
-    """The prompts of `tidar-generate prompts_file=...`."""
-    assert prompts_file is not None, "the caller looks"
-    return read_prompts(Path(prompts_file).expanduser(), "prompts_file")
-
-
 def output_file(output: str | None) -> Path:
-    """Where their texts go; raises UserError when none is given, or its folder is not there."""
+    """Where answers go; raises UserError when none is given, or its folder is not there."""
     if output is None:
-        raise UserError("output: prompts_file needs one; give a .jsonl file for the texts")
+        raise UserError("output: many prompts need one; give a .jsonl file for the answers")
     path = Path(output).expanduser()
     if not path.parent.is_dir():
         raise UserError(f"output: {path.parent} is not a folder; make it first")

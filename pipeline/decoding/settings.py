@@ -1,14 +1,18 @@
 """Settings of `tidar-generate`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from pipeline.decoding.document_prompts import DocumentPrompts
 from pipeline.decoding.methods import CONFIDENCE
+from pipeline.decoding.prompts import FilePrompts, read_prompts
 from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.shares import Share
 from pipeline.model.loading import load_model
 from pipeline.model.transformer import Transformer
 
@@ -35,6 +39,11 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)
     show: bool = False
     prompts_file: str | None = None
+    prompts_data: str | None = None
+    prompts_split: str = "train"
+    prompt_tokens: int | None = 64
+    prompts_limit: int | None = None
+    array: str | None = None
     output: str | None = None
     batch_size: int = 1
     blocks: Any = None
@@ -42,10 +51,45 @@ class GenerateConfig:
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
+        for key in ("prompt_tokens", "prompts_limit"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"{key}: must be at least 1, got {value}")
+        if self.prompts_file is not None and self.prompts_data is not None:
+            raise UserError("prompts_data: given together with prompts_file; use one of them")
+        if self.has_many and (self.prompt or self.prompt_file is not None):
+            key = "prompts_file" if self.prompts_data is None else "prompts_data"
+            raise UserError(f"{key}: given together with another prompt; use one of them")
+        for key in ("output", "array", "prompts_limit"):
+            if getattr(self, key) is not None and not self.has_many:
+                raise UserError(f"{key}: is for many prompts; give prompts_file or prompts_data")
         if self.blocks in (None, "auto", "all"):
             return
         if not isinstance(self.blocks, list) or not all(type(n) is int for n in self.blocks):
             raise UserError(f"blocks: must be auto, all, or numbers like [1,2]; got {self.blocks}")
+
+    @property
+    def has_many(self) -> bool:
+        """Whether many prompts go to `output`, rather than one to stdout."""
+        return self.prompts_file is not None or self.prompts_data is not None
+
+    def rows(self, share: Share) -> FilePrompts | None:
+        """The share's prompts of `prompts_file`; None where there is none."""
+        if self.prompts_file is None:
+            return None
+        path = Path(self.prompts_file).expanduser()
+        return FilePrompts(read_prompts(path, "prompts_file"), share, self.prompts_limit)
+
+    def document_prompts(self, tokenizer: Tokenizer, share: Share) -> DocumentPrompts:
+        """The share's prompts of `prompts_data`, whose tokenizer must be the model's."""
+        assert self.prompts_data is not None, "the caller looks"
+        return DocumentPrompts(
+            Path(self.prompts_data).expanduser(),
+            tokenizer,
+            split=self.prompts_split,
+            prompt_tokens=self.prompt_tokens,
+            limit=self.prompts_limit,
+            share=share,
+        )
 
     def step_blocks(self) -> tuple[int, ...] | str | None:
         """What `generate` is told: `auto` also where nothing is said and text cannot change by it.

@@ -101,7 +101,8 @@ def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]
     able = [
         name
         for name in config.methods
-        if model.config.mask_token_id is not None or name not in NEED_A_MASK
+        if (model.config.mask_token_id is not None or name not in NEED_A_MASK)
+        and (model.draft_head is not None or name != "recurrent")
     ]
     return ("ar", *(name for name in able if name != "ar"))
 

@@ -157,7 +157,7 @@ def choose_shapes(
             if method in ("tidar", "tidar_chosen"):
                 blocks = config.blocks if method == "tidar" else None
                 shape = step_shape(model, "tidar", Sampling(), block_size, blocks)
-            elif method == "block_diffusion":
+            elif method in ("recurrent", "block_diffusion"):
                 shape = step_shape(model, method, Sampling(), block_size)
             shapes[method, temperature] = shape
     if "tidar_chosen" in methods:

@@ -13,7 +13,7 @@ from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import MODEL, DraftScores, score_drafts
+from pipeline.objective.acceptance import MODEL, RECURRENT, DraftScores, score_drafts
 from pipeline.objective.calibration import describe
 
 CONTROLS = ("unigram", "bigram")
@@ -95,7 +95,7 @@ def _acceptance(scores: DraftScores, temperature: float, scored: bool) -> dict[s
         "teacher_forced_survival": survival,
         "expected_tokens_per_forward": _expected_tokens(survival),
     }
-    for name in CONTROLS:
+    for name in (RECURRENT, *CONTROLS):
         rates[f"{name}_acceptance"] = shares(scores.accepted, name)
         rates[f"{name}_expected_tokens_per_forward"] = _expected_tokens(
             shares(scores.survived, name)

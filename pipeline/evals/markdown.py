@@ -7,6 +7,7 @@ NAMES = {
     "ar": "AR",
     "tidar": "TiDAR",
     "tidar_chosen": "TiDAR, chosen step",
+    "recurrent": "draft head alone",
     "block_diffusion": "block diffusion",
     "prompt_lookup": "prompt lookup",
     "speculative": "speculative",

@@ -9,7 +9,7 @@ from pipeline.evals.decoders import check_decoders
 
 BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
 EVAL_METHODS = (
-    "ar", "tidar", "tidar_chosen", "block_diffusion", "prompt_lookup", "speculative",
+    "ar", "tidar", "tidar_chosen", "recurrent", "block_diffusion", "prompt_lookup", "speculative",
 )  # fmt: skip
 
 
@@ -35,7 +35,8 @@ class DecodeSpeedConfig:
     """Times each prompt is decoded by each method; speeds are medians over them."""
     methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
     """What is compared: `ar` always, `tidar` (with `blocks`), `tidar_chosen` (block length and
-    blocks as the machine's latency curve and the acceptance make them pay), `block_diffusion`
+    blocks as the machine's latency curve and the acceptance make them pay), `recurrent` (the draft
+    head without mask blocks; left out for models that have none), `block_diffusion`
     (unmasking without verification), `prompt_lookup` (n-grams of the text so far) and
     `speculative` (drafts of `draft_checkpoint`)."""
     blocks: list[int] | None = None

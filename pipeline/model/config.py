@@ -177,6 +177,19 @@ class ModelConfig:
         }
         return cells[self.draft_cell] + rank * self.num_embeddings + size + size**2
 
+    @property
+    def num_cell_products(self) -> int:
+        """Multiply-adds of the draft head's cell for each place, forward."""
+        size, rank = self.hidden_size, self.draft_rank
+        width = self.draft_width or size
+        if not rank:
+            return 0
+        return {
+            "linear": 2 * size * rank,
+            "mlp": 2 * size * width + width * rank,
+            "gru": 3 * width * (2 * size + width) + width * rank,
+        }[self.draft_cell]
+
     def with_tokens(self, vocab_size: int, mask_token_id: int, block_size: int) -> "ModelConfig":
         """This shape for a given tokenizer and block size; an explicit `vocab_size` is kept.
 

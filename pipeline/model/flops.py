@@ -52,9 +52,10 @@ def step_flops(
     checkpointing: str = "none",
     teacher_rows: int = 0,
     slots: int = 0,
+    alone: int = 0,
     frozen: bool = False,
 ) -> StepFlops:
-    """FLOPs of a step; those of a draft head's cell are left out.
+    """FLOPs of a step.
 
     Args:
         config: the model's shape.
@@ -65,30 +66,43 @@ def step_flops(
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
         teacher_rows: rows of each that go through the head once more, forward only: the AR
             distributions that a loss compares slots with, and slots whose weight it looks for.
-        slots: rows of each that are mask slots, on which adapters act.
-        frozen: the base does not learn: clean rows go forward only, slots also back to
-            activations. Pairs are taken to divide over both sections as rows do.
+        slots: how many of the rows are mask slots: adapters and a draft head work on them.
+        alone: places of each that are drafted without slots as well; they are among `labelled`.
+        frozen: only what drafts learns: clean rows go forward only, and through no weight of the
+            base goes a gradient but that of activations. Attention's backward is taken by the share
+            of slots among the rows.
     """
-    head = config.num_embeddings * config.hidden_size
+    head = config.num_embeddings * (config.hidden_size + config.draft_rank)
     width = config.num_heads * config.head_dim
     projections = 2 * width + 2 * config.num_kv_heads * config.head_dim
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
-    total = sequences * rows
-    forward_layers = 2 * layers * total
-    forward_head = 2 * head * sequences * (rows if labelled is None else labelled)
+    total, heads = sequences * rows, sequences * (rows if labelled is None else labelled)
+    if labelled is None:
+        heads += sequences * alone
+    forward_layers, forward_head = 2 * layers * total, 2 * head * heads
     forward_attention = 4 * config.num_layers * width * sequences * pairs
+    drafting = (
+        2
+        * sequences
+        * (
+            config.num_layers * config.adapter_elements * slots
+            + config.num_cell_products * (slots + alone)
+        )
+    )
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
-    passes, attention = 3.0, 3.0
+    weights = 3 * (forward_layers + forward_head)
+    attention = 3 * forward_attention
     if frozen:
-        drafted = slots / rows
-        passes, attention = 1 + drafted, 1 + 2 * drafted
-        repeated = int(repeated * drafted)
-    adapters = 6 * config.num_layers * config.adapter_elements * sequences * slots
-    weights = int(passes * (forward_layers + forward_head)) + adapters
+        share, drafted = slots / max(rows, 1), sequences * (slots + alone)
+        learned = 2 * config.num_embeddings * config.draft_rank * drafted
+        weights = forward_layers + round(share * forward_layers)
+        weights += forward_head + 2 * head * drafted + learned
+        attention = forward_attention + round(2 * share * forward_attention)
+        repeated = round(share * repeated)
     return StepFlops(
-        weights=weights + 2 * head * sequences * teacher_rows,
-        attention=int(attention * forward_attention),
+        weights=weights + 3 * drafting + 2 * head * sequences * teacher_rows,
+        attention=attention,
         recomputed=repeated if checkpointing == "full" else 0,
     )

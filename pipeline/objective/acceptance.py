@@ -7,20 +7,22 @@ text the earlier drafts of the block are taken as right, hence "teacher-forced".
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.data.batch import Batch
 from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
 from pipeline.objective.calibration import binned, empty_bins
 from pipeline.objective.controls import Controls
-from pipeline.objective.scoring import Scored, pieces, score_sequence
+from pipeline.objective.scoring import Scored, pieces, row_logits, score_sequence
 
 MODEL = "model"
 """The name of the model's own draft among all that are scored."""
+RECURRENT = "recurrent"
+"""That of its draft head without any slot."""
 
 
 @dataclass(frozen=True)
@@ -109,39 +111,46 @@ def _acceptance(
     model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
     """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
-    names = (MODEL, *controls.names)
+    own = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)
+    names = (*own, *controls.names)
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
     if scored.batch.diffusion_labels == 0:
         nothing = dict.fromkeys(names, drafts.expand(2, -1))
         return drafts, nothing, nothing, empty_bins()
-    slot, offset, clean = _scored_slots(sequence)
-    drafts = drafts.index_add(0, offset - 1, torch.ones(len(offset), dtype=torch.float64))
-    clean_hidden = scored.hidden[: len(sequence.tokens)]
-    slot_hidden = scored.hidden[len(sequence.tokens) :]
-    # Greedy and sampled acceptance of each slot's place, by draft.
-    rates = {name: torch.zeros(2, len(slot), dtype=torch.float64) for name in names}
-    confidence, right = torch.zeros(2, len(slot), dtype=torch.float64)
-    labels = scored.batch.labels[scored.batch.ar_labels :].cpu()[slot]
-    # The row that verifies a place is that of the token before it.
-    before = scored.batch.input_ids[0, : len(sequence.tokens)]
-    for part in pieces(len(slot)):
-        verifier = clean[part].to(before.device)
-        p = torch.softmax(model.lm_head(clean_hidden[verifier]).float(), -1)
-        q = torch.softmax(model.lm_head(slot_hidden[slot[part].to(before.device)]).float(), -1)
-        for name, draft in chain([(MODEL, q)], controls.drafts(before[verifier])):
+    rows = ScoredRows.of(scored.batch)
+    place = rows.place.cpu()
+    drafts = drafts.index_add(0, place - 1, torch.ones(len(place), dtype=torch.float64))
+    # Greedy and sampled acceptance of each scored place, by draft.
+    rates = {name: torch.zeros(2, len(place), dtype=torch.float64) for name in names}
+    confidence, right = torch.zeros(2, len(place), dtype=torch.float64)
+    text = scored.batch.input_ids[0]
+    for part in pieces(len(place)):
+        verifier = rows.verifier[part]
+        p = torch.softmax(model.lm_head(scored.hidden[verifier]).float(), -1)
+        own_draft = torch.softmax(_logits(model, scored, rows.slot[part]).float(), -1)
+        # The row that verifies a place is that of the token before it.
+        found = [(MODEL, own_draft), *controls.drafts(text[verifier])]
+        if scored.drafts is not None:
+            logits = model.draft_logits(scored.drafts, rows.alone[part])
+            found.append((RECURRENT, torch.softmax(logits.float(), -1)))
+        for name, draft in found:
             rates[name][:, part] = _agreement(p, draft)
-        likeliest = q.max(-1)
+        likeliest = own_draft.max(-1)
         confidence[part] = likeliest.values.double().cpu()
-        right[part] = (likeliest.indices.cpu() == labels[part]).double()
+        right[part] = (likeliest.indices == text[verifier + 1]).double().cpu()
     # One row a block; a place that a short block lacks stays 0 and so counts nothing.
-    block = torch.from_numpy(sequence.layout.slot_block.astype("int64"))[slot]
+    block, count = rows.block.cpu(), len(scored.batch.blocks.slots)
     accepted, survived = {}, {}
-    for name, own in rates.items():
-        by_block = torch.zeros(2, sequence.layout.num_blocks, block_size - 1, dtype=torch.float64)
-        by_block[:, block, offset - 1] = own
+    for name, values in rates.items():
+        by_block = torch.zeros(2, count, block_size - 1, dtype=torch.float64)
+        by_block[:, block, place - 1] = values
         accepted[name], survived[name] = by_block.sum(1), by_block.cumprod(2).sum(1)
     calibration = binned(confidence, right, verified=rates[MODEL][0])
     return drafts, accepted, survived, calibration
+
+
+def _logits(model: Transformer, scored: Scored, rows: Tensor) -> Tensor:
+    return row_logits(model, scored.hidden, scored.drafts, rows)
 
 
 def _agreement(p: Tensor, q: Tensor) -> Tensor:
@@ -150,18 +159,32 @@ def _agreement(p: Tensor, q: Tensor) -> Tensor:
     return torch.stack([greedy, torch.minimum(p, q).sum(-1).double()]).cpu()
 
 
-def _scored_slots(sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots that decoding would use as drafts: slot index, place 1 … K - 1 in its block, and the
-    clean row whose logits verify it; int64 [N] each.
+@dataclass(frozen=True)
+class ScoredRows:
+    """Places that decoding would draft: those from 1 on of blocks with text before them. (Decoding
+    always has a token before a block, and the verifier fills place 0.) int64 [N] each."""
 
-    Blocks at a document's start are left out: decoding always has a token before a block. So are
-    first places: the verifier fills them.
-    """
-    layout = sequence.layout
-    block = layout.slot_block
-    slots = torch.arange(layout.num_slots)
-    offset = torch.from_numpy((layout.slot_position - layout.prefix_end[block]).astype("int64"))
-    has_prefix = torch.from_numpy((layout.prefix_end > layout.prefix_start)[block])
-    used = has_prefix & (offset >= 1)
-    position = torch.from_numpy(layout.slot_position.astype("int64"))
-    return slots[used], offset[used], position[used] - 1
+    block: Tensor
+    place: Tensor
+    slot: Tensor
+    """Row of the slot."""
+    alone: Tensor
+    """Row of the draft without slots, where every block is drafted so, too."""
+    verifier: Tensor
+    """The clean row whose logits verify the place."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "ScoredRows":
+        """Of a batch of one sequence."""
+        blocks = batch.blocks
+        used = blocks.there & (blocks.starts >= 0)[:, None]
+        used[:, 0] = False
+        block, place = used.nonzero(as_tuple=True)
+        order = torch.searchsorted(blocks.alone, block)
+        return cls(
+            block=block,
+            place=place,
+            slot=blocks.slots[block, place],
+            alone=batch.input_ids.numel() + order * blocks.slots.shape[1] + place,
+            verifier=blocks.starts[block] + place,
+        )

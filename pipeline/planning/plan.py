@@ -157,6 +157,9 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
     """FLOPs of an optimizer step at another coverage; None is the AR twin's."""
     length, block_size = planned.sequence_length, planned.block_size
     slots = 0 if coverage is None else section_length(length, coverage, block_size)
+    alone = 0
+    if planned.model.draft_rank:
+        alone = round(planned.train.objective.alone_share * slots * (1 - 1 / block_size))
     return step_flops(
         planned.model,
         sequences=planned.train.global_batch_size,
@@ -165,6 +168,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         checkpointing=planned.train.activation_checkpointing,
         teacher_rows=slots * planned.train.objective.extra_heads,
         slots=slots,
+        alone=alone,
         frozen=planned.train.freeze_base and slots > 0,
     )
 

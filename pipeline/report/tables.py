@@ -10,6 +10,7 @@ _METHODS = {
     "ar": "AR",
     "tidar": "TiDAR",
     "tidar_chosen": "TiDAR, chosen step",
+    "recurrent": "draft head alone",
     "block_diffusion": "block diffusion (not lossless)",
     "prompt_lookup": "prompt lookup",
     "speculative": "speculative",
@@ -67,6 +68,7 @@ def acceptance_table(run: Run) -> str:
         ("teacher_forced_acceptance", "teacher-forced"),
         ("unigram_acceptance", "unigram draft"),
         ("bigram_acceptance", "bigram draft"),
+        ("recurrent_acceptance", "draft head without slots"),
     )
     body, positions = [], 0
     for temperature in (0.0, 1.0):
@@ -91,6 +93,7 @@ def sources_table(run: Run) -> str:
         ("expected_tokens_per_forward", 2),
         ("unigram_expected_tokens_per_forward", 2),
         ("bigram_expected_tokens_per_forward", 2),
+        ("recurrent_expected_tokens_per_forward", 2),
         ("draft_calibration_error", 3),
     )
     body, positions = [], 0

@@ -45,9 +45,9 @@ class SpeedMeter:
         peak_tflops: float | None,
         frozen: bool = False,
     ) -> None:
-        """`peak_tflops` None looks the device up by its name."""
-        self.config = config
+        """`peak_tflops` None looks the device up by its name; `frozen` is whether the base is."""
         self.frozen = frozen
+        self.config = config
         self.device = device
         self.processes = processes
         self.peak_tflops = peak_tflops
@@ -72,6 +72,7 @@ class SpeedMeter:
             labelled=labelled,
             teacher_rows=counts.teacher_rows,
             slots=counts.diffusion_labels,
+            alone=counts.alone_labels,
             frozen=self.frozen,
         )
         tflops = flops.model / seconds / self.processes / 1e12

@@ -160,6 +160,32 @@ def test_a_prompt_is_encoded_apart(tokenizer):
     assert (alone.prompt_tokens, together.prompt_tokens) == (0, 0)
 
 
+def test_a_text_that_is_cut_gets_no_end_token(command, overrides, tmp_path, tokenizer):
+    path = tmp_path / "cut.jsonl"
+    rows = [{"id": str(n), "text": f"text {n}", "cut": n % 3 == 0} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "data"
+    own = [f"corpus.path={path}", "corpus.cut_field=cut", f"output_dir={folder}"]
+    assert command(*overrides, *own).code == 0
+    found = Counter()
+    for shard in folder.glob("*/*.tar"):
+        for sequence in read_shard(shard):
+            ends = np.cumsum(sequence.document_lengths)
+            real = sequence.real_tokens(tokenizer.pad_id)
+            for length, end in zip(sequence.document_lengths, ends, strict=True):
+                found[tuple(sequence.tokens[end - length : end].tolist())] += bool(end <= real)
+    expected = Counter()
+    for row in rows:
+        end = [] if row["cut"] else [tokenizer.eos_id]
+        expected[(*tokenizer.encode(row["text"]), *end)] += 1
+    assert +found == expected
+    assert command("verify=true", f"output_dir={folder}").code == 0
+    path.write_text('{"id": 1, "text": "a", "cut": true}\n{"id": 2, "text": "b", "cut": 1}\n')
+    result = command(*overrides, *own, "overwrite=true")
+    assert result.code == 2
+    assert "cut.jsonl:2: field 'cut' is neither true nor false" in result.err
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_cuts_divide_a_prompt(packing):
     """Token t of document d is 100 d + t, so that a piece says itself where it comes from."""

@@ -13,6 +13,9 @@ from small_models import (
 )
 from test_generate import call, expected_text
 
+from pipeline import terminal
+from pipeline.terminal import ProgressLines
+
 PROMPTS = ["def add(", "The rain", "x = [1,", "for number", ""]
 
 
@@ -53,7 +56,9 @@ def test_every_prompt_gets_the_text_it_gets_alone(
             checkpoint, prompt, max_new_tokens=12, temperature=temperature, seed=3 + number
         )
         line = found[str(number)]
-        assert (line["prompt"], line["text"]) == (prompt, text)
+        # A character that the limit cuts is no text.
+        shown = text if line["stopped_by"] == "eos" else text.rstrip("\ufffd")
+        assert (line["prompt"], line["text"]) == (prompt, shown)
         assert (line["tokens"], line["forwards"]) == (tokens, forwards)
         assert line["category"] == f"c{number}"
     # Interrupted after two lines and a half: the rest is made, as it would have been.
@@ -70,6 +75,18 @@ def test_every_prompt_gets_the_text_it_gets_alone(
     assert output.read_text() == before
     assert call(monkeypatch, *command[:-1], "seed=4") == 2
     assert "output: " in capsys.readouterr().err
+
+
+def test_progress_is_told_in_lines_where_no_terminal_is(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    lines = ProgressLines("share 1 of 2: ")
+    # 40 of 100 were there; 10 more take 12 s, so the other 50 take a minute.
+    for seconds, done, tokens in ((6.0, 40, 0), (9.0, 41, 50), (18.0, 50, 600), (20.0, 60, 700)):
+        clock[0] = seconds
+        lines.advance(done, 100, tokens)
+    said = capsys.readouterr().err
+    assert said == "share 1 of 2: prompts 50/100, 50 tokens/s, 0:01:00 left\n"
 
 
 def test_stop_strings_and_statistics(monkeypatch, capsys, checkpoint):
@@ -100,7 +117,7 @@ def test_blocks_and_a_draft_model_leave_greedy_text_alone(
         assert capsys.readouterr().out == text + "\n"
         output = tmp_path / f"{number}.jsonl"
         assert call(monkeypatch, *common, f"prompts_file={prompts}", f"output={output}", *way) == 0
-        assert lines(output)[0]["text"] == text
+        assert lines(output)[0]["text"] == text.rstrip("\ufffd")
     assert call(monkeypatch, *common, "prompt=x", "method=speculative") == 2
     assert "draft_model: method=speculative needs a smaller model" in capsys.readouterr().err
     other = write_checkpoint(
@@ -141,7 +158,7 @@ def test_block_diffusion_is_a_method(monkeypatch, capsys, checkpoint):
     ("overrides", "message"),
     [
         (["prompts_file=/nowhere", "output=o.jsonl"], "prompts_file: /nowhere is not a file"),
-        (["prompts_file={prompts}"], "output: prompts_file needs one"),
+        (["prompts_file={prompts}"], "output: many prompts need one"),
         (["prompts_file={prompts}", "output=/no/where.jsonl"], "output: /no is not a folder"),
         (["prompts_file={prompts}", "output=o.jsonl", "prompt=x"], "given together with another"),
         (["prompts_file={prompts}", "output={prompts}"], "is not a line of tidar-generate"),

@@ -28,6 +28,7 @@ TABLE = (
 SOURCES_TABLE = (
     "ar_loss", "diffusion_loss", "expected_tokens_per_forward",
     "unigram_expected_tokens_per_forward", "bigram_expected_tokens_per_forward",
+    "recurrent_expected_tokens_per_forward",
     "draft_calibration_error", "teacher_forced_acceptance", "teacher_forced_survival",
 )  # fmt: skip
 """Columns of the table by source of the text, behind step, temperature and source."""

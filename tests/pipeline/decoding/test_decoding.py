@@ -9,6 +9,7 @@ from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch, stream
 from pipeline.decoding.cache import KVCache, RaggedCache
 from pipeline.decoding.engine import StepEngine
+from pipeline.decoding.generate import finish_each, open_engine
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.stops import StopStrings
 from pipeline.model.transformer import Transformer
@@ -17,6 +18,23 @@ from pipeline.model.transformer import Transformer
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     return make_model()
+
+
+def test_a_prompt_is_taken_when_a_row_is_free_for_it(model):
+    prompts, taken = random_prompts(3, (3, 7, 5) * 6, VOCABULARY), []
+
+    def one_by_one():
+        for prompt in prompts:
+            taken.append(len(taken))
+            yield prompt
+
+    engine, _ = open_engine(model, [prompts[1]] * 3, batch_size=3, max_new_tokens=9)
+    found = {}
+    for number, run in finish_each(engine, one_by_one(), max_new_tokens=9, eos_id=2):
+        found[number] = run.tokens
+        assert len(taken) < len(found) + 3
+    alone = generate_batch(model, prompts, max_new_tokens=9, eos_id=2)
+    assert [found[number] for number in range(len(prompts))] == [run.tokens for run in alone]
 
 
 @pytest.mark.parametrize("block_size", range(1, 17))

@@ -194,8 +194,8 @@ class DraftHead(nn.Module):
             embed: the model's embedding, [...] to [..., E].
 
         Returns:
-            The fields of `DraftRows`, to be multiplied with `[W | B]`; as plain tensors, since ZeRO
-            3 makes a module's own parameters whole for the backward pass at the tensors it returned.
+            The fields of `DraftRows`, to be multiplied with `[W | B]`; as plain tensors, at which
+            ZeRO 3 makes the module's own parameters whole again for the backward pass.
         """
         size = blocks.slots.shape[1]
         alone = len(blocks.alone)

@@ -15,6 +15,7 @@ from pipeline.planning.memory import (
     checkpoint_bytes,
     element_bytes,
     largest_tensor,
+    learning,
     static_memory,
 )
 from pipeline.planning.settings import Planned
@@ -97,6 +98,7 @@ class Plan:
         planned, train = self.planned, self.planned.train
         return {
             "parameters": planned.model.num_parameters,
+            "parameters_that_learn": learning(planned.model, train.freeze_base),
             "sequence_length": planned.sequence_length,
             "mask_slots": planned.num_slots,
             "coverage": planned.coverage,
@@ -143,7 +145,9 @@ def make_plan(planned: Planned) -> Plan:
         memory=process_memory(planned),
         flops=flops,
         duration=duration(planned, gpu, flops),
-        checkpoint=checkpoint_bytes(planned.model, train.deepspeed.stage, train.precision),
+        checkpoint=checkpoint_bytes(
+            planned.model, train.deepspeed.stage, train.precision, train.freeze_base
+        ),
     )
     judge(plan)
     return plan
@@ -165,7 +169,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         teacher_rows=slots * planned.train.objective.extra_heads,
         slots=slots,
         alone=alone,
-        frozen=planned.train.freeze_base,
+        frozen=planned.train.freeze_base and slots > 0,
     )
 
 
@@ -181,6 +185,7 @@ def process_memory(planned: Planned) -> Memory:
         offload=train.deepspeed.offload_optimizer,
         offload_weights=train.deepspeed.offload_parameters,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        frozen=train.freeze_base,
     )
     batch = batch_memory(
         model,
@@ -189,6 +194,7 @@ def process_memory(planned: Planned) -> Memory:
         rows=planned.rows,
         checkpointing=train.activation_checkpointing,
         attention=planned.plan.attention,
+        frozen_rows=planned.sequence_length if train.freeze_base else 0,
     )
     return Memory(
         static=static,

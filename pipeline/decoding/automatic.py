@@ -49,10 +49,12 @@ class AutomaticEngine(StepEngine):
         **options: Any,
     ) -> None:
         """`chosen` is told the choice when it is made; the rest as for `StepEngine`."""
-        self._linear = model.config.linear_drafts
-        largest = StepShape.one_block if self._linear else StepShape.full
+        linear = model.config.linear_drafts
+        largest = StepShape.one_block if linear else StepShape.full
         super().__init__(model, sampling, largest(block_size), capacity=capacity, **options)
-        self._conditions = Conditions(curve, capacity // 2, self.batch_size, sampling.greedy)
+        self._conditions = Conditions(
+            curve, capacity // 2, self.batch_size, sampling.greedy, linear
+        )
         self._chosen = chosen
         self._size, self._headed = block_size, model.draft_head is not None
         # Of drafts made with their block, and without: how many came to be verified by position,
@@ -66,7 +68,7 @@ class AutomaticEngine(StepEngine):
     def acceptance(self) -> Acceptance:
         """For positions 1 … K - 1: accepted of those reached, drawn towards the prior."""
         alone = self._counts[False].rates() if self._headed else None
-        return Acceptance(self._counts[True].rates(), alone, self._linear)
+        return Acceptance(self._counts[True].rates(), alone)
 
     @torch.inference_mode()
     def step(self) -> list[list[int]]:

@@ -166,7 +166,9 @@ def choose_shapes(
             curve = latency_curve(model)
             cached = len(prompts[0]) + config.max_new_tokens // 2
             for temperature in config.temperatures:
-                conditions = Conditions(curve, cached, greedy=temperature == 0)
+                conditions = Conditions(
+                    curve, cached, greedy=temperature == 0, linear=model.config.linear_drafts
+                )
                 sample = prompts[:CHOICE_PROMPTS]
                 acceptance = _acceptance(model, sample, temperature, config, block_size)
                 chosen[temperature] = choose(acceptance, conditions).shape
@@ -196,8 +198,9 @@ def _acceptance(
     block = rates("tidar", step_shape(model, "tidar", Sampling(), block_size))
     if model.draft_head is None:
         return Acceptance(block)
-    alone = rates("recurrent", step_shape(model, "recurrent", Sampling(), block_size))
-    return Acceptance(block, alone, model.config.linear_drafts)
+    return Acceptance(
+        block, rates("recurrent", step_shape(model, "recurrent", Sampling(), block_size))
+    )
 
 
 def _add(

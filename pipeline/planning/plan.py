@@ -15,6 +15,7 @@ from pipeline.planning.memory import (
     checkpoint_bytes,
     element_bytes,
     largest_tensor,
+    learning,
     static_memory,
 )
 from pipeline.planning.settings import Planned
@@ -97,6 +98,7 @@ class Plan:
         planned, train = self.planned, self.planned.train
         return {
             "parameters": planned.model.num_parameters,
+            "parameters_that_learn": learning(planned.model, train.freeze_base),
             "sequence_length": planned.sequence_length,
             "mask_slots": planned.num_slots,
             "coverage": planned.coverage,
@@ -143,7 +145,9 @@ def make_plan(planned: Planned) -> Plan:
         memory=process_memory(planned),
         flops=flops,
         duration=duration(planned, gpu, flops),
-        checkpoint=checkpoint_bytes(planned.model, train.deepspeed.stage, train.precision),
+        checkpoint=checkpoint_bytes(
+            planned.model, train.deepspeed.stage, train.precision, train.freeze_base
+        ),
     )
     judge(plan)
     return plan
@@ -168,7 +172,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         slots=slots,
         drafted=drafted,
         alone=alone,
-        frozen=planned.train.freeze_base,
+        frozen=planned.train.freeze_base and slots > 0,
     )
 
 
@@ -184,6 +188,7 @@ def process_memory(planned: Planned) -> Memory:
         offload=train.deepspeed.offload_optimizer,
         offload_weights=train.deepspeed.offload_parameters,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        frozen=train.freeze_base,
     )
     batch = batch_memory(
         model,
@@ -192,6 +197,7 @@ def process_memory(planned: Planned) -> Memory:
         rows=planned.rows,
         checkpointing=train.activation_checkpointing,
         attention=planned.plan.attention,
+        frozen_rows=planned.sequence_length if train.freeze_base else 0,
     )
     return Memory(
         static=static,

@@ -66,25 +66,20 @@ def test_the_expectation_is_what_a_simulation_finds(blocks, alone, greedy):
     assert found.tokens_per_forward == pytest.approx(per_forward, rel=0.02)
 
 
-def test_linear_steps_always_have_slots_for_the_draft():
-    """K + 2K - 1 queries and E tokens a step; without the block as any head without one."""
-    acceptance = Acceptance([0.8, 0.6, 0.7], [0.5, 0.5, 0.5], linear=True)
-    found = expected(StepShape.one_block(4), acceptance, at(curve(0.05)))
+def test_linear_steps_always_have_a_draft():
+    """K + 2K - 1 queries and E tokens a step; the K that pays most, where none is short."""
+    acceptance, weak = known([0.8, 0.6, 0.7], [0.1] * 3), [0.3] * 7
+    found = expected(StepShape.one_block(4), acceptance, at(bare(0.05), linear=True))
     tokens = 1 + 0.8 + 0.8 * 0.6 + 0.8 * 0.6 * 0.7
     assert found.tokens_per_forward == pytest.approx(tokens)
-    seconds = curve(0.05).step_seconds(4 + 7, 4, 100, True)
-    assert found.tokens_per_second == pytest.approx(tokens / seconds)
-    assert {(s.block_size, s.blocks) for s in shapes(acceptance, 3)} == {
-        (size, blocks) for size in (2, 3, 4) for blocks in ((), (1,))
-    }
-    chosen = [
-        choose(Acceptance([0.9] * 7, [rate] * 7, linear=True), at(curve(0.01))).shape
-        for rate in (0.1, 0.88)
-    ]
-    assert chosen == [StepShape.one_block(8), StepShape(8, 8, (), True)]
-    assert "one block for all counts, " in str(
-        choose(Acceptance([0.9] * 7, [0.1] * 7, linear=True), at(curve(0.01)))
-    )
+    assert found.tokens_per_second == pytest.approx(tokens / (1 + 0.05 * (4 + 7 - 1)))
+    best = choose(known([0.9] * 7, weak), at(bare(0.02), linear=True))
+    assert best.shape.linear
+    assert "one block for all counts, " in str(best)
+    # The head alone where it drafts as well, and plain steps where queries are dear.
+    alone = choose(known([0.9] * 7, [0.9] * 7), at(bare(0.02), linear=True))
+    assert alone.shape == StepShape(8, 8, (), sequential=True)
+    assert choose(known([0.9] * 7, weak), at(bare(1.0), linear=True)).method == "ar"
 
 
 def test_accepted_probabilities():

@@ -9,7 +9,7 @@ back accordingly. The host's part of a step is its time with a model that costs 
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from bench.decode_models import FreeModel
 from bench.inputs import model_config, new_model
 from bench.measure import Work, interleaved, ratio
 from bench.results import Outcome
-from pipeline.decoding.choice import accepted_probabilities, choose
+from pipeline.decoding.choice import Acceptance, Conditions, accepted_probabilities, choose
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.latency import measure_curve
 from pipeline.decoding.sampling import Sampling
@@ -48,11 +48,16 @@ class Options:
     """steps of each simulated generation"""
     precision: str = "fp32"
     """fp32 or bf16"""
+    draft_rank: int = 0
+    """of a sequential draft head (GRU), whose part of a step is then measured; 0 is none"""
+    parts: tuple[str, ...] = ("cached", "batch", "host", "simulated")
+    """what is measured: `cached` and `batch` against AR, the `host` part, and `simulated` drafts"""
 
 
 @torch.inference_mode()
 def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
     config = model_config(options.model, options.vocab_size, max(options.block_sizes))
+    config = replace(config, draft_rank=options.draft_rank)
     model = new_model(config, options.precision, device).eval()
     outcome = Outcome()
     outcome.figures["steps a round"] = STEPS_A_ROUND
@@ -72,13 +77,18 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
                     even = found["wall"]["of_medians"]
                     outcome.figures[f"{prefix}{name}: tokens a forward to break even"] = even
 
-    for cached in options.cached:
-        _compare(model, options, cached, 1, options.block_sizes, measure)
-    for batch in options.batch_sizes:
+    if "cached" in options.parts:
+        for cached in options.cached:
+            _compare(model, options, cached, 1, options.block_sizes, measure)
+    for batch in options.batch_sizes if "batch" in options.parts else ():
         if batch > 1:
             _compare(model, options, options.cached[0], batch, options.block_sizes[:1], measure)
-    _host_part(model, options, measure)
-    _simulate(model, options, device, (rounds, warmup), outcome)
+    if "host" in options.parts:
+        _host_part(model, options, measure)
+        if options.draft_rank:
+            _head_part(model, options, measure, outcome)
+    if "simulated" in options.parts:
+        _simulate(model, options, device, (rounds, warmup), outcome)
     return outcome
 
 
@@ -115,6 +125,28 @@ def _host_part(model: Transformer, options: Options, measure: Measure) -> None:
     measure("", steps, {"ar": 1, **{name: shape.num_queries for name, shape in shapes.items()}})
 
 
+def _head_part(model: Transformer, options: Options, measure: Measure, outcome: Outcome) -> None:
+    """What the draft head takes of a step: steps of a model that costs nothing but its head, less
+    the same without the head, over real steps."""
+    cached, size = options.cached[0], options.block_sizes[0]
+    shape, prefix = StepShape.full(size), "draft head: "
+    models = {
+        f"K={size}": model,
+        "nothing but the head": FreeModel(model, size, with_head=True),
+        "nothing": FreeModel(model, size),
+    }
+    steps = {
+        name: decoding_steps(one, cached, shape, options.temperature)
+        for name, one in models.items()
+    }
+    steps["ar"] = decoding_steps(model, cached, StepShape(1), options.temperature)
+    measure(prefix, steps, {**dict.fromkeys(models, shape.num_queries), "ar": 1})
+    whole, own, rest = (
+        outcome.variants[prefix + name]["milliseconds_per_forward"] for name in models
+    )
+    outcome.figures["draft head: share of a step"] = (own - rest) / whole
+
+
 def _simulate(
     model: Transformer,
     options: Options,
@@ -131,7 +163,9 @@ def _simulate(
             outcome.figures[name] = 1e3 * seconds
     for name, rate in PUBLISHED.items():
         acceptance = [_constant_acceptance(min(rate, 0.9 * size), size)] * (size - 1)
-        choice = choose(acceptance, curve, cached)
+        known = Acceptance(acceptance, acceptance if model.draft_head is not None else None)
+        greedy = options.temperature == 0
+        choice = choose(known, Conditions(curve, cached, greedy=greedy))
         shapes = {"every block": StepShape.full(size), "chosen": choice.shape}
         work = {"ar": Simulation(model, StepShape(1), [], options)}
         for kind, shape in shapes.items():
@@ -201,7 +235,7 @@ class Simulation:
             limit = shape.drafts if drafted else 1
             while accepted < limit and rng.random() < acceptance[accepted - 1]:
                 accepted += 1
-            drafted = accepted in (shape if drafted else shape.short).blocks
+            drafted = (shape if drafted else shape.short).drafted_after(accepted)
             self._plan.append((accepted, drafted))
         self.tokens = sum(accepted for accepted, _ in self._plan)
         self.forwards = count

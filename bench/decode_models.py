@@ -12,9 +12,10 @@ MOST_TOKENS = 512
 
 
 class FreeModel(Transformer):
-    """Gives back tensors that were made beforehand, of the shapes that `like` gives."""
+    """Gives back tensors that were made beforehand, of the shapes that `like` gives; `with_head`
+    keeps its draft head, which then is all that costs anything."""
 
-    def __init__(self, like: Transformer, block_size: int) -> None:
+    def __init__(self, like: Transformer, block_size: int, with_head: bool = False) -> None:
         nn.Module.__init__(self)
         config = like.config
         first = next(like.parameters())
@@ -24,6 +25,8 @@ class FreeModel(Transformer):
         self._hidden = torch.zeros(1, tokens, config.hidden_size).to(first)
         self._logits = torch.zeros(1, 2 * block_size, config.num_embeddings).to(first)
         self.lm_head = self._head  # type: ignore[assignment]
+        self.draft_head = like.draft_head if with_head else None
+        self.model = like.model
 
     def hidden(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return self._hidden[:, : input_ids.shape[1]]

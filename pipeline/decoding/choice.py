@@ -7,8 +7,14 @@ step of one token follows with probability 1 - P(J). So
 
     tokens per second = (E + 1 - P(J)) / (T_full(J) + (1 - P(J)) · T_short)
 
-to be compared with 1 / T of a single token. The output is the same whatever is chosen. A batch of B
-rows is taken for one row with B times the queries.
+to be compared with 1 / T of a single token. With a draft head no short step follows: what has no
+block is drafted without, and accepted with other chances b_i, of which E' and P' are made. A share
+pi = P'(J) / (1 - P(J) + P'(J)) of the drafts then comes from blocks, and
+
+    tokens per second = (pi · E + (1 - pi) · E') / T_full(J)
+
+The output is the same whatever is chosen. A batch of B rows is taken for one row with B times the
+queries and drafts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +24,7 @@ from pipeline.decoding.latency import LatencyCurve
 from pipeline.decoding.step import StepShape
 
 MARGIN = 1.05
-"""By how much drafting must win: the curve knows forwards, and drafting has a host's part too."""
+"""By how much drafting must win: acceptance is known from a few steps only."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Choice:
         rate = f"{self.tokens_per_second:.1f} tokens/s expected"
         if not self.shape.drafting:
             return f"plain steps ({rate}): drafting does not pay here"
-        blocks = ", ".join(map(str, self.shape.blocks)) or "in every second step only"
+        none = "none" if self.shape.sequential else "in every second step only"
+        blocks = ", ".join(map(str, self.shape.blocks)) or none
         return (
             f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
             f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
@@ -54,66 +61,100 @@ def accepted_probabilities(acceptance: Sequence[float]) -> list[float]:
     return [*probabilities, reached]
 
 
-def expected(
-    shape: StepShape,
-    acceptance: Sequence[float],
-    curve: LatencyCurve,
-    cached: int,
-    batch_size: int = 1,
-) -> Choice:
-    """The `Choice` of a drafting step; `acceptance` has one entry for each draft at least."""
-    size = shape.block_size
-    probabilities = accepted_probabilities(acceptance[: size - 1])
-    tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
-    missing = max(0.0, 1.0 - sum(probabilities[block - 1] for block in shape.blocks))
-    rows = 2 * size - 1 if shape.blocks else size
-    full = curve.step_seconds(batch_size * shape.num_queries, batch_size * rows, cached)
-    short = curve.step_seconds(batch_size * shape.short.num_queries, batch_size * size, cached)
+@dataclass(frozen=True)
+class Acceptance:
+    """Chances that a draft is accepted where it is reached, for positions 1 … K - 1 of the largest
+    K to consider, each in [0, 1]."""
+
+    block: Sequence[float]
+    """Of drafts made with their block."""
+    alone: Sequence[float] | None = None
+    """Of drafts of a draft head without one; None where the model has no head."""
+
+    @property
+    def largest(self) -> int:
+        """K"""
+        return len(self.block) + 1
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which a step is chosen."""
+
+    curve: LatencyCurve
+    """Of the model and device."""
+    cached: int
+    """Tokens in the cache, for instance half of what a generation ends with."""
+    batch_size: int = 1
+    """Rows side by side."""
+    greedy: bool = True
+
+    def seconds(self, shape: StepShape) -> float:
+        """Of a step of all rows."""
+        rows = self.batch_size
+        return self.curve.step_seconds(
+            rows * shape.num_queries, rows * shape.drafts, self.cached, self.greedy
+        )
+
+
+def expected(shape: StepShape, acceptance: Acceptance, conditions: Conditions) -> Choice:
+    """The `Choice` of a drafting step."""
+    size, rows = shape.block_size, conditions.batch_size
+    tokens, present = _outcome(shape, acceptance.block[: size - 1])
+    seconds = conditions.seconds(shape)
+    if shape.sequential:
+        assert acceptance.alone is not None, "a model with a head has both"
+        without, appears = _outcome(shape, acceptance.alone[: size - 1])
+        share = appears / (1 - present + appears) if appears else 0.0
+        made = share * tokens + (1 - share) * without
+        return Choice(shape, rows * made / seconds, made)
+    missing = 1.0 - present
     made, forwards = tokens + missing, 1.0 + missing
-    return Choice(shape, batch_size * made / (full + missing * short), made / forwards)
+    seconds += missing * conditions.seconds(shape.short)
+    return Choice(shape, rows * made / seconds, made / forwards)
 
 
-def choose(
-    acceptance: Sequence[float],
-    curve: LatencyCurve,
-    cached: int,
-    *,
-    batch_size: int = 1,
-    drafting: bool = False,
-) -> Choice:
-    """The fastest step at about `cached` tokens, by expectation.
+def _outcome(shape: StepShape, acceptance: Sequence[float]) -> tuple[float, float]:
+    """Expected tokens of a step whose drafts are accepted so, and the chance that the block it then
+    needs is there."""
+    probabilities = accepted_probabilities(acceptance)
+    tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
+    return tokens, min(1.0, sum(probabilities[block - 1] for block in shape.blocks))
 
-    Args:
-        acceptance: a_1 … a_{K-1} of the largest K to consider, each in [0, 1].
-        curve: of the model and device.
-        cached: tokens in the cache, for instance half of what a generation ends with.
-        batch_size: rows side by side.
-        drafting: leave out plain steps and any K but the largest, so that the acceptance of every
-            position can be seen.
+
+def choose(acceptance: Acceptance, conditions: Conditions, *, drafting: bool = False) -> Choice:
+    """The fastest step, by expectation.
+
+    `drafting` leaves out plain steps, any K but the largest, and a draft head without any block:
+    so the acceptance of every position with its block can be seen.
     """
     best = max(
         (
-            expected(shape, acceptance, curve, cached, batch_size)
-            for shape in shapes(acceptance, batch_size)
-            if not drafting or shape.block_size == len(acceptance) + 1
+            expected(shape, acceptance, conditions)
+            for shape in shapes(acceptance, conditions.batch_size)
+            if not drafting
+            or (shape.block_size == acceptance.largest and (shape.blocks or not shape.sequential))
         ),
         key=lambda option: option.tokens_per_second,
         default=None,
     )
-    plain = batch_size / curve.step_seconds(batch_size, batch_size, cached)
+    plain = conditions.batch_size / conditions.seconds(StepShape(1))
     if best is not None and (drafting or best.tokens_per_second > MARGIN * plain):
         return best
     return Choice(StepShape(1), plain, 1.0)
 
 
-def shapes(acceptance: Sequence[float], batch_size: int = 1) -> Iterator[StepShape]:
+def shapes(acceptance: Acceptance, batch_size: int = 1) -> Iterator[StepShape]:
     """For each K from 2: no block, then more blocks, the likeliest first, up to all.
 
-    In a batch block 1 is always there: a row without a draft waits for it while others have one.
+    Without a head block 1 is always there in a batch: a row without a draft waits for it while
+    others have one.
     """
-    least = 0 if batch_size == 1 else 1
-    for size in range(2, len(acceptance) + 2):
-        probabilities = accepted_probabilities(acceptance[: size - 1])
+    sequential = acceptance.alone is not None
+    least = 0 if batch_size == 1 or sequential else 1
+    for size in range(2, acceptance.largest + 1):
+        probabilities = accepted_probabilities(acceptance.block[: size - 1])
         order = sorted(range(1 + least, size + 1), key=lambda block: -probabilities[block - 1])
         for count in range(size + 1 - least):
-            yield StepShape(size, size, tuple(sorted([*range(1, 1 + least), *order[:count]])))
+            blocks = sorted([*range(1, 1 + least), *order[:count]])
+            yield StepShape(size, size, tuple(blocks), sequential)

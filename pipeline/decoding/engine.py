@@ -79,6 +79,8 @@ class StepEngine:
         """Drafts that each row's last step had to verify."""
         self.queries = 0
         """Query tokens of a row in the last step."""
+        self.with_block = [False] * batch_size
+        """Whether each row's draft in hand was made with its mask block."""
         self._drafted = [False] * batch_size
         self._active: list[bool] = [False] * batch_size
         self._tables: dict[StepShape, _Tables] = {}
@@ -172,6 +174,7 @@ class StepEngine:
         self._active[row] = True
         self.state.active[row] = 1
         self._drafted[row] = self._drafts_itself
+        self.with_block[row] = self.shape.prefill_slots > 0
         self.state.limit[row] = self.shape.drafts - 1 if self._drafts_itself else 0
         self.rewind(row, length)
 
@@ -244,6 +247,7 @@ class StepEngine:
             self.cache.keep(accepted + 1)
         self.lengths[row] += accepted + 1
         self._drafted[row] = shape.drafted_after(accepted + 1)
+        self.with_block[row] = accepted + 1 in shape.blocks
         return [*values[1 : 1 + accepted], values[-1]]
 
     def _advance(self, shape: StepShape, table: "_Tables") -> Tensor:

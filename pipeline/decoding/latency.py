@@ -1,6 +1,9 @@
-"""The latency curve: what a forward takes by its query tokens and by the tokens in the cache.
+"""The latency curve: what a step takes by its query tokens, its drafts and the cached tokens.
 
-Measured once for each model shape, type, device and number of threads, then read from a file in
+A step is a forward up to the last hidden states, and what comes after: logits, verification, and
+drawing the next draft, in order of places where the model has a draft head. The second part is the
+difference between real steps and such a forward, so that nothing a step does is left out. Measured
+once for each model shape, type, device and number of threads, then read from a file in
 the user's cache folder (`$XDG_CACHE_HOME/tidar-pretrain`, `~/.cache/tidar-pretrain`).
 """
 
@@ -10,25 +13,32 @@ import logging
 import os
 import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_prep.files import write_text_atomic
 from pipeline.decoding.batch import clock
 from pipeline.decoding.cache import KVCache
+from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.graphs import GraphedSteps
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
 
-VERSION = 1
+VERSION = 2
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CACHED = (128, 512, 2048)
+SIZES = (1, 4, 16)
+"""Tokens in hand of the steps that are measured whole."""
 ROUNDS = 7
+Point = tuple[Hashable, Callable[[], object]]
+"""What is measured, and how it is run once."""
 ENOUGH_SECONDS = 20.0
 """No further round begins after so long: a large model on a CPU needs no more for its medians."""
 
@@ -43,13 +53,18 @@ class LatencyCurve:
     """Cached tokens, increasing."""
     forward: tuple[tuple[float, ...], ...]
     """Up to the last hidden state, for each of `cached` and each of `queries`."""
-    head: tuple[float, ...]
-    """The LM head over as many rows as there are `queries`."""
+    sizes: tuple[int, ...]
+    """Tokens in hand, increasing."""
+    greedy: tuple[float, ...]
+    """What comes after the forward, for each of `sizes`, at temperature 0."""
+    drawn: tuple[float, ...]
+    """The same at temperature 1."""
 
-    def step_seconds(self, queries: int, rows: int, cached: int) -> float:
-        """A forward of `queries` tokens over `cached` ones, with logits of `rows` of them."""
+    def step_seconds(self, queries: int, size: int, cached: int, greedy: bool = True) -> float:
+        """A step of `queries` tokens over `cached` ones, `size` of them in hand."""
         times = [_along(self.queries, row, queries) for row in self.forward]
-        return _along(self.cached, times, cached) + _along(self.queries, self.head, rows)
+        rest = _along(self.sizes, self.greedy if greedy else self.drawn, size)
+        return _along(self.cached, times, cached) + rest
 
 
 def _along(places: Sequence[int], values: Sequence[float], place: float) -> float:
@@ -71,7 +86,9 @@ def latency_curve(model: Transformer) -> LatencyCurve:
             tuple(values["queries"]),
             tuple(values["cached"]),
             tuple(tuple(row) for row in values["forward"]),
-            tuple(values["head"]),
+            tuple(values["sizes"]),
+            tuple(values["greedy"]),
+            tuple(values["drawn"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         curve = measure_curve(model)
@@ -103,45 +120,92 @@ def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
     On a GPU the forwards are captured, as those of decoding are: launched kernel by kernel, small
     forwards would all take the same.
     """
-    begun = clock(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    begun = clock(device)
     limit = max(model.config.max_positions - 1, 1)
     cached = tuple(dict.fromkeys(min(length, limit) for length in CACHED))
-    first = next(model.parameters())
-    cache = KVCache(model.config, cached[-1] + QUERIES[-1], dtype=first.dtype, device=first.device)
-    ids = torch.zeros(1, QUERIES[-1], dtype=torch.int64, device=first.device)
-    positions = torch.arange(cached[-1] + QUERIES[-1], device=first.device)
-    rows = torch.zeros(QUERIES[-1], model.config.hidden_size, dtype=first.dtype).to(first.device)
-    graphs = GraphedSteps(first.device) if first.device.type == "cuda" else None
-    warmup = 1 if graphs is None else 2  # a captured forward runs once as it is, then is captured
+    forwards, steps = _Forwards(model, cached), _Steps(model, min(CACHED[0], limit))
     taken: dict[Hashable, list[float]] = {}
-
-    def measure(key: Hashable, work: Callable[[], Tensor]) -> None:
-        started = clock(first.device)
-        work() if graphs is None else graphs(key, work)
-        taken.setdefault(key, []).append(clock(first.device) - started)
-
+    warmup = 1 if device.type == "cpu" else 2  # a captured one runs once as it is, then is captured
     for number in range(rounds + warmup):
-        spent = clock(first.device) - begun
+        spent = clock(device) - begun
         if number == 1 and spent * rounds > ENOUGH_SECONDS / 4:
             logging.getLogger(__name__).warning(
-                "measuring what a forward takes here, once for this model and device"
+                "measuring what a step takes here, once for this model and device"
             )
         if number > warmup and spent > ENOUGH_SECONDS:
             break
-        for queries in QUERIES:
-            for length in cached:
-                cache.length = length
-                where = positions[length : length + queries]
-                work = partial(model.hidden, ids[:, :queries], where, cache=cache)
-                measure((length, queries), work)
-            measure(queries, partial(model.lm_head, rows[:queries]))
+        for key, run in (*forwards.points(), *steps.points()):
+            started = clock(device)
+            run()
+            taken.setdefault(key, []).append(clock(device) - started)
     medians = {key: statistics.median(times[warmup:]) for key, times in taken.items()}
-    return LatencyCurve(
-        QUERIES,
-        cached,
-        tuple(tuple(medians[length, queries] for queries in QUERIES) for length in cached),
-        tuple(medians[queries] for queries in QUERIES),
-    )
+    forward = tuple(tuple(medians[length, queries] for queries in QUERIES) for length in cached)
+    bare = LatencyCurve(QUERIES, cached, forward, (1,), (0.0,), (0.0,))
+    rests: list[tuple[float, ...]] = []
+    for temperature in (0.0, 1.0):
+        own = [
+            medians[temperature, shape] - bare.step_seconds(shape.num_queries, 1, steps.cached)
+            for shape in steps.shapes
+        ]
+        rests.append(tuple(max(0.0, rest) for rest in own))
+    sizes = tuple(shape.drafts for shape in steps.shapes)
+    return LatencyCurve(QUERIES, cached, forward, sizes, *rests)
+
+
+class _Forwards:
+    """Forwards up to the last hidden states, of all `QUERIES` over all lengths `cached`."""
+
+    def __init__(self, model: Transformer, cached: tuple[int, ...]) -> None:
+        first = next(model.parameters())
+        self.model, self.lengths, room = model, cached, cached[-1] + QUERIES[-1]
+        self.cache = KVCache(model.config, room, dtype=first.dtype, device=first.device)
+        self.ids = torch.zeros(1, QUERIES[-1], dtype=torch.int64, device=first.device)
+        self.positions = torch.arange(room, device=first.device)
+        self.graphs = GraphedSteps(first.device) if first.device.type == "cuda" else None
+
+    def points(self) -> Iterator[Point]:
+        for queries, length in product(QUERIES, self.lengths):
+            yield (length, queries), partial(self._run, queries, length)
+
+    def _run(self, queries: int, length: int) -> None:
+        self.cache.length = length
+        where = self.positions[length : length + queries]
+        work = partial(self.model.hidden, self.ids[:, :queries], where, cache=self.cache)
+        work() if self.graphs is None else self.graphs((length, queries), work)
+
+
+class _Steps:
+    """Whole steps of `SIZES` tokens in hand, greedy and drawn, always over the same cache."""
+
+    def __init__(self, model: Transformer, cached: int) -> None:
+        self.cached = max(1, min(cached, model.config.max_positions - SIZES[-1]))
+        headed = model.draft_head is not None
+        self.shapes = [StepShape(1)]
+        for size in SIZES[1:]:
+            # Without a head a draft takes the logits of a block; with one it takes no block at all.
+            blocks = () if headed else (1,)
+            if headed or model.config.mask_token_id is not None:
+                self.shapes.append(StepShape(size, size, blocks))
+        self.engines = {
+            (temperature, shape): StepEngine(
+                model, Sampling(temperature=temperature), shape, capacity=self.cached + SIZES[-1],
+                graphs=True,
+            )
+            for temperature in (0.0, 1.0)
+            for shape in self.shapes
+        }  # fmt: skip
+        prompt = torch.zeros(self.cached, dtype=torch.int64)
+        for engine in self.engines.values():
+            engine.admit(0, prompt.to(engine.device), 0)
+
+    def points(self) -> Iterator[Point]:
+        for key, engine in self.engines.items():
+            yield key, partial(self._run, engine)
+
+    def _run(self, engine: StepEngine) -> None:
+        engine.step()
+        engine.rewind(0, self.cached, drafted=engine.shape.drafting)
 
 
 def _cpu() -> str:

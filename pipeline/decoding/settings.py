@@ -92,12 +92,12 @@ class GenerateConfig:
         )
 
     def step_blocks(self) -> tuple[int, ...] | str | None:
-        """What `generate` is told: `auto` also where nothing is said and text cannot change by it.
-
-        Greedy text is the same with any blocks, drawn text is another draw.
-        """
+        """What `generate` is told: `auto` also where nothing is said, but for drawn texts that go
+        to a file. There an interrupted run must write what a whole one does: greedy text is the
+        same with any blocks, drawn text is another draw."""
         if self.blocks is None:
-            return "auto" if self.temperature == 0 and self.trust == 1 else None
+            repeatable = self.has_many and self.temperature > 0
+            return "auto" if self.trust == 1 and not repeatable else None
         if isinstance(self.blocks, str):
             return None if self.blocks == "all" else self.blocks
         return tuple(self.blocks)

@@ -11,7 +11,7 @@ from operator import add
 import torch
 
 from pipeline.decoding import Generation, Sampling
-from pipeline.decoding.choice import choose
+from pipeline.decoding.choice import Acceptance, Conditions, choose
 from pipeline.decoding.generate import open_engine, run_engine
 from pipeline.decoding.latency import latency_curve
 from pipeline.decoding.methods import step_shape
@@ -166,18 +166,39 @@ def choose_shapes(
             curve = latency_curve(model)
             cached = len(prompts[0]) + config.max_new_tokens // 2
             for temperature in config.temperatures:
-                key = ("tidar", temperature)
-                full = StepShape.full(block_size)
+                conditions = Conditions(curve, cached, greedy=temperature == 0)
                 sample = prompts[:CHOICE_PROMPTS]
-                decoder = Decoder(model, key, sample, config, full)
-                totals = MethodTotals()
-                for number in range(len(sample)):
-                    totals += MethodTotals.of(decoder.run(number, number), matches=False)
-                rates = [rate or 0.0 for rate in totals.acceptance(block_size)]
-                chosen[temperature] = choose(rates, curve, cached).shape
+                acceptance = _acceptance(model, sample, temperature, config, block_size)
+                chosen[temperature] = choose(acceptance, conditions).shape
         for temperature, shape in world.from_main(chosen).items():
             shapes["tidar_chosen", temperature] = shape
     return shapes
+
+
+def _acceptance(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    config: DecodeSpeedConfig,
+    block_size: int,
+) -> Acceptance:
+    """By position, of drafts with every block and, of a draft head, without any."""
+
+    def rates(method: str, shape: StepShape) -> list[float]:
+        decoder, totals = (
+            Decoder(model, (method, temperature), prompts, config, shape),
+            MethodTotals(),
+        )
+        for number in range(len(prompts)):
+            totals += MethodTotals.of(decoder.run(number, number), matches=False)
+        return [rate or 0.0 for rate in totals.acceptance(block_size)]
+
+    block = rates("tidar", step_shape(model, "tidar", Sampling(), block_size))
+    if model.draft_head is None:
+        return Acceptance(block)
+    return Acceptance(
+        block, rates("recurrent", step_shape(model, "recurrent", Sampling(), block_size))
+    )
 
 
 def _add(

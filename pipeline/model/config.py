@@ -18,6 +18,12 @@ DRAFTING_FIELDS = (
 ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def block_slots(block_size: int, linear: bool) -> int:
+    """Slots of a block that drafts `block_size` places, with `linear` drafts from any of the first
+    `block_size` on."""
+    return 2 * block_size - 1 if linear else block_size
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer of the Qwen2, Qwen3 or Llama family.

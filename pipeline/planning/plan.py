@@ -155,19 +155,22 @@ def make_plan(planned: Planned) -> Plan:
 
 def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
     """FLOPs of an optimizer step at another coverage; None is the AR twin's."""
-    length, block_size = planned.sequence_length, planned.block_size
-    slots = 0 if coverage is None else section_length(length, coverage, block_size)
+    length, most = planned.sequence_length, planned.block_slots
+    slots = 0 if coverage is None else section_length(length, coverage, most)
+    drafted = -(-slots * planned.block_size // most)  # of a longer block only K places are
     alone = 0
     if planned.model.draft_rank:
-        alone = round(planned.train.objective.alone_share * slots * (1 - 1 / block_size))
+        alone = round(planned.train.objective.alone_share * drafted * (1 - 1 / planned.block_size))
     return step_flops(
         planned.model,
         sequences=planned.train.global_batch_size,
         rows=length + slots,
-        pairs=allowed_pairs(length, block_size, coverage, planned.model.causal_slots),
+        pairs=allowed_pairs(length, most, coverage, planned.model.causal_slots),
+        labelled=length + drafted + alone,
         checkpointing=planned.train.activation_checkpointing,
-        teacher_rows=slots * planned.train.objective.extra_heads,
+        teacher_rows=drafted * planned.train.objective.extra_heads,
         slots=slots,
+        drafted=drafted,
         alone=alone,
         frozen=planned.train.freeze_base and slots > 0,
     )

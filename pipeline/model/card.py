@@ -87,7 +87,8 @@ FORMAT = """
 - `tokenizer`: which of the files is the tokenizer of the training data.
 
 Clean rows attend causally. A block of mask tokens attends to all clean rows before its first
-position and to itself in both directions; its position ids are those of the tokens it drafts.
+position and to itself in both directions (with `causal_slots` up to each row itself); its position
+ids are those of the tokens it drafts. `docs/decoding.md` of the package says all of it.
 """
 
 

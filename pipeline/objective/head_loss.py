@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.objective.accepted_prefix import auf_weights, dpace_weights
 from pipeline.objective.distance import coefficients, distances, slope_
+from pipeline.objective.joint import MEASURED
 from pipeline.objective.targets import Targets
 
 PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
@@ -43,7 +44,7 @@ class Sums:
     loss: Tensor
     """Their share of the loss of the global batch."""
     ar: Tensor
-    """Plain cross entropy of the AR rows, in nats."""
+    """Plain cross entropy of the AR rows, in nats; an estimate where they do not count."""
     diffusion: Tensor
     """Plain cross entropy of the slots, in nats."""
     overlap: Tensor
@@ -87,13 +88,14 @@ class _HeadLoss(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, needs_hidden, frozen if needs_weight else None)
         shares = prefix_shares(hidden, weight, targets)
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
-            own = hidden[targets.rows[part]]
             if not targets.ar_counts and part.start < targets.ar_labels:
-                sums[SUMS.index("ar")] += _plain(own, weight, targets.labels[part]).sum()
                 continue
+            own = hidden[targets.rows[part]]
             scored = _score(own, hidden, weight, targets, part, shares[part])
             sums += scored.sums
             gradients.add(targets.rows[part], own, weight, scored.slope)
+        if not targets.ar_counts:
+            sums[SUMS.index("ar")] = _estimate(hidden, weight, targets)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
@@ -117,7 +119,6 @@ class _Gradients:
         self.weight = None
         if frozen is not None:
             self.weight = torch.zeros_like(weight[:, self.frozen :], dtype=torch.float32)
-        self.weight_dtype = weight.dtype
         self.weight_dtype = weight.dtype
 
     def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
@@ -155,13 +156,18 @@ class _Scored:
 
 def piece_slices(targets: Targets, vocabulary: int, device: str) -> list[slice]:
     """The labelled rows in pieces, none of which mixes sections."""
-    size = max(FEWEST_ROWS, PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"]) // vocabulary)
+    size = piece_size(vocabulary, device)
     ends = (0, *targets.ends)
     return [
         slice(start, min(start + size, end))
         for begin, end in pairwise(ends)
         for start in range(begin, end, size)
     ]
+
+
+def piece_size(vocabulary: int, device: str) -> int:
+    """Rows of a piece, at most."""
+    return max(FEWEST_ROWS, PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"]) // vocabulary)
 
 
 def prefix_shares(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
@@ -207,10 +213,14 @@ def _scores_of_drafts(hidden: Tensor, weight: Tensor, targets: Targets) -> Itera
             yield (logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)).exp()
 
 
-def _plain(own: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of `labels` [n], in nats."""
-    logits = (own @ weight.T).float()
-    return logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+def _estimate(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
+    """The summed plain cross entropy of all AR rows, in nats, from those that are measured."""
+    total = torch.zeros((), device=hidden.device)
+    for chosen in targets.measured.split(piece_size(weight.shape[0], hidden.device.type)):
+        logits = (hidden[targets.rows[chosen]] @ weight.T).float()
+        right = logits.gather(1, targets.labels[chosen][:, None])[:, 0]
+        total += (logits.logsumexp(1) - right).sum()
+    return total * MEASURED
 
 
 def _score(

@@ -22,6 +22,8 @@ from torch import Tensor
 AGREEMENTS = ("none", "tv", "kl", "acceptance", "blend")
 TEACHERS = ("ar", "text")
 PLACE_WEIGHTS = ("uniform", "decay", "dpace", "auf")
+MEASURED = 8
+"""Of the rows of an AR loss that does not count (`alpha=0`), one in so many is measured."""
 
 
 @dataclass(frozen=True)

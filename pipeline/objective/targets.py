@@ -4,13 +4,13 @@ Letters: B sequences, S clean tokens, M slots, N labelled rows, D of them drafts
 them the rows of drafts without slots.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.joint import MEASURED, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Targets:
     agreement_weight: float
     smoothing: float
     ar_counts: bool = True
-    """Whether the rows of the AR loss count in the loss; else they are only measured."""
+    """Whether the rows of the AR loss count in the loss; else some of them are measured."""
+    measured: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64, among the N labelled rows: those that are then, one in `MEASURED`."""
     alone_labels: int = 0
     """How many of the rows, the last ones, belong to drafts without slots."""
     teacher: str = "ar"
@@ -80,14 +82,13 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """The same with its tensors on `device`."""
-        rows, labels, shares, verifiers = (
-            field.to(device, non_blocking=True)
-            for field in (self.rows, self.labels, self.shares, self.verifiers)
-        )
+        own = (self.rows, self.labels, self.shares, self.verifiers, self.measured)
+        rows, labels, shares, verifiers, measured = (x.to(device, non_blocking=True) for x in own)
         chains = self.chains.to(device) if self.chains is not None else None
         return replace(
-            self, rows=rows, labels=labels, shares=shares, verifiers=verifiers, chains=chains
-        )
+            self, rows=rows, labels=labels, shares=shares, verifiers=verifiers,
+            measured=measured, chains=chains,
+        )  # fmt: skip
 
 
 def make_targets(
@@ -138,7 +139,16 @@ def make_targets(
         place_weights=objective.place_weights,
         chains=chains_of(batch) if by_prefix else None,
         ar_counts=ar > 0,
+        measured=none if ar > 0 else measured_rows(batch),
     )
+
+
+def measured_rows(batch: Batch) -> Tensor:
+    """Some of the labelled rows of the AR loss, int64: whole, a loss that does not count would be a
+    third of the head's products. Which ones depends on positions alone, so on no division of the
+    global batch; a sequence's first position, which loses most, is none."""
+    position = batch.position_ids.flatten()[batch.rows[: batch.ar_labels]]
+    return (position % MEASURED == MEASURED // 2).nonzero(as_tuple=True)[0]
 
 
 def drafted_places(batch: Batch) -> tuple[Tensor, Tensor]:

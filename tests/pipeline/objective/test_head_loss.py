@@ -12,7 +12,7 @@ from pipeline.data.batch import make_batch
 from pipeline.data.source import Sequence
 from pipeline.objective import head_loss as module
 from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
-from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+from pipeline.objective.joint import MEASURED, ObjectiveConfig, joint_loss, loss_sums
 from pipeline.objective.targets import drafted_places, make_targets, place_weights, verifying_rows
 
 VOCABULARY, WIDTH = 23, 6
@@ -85,6 +85,23 @@ def in_small_pieces(monkeypatch, rows=3):
     monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", rows * VOCABULARY)
 
 
+def in_sample(batch):
+    """Of the AR rows, those at every eighth place of their sequence, from the fifth on."""
+    places = range(MEASURED // 2, 16, MEASURED)
+    found = [row % batch.input_ids.shape[1] in places for row in batch.rows[: batch.ar_labels]]
+    return torch.tensor(found)
+
+
+def ar_measured(logits, batch, objective):
+    """The summed AR loss; where it does not count, what stands for it."""
+    losses = F.cross_entropy(
+        logits[: batch.ar_labels], batch.labels[: batch.ar_labels], reduction="none"
+    )
+    if objective.drafts and objective.alpha == 0:
+        return losses[in_sample(batch)].sum() * MEASURED
+    return losses.sum()
+
+
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "small pieces"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_and_gradients_are_those_of_whole_logits(batch, name, small, monkeypatch):
@@ -108,7 +125,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(batch, name, small, monkey
     drafted = batch.ar_labels + batch.diffusion_labels
     reference = loss_sums(logits[:drafted], batch.labels[:drafted], batch.ar_labels)
     named = unpack(sums)
-    torch.testing.assert_close(named.ar, reference.ar)
+    torch.testing.assert_close(named.ar, ar_measured(logits, batch, objective))
     torch.testing.assert_close(named.diffusion, reference.diffusion)
     torch.testing.assert_close(named.loss, loss.detach())
     alone = F.cross_entropy(logits[drafted:], batch.labels[drafted:], reduction="sum")
@@ -159,8 +176,10 @@ def test_only_what_is_asked_for_is_computed(batch, name, needs, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         loss, _ = head_loss(*leaves, targets)
     drafts = len(batch.rows) - batch.ar_labels
-    learning = drafts if objective.drafts and objective.alpha == 0 else len(batch.rows)
-    products = len(batch.rows) + sum(needs) * learning + objective.extra_heads * drafts
+    learning = forward = len(batch.rows)
+    if objective.drafts and objective.alpha == 0:
+        learning, forward = drafts, drafts + int(in_sample(batch).sum())
+    products = forward + sum(needs) * learning + objective.extra_heads * drafts
     assert counter.get_total_flops() == 2 * VOCABULARY * WIDTH * products
     wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
     if wanted:

@@ -58,6 +58,23 @@ def test_model_flops_are_weights_times_rows_and_pairs(teacher_rows):
     assert speed.peak_memory_bytes > 10 * 2**20
 
 
+def test_with_a_frozen_base_only_slots_go_backward_and_few_ar_rows_meet_the_head():
+    config = small_config()
+    counts = GlobalCounts(
+        ar_labels=50, diffusion_labels=30, clean_tokens=60, stop_requests=0, draft_weight=30.0,
+        attention_pairs=900, teacher_rows=30,
+    )  # fmt: skip
+    meter = SpeedMeter(config, CPU, 1, precision="fp32", peak_tflops=None, frozen=True)
+    head = config.num_embeddings * config.hidden_size
+    matrices = sum(p.numel() for name, p in named_matrices(config) if "layers" in name)
+    pair = config.num_layers * 4 * config.num_heads * config.head_dim
+    layers = 2 * matrices * (60 + 30 + 30)
+    heads = 2 * head * (30 + 30 + 30 + 50 // 8)  # forward, teacher, backward; the AR loss's sample
+    attention = pair * (900 + 2 * 300)  # a third of the rows are slots
+    flops = layers + heads + attention
+    assert meter.measure(counts, 0.5).model_tflops == pytest.approx(flops / 0.5 / 1e12)
+
+
 def named_matrices(config):
     from pipeline.model.transformer import Transformer
 

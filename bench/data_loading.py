@@ -97,7 +97,7 @@ def measure(
 
 def batch_maker(source: SequenceSource, share: Share) -> Callable[[], Batch]:
     """A function that makes the micro-batch of the next step in the calling thread."""
-    slots = section_length(source.manifest.sequence_length, source.coverage, source.block_size)
+    slots = section_length(source.manifest.sequence_length, source.coverage, source.block_slots)
 
     def make() -> Iterator[Batch]:
         seen = 0

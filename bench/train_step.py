@@ -1,12 +1,14 @@
-"""An optimizer step of one micro-batch: TiDAR at several coverages against its plain twin.
+"""An optimizer step of one micro-batch: TiDAR at several coverages against its plain twin, all
+weights learning or, on a frozen base, adapters and the mask slots' embedding alone.
 
 All variants see the same clean tokens and go through the step's own code: forward, backward,
 clipping, AdamW. No DeepSpeed and no gradient exchange, which cost both alike. Targets: at most 2.0
-times an AR step at full coverage, at most 1.3 times at a quarter.
+times an AR step at full coverage, at most 1.3 times at a quarter; with a frozen base at most 1.15
+and 0.65 times, and gradients and optimizer states of at most a tenth.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from bench.measure import interleaved, peak_bytes, ratio
 from bench.results import Outcome
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
+from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.training.engine import parameter_groups
@@ -23,6 +26,10 @@ from pipeline.training.step import GlobalCounts, accumulate
 
 COVERAGES = {1.0: 2.0, 0.5: None, 0.25: 1.3}
 """Coverage, and the most AR steps that a step may cost."""
+FROZEN_COVERAGES = {1.0: 1.15, 0.25: 0.65}
+"""The same with a frozen base."""
+MOST_STATES = 0.1
+"""Of a frozen base's training, in those of full training."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Options:
     """torch.compile of the layers"""
     attention: str = "auto"
     """auto, flex, tiles or dense"""
+    adapter_rank: int = 8
+    """of the adapters on all projections, with a frozen base"""
 
 
 class PlainEngine:
@@ -71,6 +80,8 @@ def training_step(
     """One update from `batch`, which has a mask section or not, small enough to leave the weights
     much as they are."""
     objective = ObjectiveConfig("tidar" if batch.diffusion_labels else "ar")
+    if model.frozen_base:
+        objective = replace(objective, alpha=0.0)
     counts = GlobalCounts(
         batch.ar_labels, batch.diffusion_labels, batch.clean_tokens, 0, batch.diffusion_labels
     )
@@ -90,19 +101,34 @@ def training_step(
     return step
 
 
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
-    config = model_config(options.model, options.vocab_size, options.block_size)
+def build(config: ModelConfig, options: Options, device: torch.device) -> Transformer:
     model = new_model(config, options.precision, device)
     model.checkpoint_activations(options.activation_checkpointing)
-    if options.compile:
-        model.compile_layers()
+    return model.compile_layers() if options.compile else model
+
+
+def state_bytes(model: Transformer) -> int:
+    """Bytes of gradients and of Adam's two moments of what learns."""
+    return sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
+    config = model_config(options.model, options.vocab_size, options.block_size)
+    model = build(config, options, device)
+    adapted = replace(
+        config, adapter_rank=options.adapter_rank, own_mask_embedding=True,
+        adapter_targets=ADAPTER_TARGETS if options.adapter_rank else (),
+    )  # fmt: skip
+    frozen = build(adapted, options, device).freeze_base()
     steps = {}
-    for coverage in (*COVERAGES, None):
-        name = "ar" if coverage is None else f"tidar, coverage {coverage:g}"
+    variants: list[tuple[str, Transformer, float | None]] = [("ar", model, None)]
+    variants += [(f"tidar, coverage {c:g}", model, c) for c in COVERAGES]
+    variants += [(f"frozen, coverage {c:g}", frozen, c) for c in FROZEN_COVERAGES]
+    for name, own, coverage in variants:
         batch = random_batch(
             config, options.micro_batch_size, options.length, options.document_tokens, coverage
         )
-        steps[name] = training_step(model, batch, device, options.attention)
+        steps[name] = training_step(own, batch, device, options.attention)
     samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)
     outcome = Outcome()
     outcome.add(samples)
@@ -112,9 +138,14 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         variant["peak_bytes"] = peak_bytes(step, device)
         variant["clean_tokens_per_second"] = clean_tokens / variant["wall_seconds"]["median"]
         outcome.figures[f"{name}: peak MB"] = variant["peak_bytes"] / 1e6
-    for coverage, target in COVERAGES.items():
-        name = f"tidar, coverage {coverage:g}"
-        outcome.ratios[f"{name} / ar"] = ratio(samples[name], samples["ar"], at_most=target)
+    for kind, targets in (("tidar", COVERAGES), ("frozen", FROZEN_COVERAGES)):
+        for coverage, target in targets.items():
+            name = f"{kind}, coverage {coverage:g}"
+            outcome.ratios[f"{name} / ar"] = ratio(samples[name], samples["ar"], at_most=target)
     outcome.figures["parameters"] = config.num_parameters
+    outcome.figures["states MB"] = state_bytes(model) / 1e6
+    outcome.figures["states MB, frozen"] = state_bytes(frozen) / 1e6
+    outcome.figures["states, frozen / full"] = state_bytes(frozen) / state_bytes(model)
+    outcome.figures["states, frozen / full, at most"] = MOST_STATES
     outcome.figures["clean tokens"] = clean_tokens
     return outcome

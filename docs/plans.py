@@ -27,12 +27,13 @@ EXPERIMENTS = {
     "ablation": ["plan.sequence_length=4096"],
     "two_stage_1": ["plan.sequence_length=4096"],
     "two_stage_2": ["plan.sequence_length=4096"],
+    "convert": ["plan.sequence_length=2048", "plan.vocab_size=49153"],
 }
 LONG = "tidar_8b_32k"
 """Plans that are no experiments of their own: experiment, and overrides."""
 VARIANTS = {LONG: ("tidar_8b", ["plan.sequence_length=32768", "global_batch_size=64"])}
 GPUS = ("h100_80gb", "h200")
-NODES = {"tidar_100m": (1,), "ablation": (1, 8), LONG: (1, 8)}
+NODES = {"tidar_100m": (1,), "convert": (1,), "ablation": (1, 8), LONG: (1, 8)}
 ALL_NODES = (1, 8, 32)
 """Of 8 GPUs each: 8, 64 and 256."""
 

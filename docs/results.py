@@ -24,10 +24,10 @@ Results = dict[str, dict[int, Result]]
 """Of one corpus, by run and seed."""
 
 
-def load(folder: Path, corpus: str) -> Results:
-    """The results of the experiments on a corpus; an empty dict where there are none."""
+def load(folder: Path, corpus: str, study: str = "experiments") -> Results:
+    """The results of a study on a corpus; an empty dict where there are none."""
     found: Results = {}
-    for path in sorted((folder / "experiments").glob(f"{corpus}-*-seed*.json")):
+    for path in sorted((folder / study).glob(f"{corpus}-*-seed*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(result["run"], {})[result["seed"]] = result
     return found
@@ -217,6 +217,49 @@ def recipes(results: Results) -> str:
     )  # fmt: skip
 
 
+PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
+"""The published objective at each block length."""
+
+
+def drafts(results: Results) -> str:
+    """Runs with a draft head beside the published objective at their block length: every figure
+    with its controls, and ratios seed by seed."""
+    read = figure("expected_tokens_per_forward", "sampled")
+    if not results:
+        return "Not run yet."
+    rows = []
+    for run in RUNS:
+        own = results.get(run.name, {})
+        head = any(word.startswith("model.draft_rank") for word in run.overrides)
+        if not own or not (head or run.name in PUBLISHED_AT.values()):
+            continue
+        size = score(next(iter(own.values())))["block_size"]
+        base = PUBLISHED_AT[size]
+        gains = ratio(results, run.name, base, read)
+        losses = ratio(results, run.name, base, figure("ar_loss"))
+        found = list(own.values())
+        rows.append(
+            [
+                f"`{run.name}`: {run.about}", str(size), str(len(found)),
+                spread(found, read, ".2f"),
+                spread(found, figure("expected_tokens_per_forward", "greedy"), ".2f"),
+                *(
+                    spread(found, figure(f"{name}_expected_tokens_per_forward", "sampled"), ".2f")
+                    for name in ("recurrent", "bigram", "unigram")
+                ),
+                "1" if run.name == base else ratio_text(gains),
+                "1" if run.name == base else ratio_text(losses),
+                spread(found[:1], figure("distinct_4grams", "sampled"), ".2f"),
+            ]
+        )  # fmt: skip
+    return table(
+        ["run", "K", "seeds", "expected tokens/forward, T = 1", "greedy agreement, chained",
+         "head without slots", "bigram table", "unigram", "÷ `published` at this K",
+         "AR loss ÷", "distinct 4-grams, T = 1"],
+        rows,
+    )  # fmt: skip
+
+
 def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -394,6 +437,7 @@ def page(folder: Path = RESULTS) -> str:
         "wanted": wanted(results),
         "headline": headline(results),
         "findings": findings(results),
+        "drafts": drafts(load(folder, "stdlib", "drafts")),
         "recipes": recipes(results),
         "missing": missing(results),
         "larger": larger(load(folder, "installed")),

@@ -28,11 +28,13 @@ class Budgets:
         return self._flops[run.name]
 
     def _planned_flops(self, run: Run) -> int:
+        # A plan does not look at the weights that a run starts from; a frozen base needs some.
+        start = [] if run.start is None else [f"init_from={run.start}"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose(
                 "plan",
                 ["experiment=study", f"data.dir={self.data_dir}", "cluster.nodes=1",
-                 "cluster.gpus_per_node=1", *run.overrides, *self.shared],
+                 "cluster.gpus_per_node=1", *start, *run.overrides, *self.shared],
             )  # fmt: skip
             return make_plan(Planned.from_config(cfg)).flops.model
 

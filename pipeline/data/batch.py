@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_prep.layout import Layout
 from pipeline.data.source import NO_BLOCKS, Sequence
+from pipeline.data.windows import whole_blocks
 from pipeline.model.draft_head import BlockRows
 from pipeline.model.mask import Spans, layout_spans
 
@@ -40,6 +41,8 @@ class Batch:
     """How many belong to drafts without slots; what lies between belongs to the diffusion loss."""
     clean_tokens: int
     """Tokens of the clean sections without padding."""
+    slots: int
+    """Mask slots of all blocks, labelled or not."""
     attention_pairs: int
     """Pairs of query and key that the rule allows, padding and spare slots left out."""
     digests: bytes
@@ -66,9 +69,10 @@ class Batch:
         )
 
 
-def section_length(sequence_length: int, coverage: float, block_size: int) -> int:
-    """M for a batch: room for `coverage` of the positions, rounded up to `SLOT_MULTIPLE`."""
-    slots = max(math.ceil(sequence_length * coverage), block_size)
+def section_length(sequence_length: int, coverage: float, block_slots: int) -> int:
+    """M for a batch: room for `coverage` of the positions, and for a block of `block_slots` in any
+    case, rounded up to `SLOT_MULTIPLE`."""
+    slots = max(math.ceil(sequence_length * coverage), block_slots)
     if slots >= sequence_length:
         return sequence_length
     return min(sequence_length, math.ceil(slots / SLOT_MULTIPLE) * SLOT_MULTIPLE)
@@ -88,9 +92,9 @@ def make_batch(
     `alone_share` of the blocks that have text before them are drafted without slots as well; which
     ones is a pure function of the sequence.
 
-    Labels: a clean position predicts the next token of its document, a slot the token at its own
-    position; padding and the last token of a document predict nothing, and tokens of a prompt are
-    predicted by nothing.
+    Labels: a clean position predicts the next token of its document, a slot in its block's window
+    the token at its own position; padding and the last token of a document predict nothing, and
+    tokens of a prompt are predicted by nothing.
     """
     length = len(sequences[0].tokens)
     width = length + num_slots
@@ -99,9 +103,10 @@ def make_batch(
     spans = np.empty((3, len(sequences), width), dtype=np.int32)
     ar_rows, ar_labels, slot_rows, slot_labels = [], [], [], []
     blocks = []
-    pairs = 0
+    pairs = slots = 0
     for number, sequence in enumerate(sequences):
         layout = sequence.layout if num_slots else NO_BLOCKS
+        windows = sequence.drafted if num_slots else whole_blocks(layout)
         tokens = sequence.tokens.astype(np.int64)
         first = number * width
         input_ids[number, :length] = tokens
@@ -112,25 +117,29 @@ def make_batch(
         predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
-        slot_rows.append(first + length + np.arange(layout.num_slots))
-        slot_labels.append(tokens[layout.slot_position])
-        blocks.append(_block_rows(tokens, layout, first))
+        own = _block_rows(tokens, layout, windows, first)
+        drafted = own[0][own[0] >= 0]
+        slot_rows.append(drafted)
+        slot_labels.append(tokens[layout.slot_position[drafted - first - length]])
+        blocks.append(own)
+        slots += layout.num_slots
     digests = list(map(sequence_digest, sequences))
     drawn = [
         _draw_alone(own, digest, alone_share) for own, digest in zip(blocks, digests, strict=True)
     ]
     joined = _joined(blocks, drawn)
-    drafted = np.concatenate(slot_labels)
-    alone_rows, alone_labels = _alone_rows(joined, drafted, input_ids.size)
+    labels = np.concatenate(slot_labels)
+    alone_rows, alone_labels = _alone_rows(joined, labels, input_ids.size)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         spans=Spans(*(torch.from_numpy(part) for part in spans), causal_slots=causal_slots),
         rows=torch.from_numpy(np.concatenate([*ar_rows, *slot_rows, alone_rows])),
-        labels=torch.from_numpy(np.concatenate([*ar_labels, drafted, alone_labels])),
+        labels=torch.from_numpy(np.concatenate([*ar_labels, labels, alone_labels])),
         ar_labels=sum(map(len, ar_labels)),
         alone_labels=len(alone_labels),
         clean_tokens=sum(int(sequence.real_lengths.sum()) for sequence in sequences),
+        slots=slots,
         attention_pairs=pairs,
         digests=b"".join(digests),
         blocks=joined,
@@ -141,19 +150,23 @@ RowsOfBlocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """`slots`, `starts` and `before` of `BlockRows`."""
 
 
-def _block_rows(tokens: NDArray[np.int64], layout: Layout, first: int) -> RowsOfBlocks:
-    """Of one sequence, whose clean section begins at row `first`."""
-    lengths = layout.draft_lengths.astype(np.int64)
-    place = np.arange(lengths.max(initial=0))
-    there = place < lengths[:, None]
-    slots = first + len(tokens) + layout.slot_start[:, None] + place
-    last = layout.prefix_end.astype(np.int64) - 1
-    has_prefix = layout.prefix_end > layout.prefix_start
+def _block_rows(
+    tokens: NDArray[np.int64], layout: Layout, windows: NDArray[np.int64], first: int
+) -> RowsOfBlocks:
+    """Of one sequence, whose clean section begins at row `first`; places are those of a block's
+    window. A block with an empty one has no place and no start."""
+    start, end = windows
+    place = np.arange((end - start).max(initial=0))
+    there = place < (end - start)[:, None]
+    slot = layout.slot_start + start - layout.prefix_end
+    slots = first + len(tokens) + slot[:, None] + place
+    last = start - 1
+    has_text = (start > layout.prefix_start) & (end > start)
     before = tokens[np.clip(last[:, None] + place, 0, len(tokens) - 1)]
-    known = there & (has_prefix[:, None] | (place > 0))
+    known = there & (has_text[:, None] | (place > 0))
     return (
         np.where(there, slots, -1),
-        np.where(has_prefix, first + last, -1),
+        np.where(has_text, first + last, -1),
         np.where(known, before, 0),
     )
 

@@ -58,7 +58,7 @@ def step_batches(
     `causal_slots` is that of the model.
     """
     length = source.manifest.sequence_length
-    slots = section_length(length, source.coverage, source.block_size) if with_slots else 0
+    slots = section_length(length, source.coverage, source.block_slots) if with_slots else 0
     mask_token_id = source.manifest.tokenizer.mask_id
 
     def read() -> Iterator[list[Batch]]:

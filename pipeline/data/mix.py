@@ -220,6 +220,10 @@ class MixedSource:
         return self.sources[0].block_size
 
     @property
+    def block_slots(self) -> int:
+        return self.sources[0].block_slots
+
+    @property
     def coverage(self) -> float:
         return self.sources[0].coverage
 

@@ -19,6 +19,8 @@ from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard
+from pipeline.data.windows import draw_windows, whole_blocks
+from pipeline.model.config import block_slots
 
 CACHED_GROUPS = 8
 OPEN_SHARDS = 4
@@ -29,8 +31,8 @@ NO_BLOCKS = Layout(*(np.zeros(0, dtype=np.int32) for _ in range(4)))
 class LayoutChoice:
     """Layouts of a training run; a None takes what the shards were prepared with.
 
-    With a block size, coverage or shift of its own a run lays its sequences out anew at reading,
-    differently in every epoch, keyed by (seed, epoch, sequence).
+    With a block size, coverage or shift of its own, or linear drafts, a run lays its sequences out
+    anew at reading, differently in every epoch, keyed by (seed, epoch, sequence).
     """
 
     block_size: int | None = None
@@ -51,6 +53,9 @@ class LayoutChoice:
     """Optimizer steps over which they then do, linearly."""
     causal_slots: bool = False
     """A mask slot sees only earlier slots of its block, instead of all."""
+    linear: bool = False
+    """Blocks have 2K - 1 slots, of which K places from a random one on are drafted: what one block
+    for all counts needs in decoding (`pipeline.data.windows`)."""
     loss_span: str | None = None
     """`document`, or `response`: only what stands behind prompts, which the data must have."""
 
@@ -77,7 +82,7 @@ class LayoutChoice:
     @property
     def stored(self) -> bool:
         own = (self.block_size, self.coverage, self.shift, self.block_sizes, self.loss_span)
-        return all(value is None for value in own)
+        return not self.linear and all(value is None for value in own)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,14 @@ class Sequence:
     layout: Layout
     prompt_lengths: NDArray[np.integer] | None = None
     """[D]: tokens at each document's start that carry no loss; None where all carry one."""
+    windows: NDArray[np.int64] | None = None
+    """[2, blocks]: first position that each block drafts, and the one behind its last; None where
+    blocks draft all that they have slots for."""
+
+    @property
+    def drafted(self) -> NDArray[np.int64]:
+        """`windows`, of whole blocks where there are none."""
+        return whole_blocks(self.layout) if self.windows is None else self.windows
 
     @property
     def real_prompts(self) -> NDArray[np.integer]:
@@ -133,8 +146,12 @@ class Source(Protocol):
         """K, the most positions that a block drafts."""
 
     @property
+    def block_slots(self) -> int:
+        """Slots of the longest block."""
+
+    @property
     def coverage(self) -> float:
-        """Share of the positions that are drafted."""
+        """Share of the positions that have slots."""
 
     @property
     def epoch_sequences(self) -> int:
@@ -213,8 +230,7 @@ class SequenceSource:
         if self._as_stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
-        layout = self._lay_out(sequence, step, np.random.default_rng(key))
-        return replace(sequence, layout=layout)
+        return self._lay_out(sequence, step, np.random.default_rng(key))
 
     @property
     def epoch_sequences(self) -> int:
@@ -223,6 +239,10 @@ class SequenceSource:
     @property
     def block_size(self) -> int:
         return self.choice.block_size or self.manifest.block_size
+
+    @property
+    def block_slots(self) -> int:
+        return block_slots(self.block_size, self.choice.linear)
 
     @property
     def coverage(self) -> float:
@@ -237,17 +257,20 @@ class SequenceSource:
         tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
         return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
 
-    def _lay_out(self, sequence: Sequence, step: int, rng: np.random.Generator) -> Layout:
+    def _lay_out(self, sequence: Sequence, step: int, rng: np.random.Generator) -> Sequence:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
         size = self._mixed.at(step).draw(rng) if self._mixed else self.block_size
-        return build_layout(
+        linear = self.choice.linear
+        layout = build_layout(
             sequence.real_lengths,
-            size,
+            block_slots(size, linear),
             coverage=self.coverage,
             shift=shift,
             rng=rng,
             prompt_lengths=sequence.real_prompts,
         )
+        windows = draw_windows(layout, size, rng) if linear else None
+        return replace(sequence, layout=layout, windows=windows)
 
     def _group(self, shard: int, number: int) -> PackedGroup:
         key = (shard, number)

@@ -49,8 +49,12 @@ class AutomaticEngine(StepEngine):
         **options: Any,
     ) -> None:
         """`chosen` is told the choice when it is made; the rest as for `StepEngine`."""
-        super().__init__(model, sampling, StepShape.full(block_size), capacity=capacity, **options)
-        self._conditions = Conditions(curve, capacity // 2, self.batch_size, sampling.greedy)
+        linear = model.config.linear_drafts
+        largest = StepShape.one_block if linear else StepShape.full
+        super().__init__(model, sampling, largest(block_size), capacity=capacity, **options)
+        self._conditions = Conditions(
+            curve, capacity // 2, self.batch_size, sampling.greedy, linear
+        )
         self._chosen = chosen
         self._size, self._headed = block_size, model.draft_head is not None
         # Of drafts made with their block, and without: how many came to be verified by position,

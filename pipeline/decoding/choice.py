@@ -13,8 +13,9 @@ pi = P'(J) / (1 - P(J) + P'(J)) of the drafts then comes from blocks, and
 
     tokens per second = (pi · E + (1 - pi) · E') / T_full(J)
 
-The output is the same whatever is chosen. A batch of B rows is taken for one row with B times the
-queries and drafts.
+A step of linear drafts has slots for any count, so P(J) = 1; its acceptance is measured on stale
+slots as they come. The output is the same whatever is chosen. A batch of B rows is taken for one
+row with B times the queries and drafts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,9 +46,11 @@ class Choice:
         if not self.shape.drafting:
             return f"plain steps ({rate}): drafting does not pay here"
         none = "none" if self.shape.sequential else "in every second step only"
-        blocks = ", ".join(map(str, self.shape.blocks)) or none
+        blocks = f"blocks {', '.join(map(str, self.shape.blocks)) or none}"
+        if self.shape.linear and self.shape.blocks:
+            blocks = "one block for all counts"
         return (
-            f"K = {self.shape.block_size}, blocks {blocks}, {self.shape.num_queries} queries "
+            f"K = {self.shape.block_size}, {blocks}, {self.shape.num_queries} queries "
             f"({self.tokens_per_forward:.2f} tokens per forward, {rate})"
         )
 
@@ -88,6 +91,8 @@ class Conditions:
     batch_size: int = 1
     """Rows side by side."""
     greedy: bool = True
+    linear: bool = False
+    """Whether the model drafts linearly."""
 
     def seconds(self, shape: StepShape) -> float:
         """Of a step of all rows."""
@@ -119,7 +124,8 @@ def _outcome(shape: StepShape, acceptance: Sequence[float]) -> tuple[float, floa
     needs is there."""
     probabilities = accepted_probabilities(acceptance)
     tokens = sum(count * chance for count, chance in enumerate(probabilities, 1))
-    return tokens, min(1.0, sum(probabilities[block - 1] for block in shape.blocks))
+    there = sum(p for count, p in enumerate(probabilities, 1) if shape.has_block(count))
+    return tokens, min(1.0, there)
 
 
 def choose(acceptance: Acceptance, conditions: Conditions, *, drafting: bool = False) -> Choice:
@@ -131,7 +137,7 @@ def choose(acceptance: Acceptance, conditions: Conditions, *, drafting: bool = F
     best = max(
         (
             expected(shape, acceptance, conditions)
-            for shape in shapes(acceptance, conditions.batch_size)
+            for shape in shapes(acceptance, conditions.batch_size, conditions.linear)
             if not drafting
             or (shape.block_size == acceptance.largest and (shape.blocks or not shape.sequential))
         ),
@@ -144,8 +150,11 @@ def choose(acceptance: Acceptance, conditions: Conditions, *, drafting: bool = F
     return Choice(StepShape(1), plain, 1.0)
 
 
-def shapes(acceptance: Acceptance, batch_size: int = 1) -> Iterator[StepShape]:
-    """For each K from 2: no block, then more blocks, the likeliest first, up to all.
+def shapes(
+    acceptance: Acceptance, batch_size: int = 1, linear: bool = False
+) -> Iterator[StepShape]:
+    """For each K from 2: no block, then more blocks, the likeliest first, up to all; of linear
+    drafts the one block.
 
     Without a head block 1 is always there in a batch: a row without a draft waits for it while
     others have one.
@@ -153,6 +162,9 @@ def shapes(acceptance: Acceptance, batch_size: int = 1) -> Iterator[StepShape]:
     sequential = acceptance.alone is not None
     least = 0 if batch_size == 1 or sequential else 1
     for size in range(2, acceptance.largest + 1):
+        if linear:
+            yield from (StepShape(size, size, (), sequential), StepShape.one_block(size))
+            continue
         probabilities = accepted_probabilities(acceptance.block[: size - 1])
         order = sorted(range(1 + least, size + 1), key=lambda block: -probabilities[block - 1])
         for count in range(size + 1 - least):

@@ -50,8 +50,11 @@ class Drafter:
     def __init__(self, model: Transformer, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
         self._table: Tensor | None = None
+        self._none: Tensor | None = None
+        """What the cell adds up where there is no slot, [1, 1, P]."""
         head = model.draft_head
         if head is not None:
+            self._none = head.slot_parts(head.no_slot)[None, None]
             embedding = model.model.embed_tokens.weight
             width = head.token_parts(embedding[:1]).shape[-1]
             if embedding.shape[0] * width <= TABLE_ELEMENTS:
@@ -124,7 +127,8 @@ class Drafter:
     def _bases(self, head: DraftHead, behind: Behind, plain: Tensor) -> tuple[Tensor, Tensor]:
         """What does not depend on the draft: logits [b, K - 1 or 1, V] under the LM head, and the
         cell's inputs [b or 1, K - 1 or 1, P]."""
-        plain, none = plain[:, None], head.slot_parts(head.no_slot)[None, None]
+        plain, none = plain[:, None], self._none
+        assert none is not None, "made with the head"
         if behind.block is None:
             return self.model.lm_head(plain), none
         slots = behind.block[:, 1:]

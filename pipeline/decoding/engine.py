@@ -151,10 +151,11 @@ class StepEngine:
 
     def _begin(self, rows: slice, hidden: Tensor, block: Tensor, uniforms: Tensor | None) -> Tensor:
         """First tokens [b] and drafts of `rows`, from their prompts' last hidden states [b, 1, E]
-        and those of the blocks behind them [b, K, E], or [b, 0, E] where there are none."""
+        and those of the blocks behind them [b, slots, E], or [b, 0, E] where there are none."""
         token = self._first_token(hidden, block, rows, uniforms)
         self.state.current[rows] = token[:, None]
-        behind = Behind(hidden[:, 0], block if block.shape[1] else None)
+        first = block[:, : self.shape.block_size]  # of a linear block, nothing is accepted yet
+        behind = Behind(hidden[:, 0], first if block.shape[1] else None)
         self._draft_rows(rows, behind, None if uniforms is None else uniforms[:, 1:])
         return token
 
@@ -247,7 +248,7 @@ class StepEngine:
             self.cache.keep(accepted + 1)
         self.lengths[row] += accepted + 1
         self._drafted[row] = shape.drafted_after(accepted + 1)
-        self.with_block[row] = accepted + 1 in shape.blocks
+        self.with_block[row] = shape.has_block(accepted + 1)
         return [*values[1 : 1 + accepted], values[-1]]
 
     def _advance(self, shape: StepShape, table: "_Tables") -> Tensor:

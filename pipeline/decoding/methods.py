@@ -39,7 +39,8 @@ def step_shape(
         method: one of `METHODS`.
         sampling: its trust below 1 needs every block.
         block_size: K; None takes the one the model was trained with.
-        blocks: numbers of the mask blocks in a step; None takes all.
+        blocks: numbers of the mask blocks in a step; None takes all, which of a model of linear
+            drafts is one.
 
     Raises:
         UserError: naming the argument that cannot be used.
@@ -68,6 +69,8 @@ def step_shape(
         raise UserError("method: this model has no mask token, so it cannot draft; use method=ar")
     if method == "block_diffusion":
         return block_diffusion_shape(size)
+    if model.config.linear_drafts:
+        return _linear_step(sampling, size, blocks)
     if blocks is None:
         return replace(StepShape.full(size), sequential=sequential)
     chosen = tuple(sorted(set(blocks)))
@@ -76,6 +79,19 @@ def step_shape(
     if sampling.trust < 1 and len(chosen) < size:
         raise UserError("blocks: trust below 1 reads the logits of every block; leave blocks out")
     return StepShape(size, size, chosen, sequential)
+
+
+def _linear_step(sampling: Sampling, size: int, blocks: Sequence[int] | None) -> StepShape:
+    """The step of a model of linear drafts, whose one block is number 1; it may be left out."""
+    chosen = (1,) if blocks is None else tuple(sorted(set(blocks)))
+    if chosen not in ((), (1,)):
+        raise UserError(
+            f"blocks: this model has one block for all counts (linear drafts), got {list(chosen)}; "
+            "leave blocks out, or give none of them with []"
+        )
+    if sampling.trust < 1 and not chosen:
+        raise UserError("blocks: trust below 1 reads the logits of the block; leave blocks out")
+    return replace(StepShape.one_block(size), blocks=chosen)
 
 
 def proposer_of(

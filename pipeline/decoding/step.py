@@ -7,14 +7,19 @@ Any block may be left out; when it would have been needed, a draft head drafts w
 there is none, a short step with one token and block 1 follows. Plain autoregression is the step of
 one token and no block, verification of another's drafts (prompt lookup, a smaller model) the step
 of n tokens and no block.
+
+A model of linear drafts has one block for all counts, block 1, with 2K - 1 slots: K + 2K - 1
+tokens. Behind j accepted tokens the next draft begins at its slot j - 1, which saw d_0 alone.
 Source: TiDAR (arXiv 2511.08923), section 3.2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from pipeline.model.config import block_slots
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class StepShape:
     sequential: bool = False
     """Whether the model has a draft head: a row whose block is not there is drafted all the same,
     and needs no short step."""
+    linear: bool = False
+    """Whether block 1 serves all counts; no other can be there then."""
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
@@ -39,11 +46,18 @@ class StepShape:
             raise ValueError(
                 f"blocks must be increasing numbers in 1 … {self.drafts}, got {self.blocks}"
             )
+        if self.linear and self.blocks not in ((), (1,)):
+            raise ValueError(f"a linear step has block 1 or none, got {self.blocks}")
 
     @classmethod
     def full(cls, block_size: int) -> "StepShape":
         """The published step: every block is there."""
         return cls(block_size, block_size, tuple(range(1, block_size + 1)))
+
+    @classmethod
+    def one_block(cls, block_size: int) -> "StepShape":
+        """The step of linear drafts."""
+        return cls(block_size, block_size, (1,), sequential=True, linear=True)
 
     @property
     def drafting(self) -> bool:
@@ -55,30 +69,41 @@ class StepShape:
         """The step of a row that has no draft: one token, and the block behind it; no block where
         a draft head does without any."""
         block = self.drafting and (bool(self.blocks) or not self.sequential)
-        return StepShape(1, self.block_size, (1,) if block else (), self.sequential)
+        return replace(self, drafts=1, blocks=(1,) if block else ())
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of each block."""
+        return block_slots(self.block_size, self.linear)
 
     @property
     def prefill_slots(self) -> int:
         """Slots behind a prompt."""
-        return self.block_size if self.short.blocks else 0
+        return self.block_slots if self.short.blocks else 0
+
+    def has_block(self, accepted: int) -> bool:
+        """Whether the step has slots for what follows so many accepted tokens, 1 … n."""
+        return accepted in self.blocks or (self.linear and bool(self.blocks) and accepted > 0)
 
     def drafted_after(self, accepted: int) -> bool:
         """Whether a row has a draft behind a step that made so many tokens final."""
-        return accepted in self.blocks or (self.sequential and self.block_size > 1)
+        return self.has_block(accepted) or (self.sequential and self.block_size > 1)
 
     @property
     def num_queries(self) -> int:
-        return self.drafts + self.block_size * len(self.blocks)
+        return self.drafts + self.block_slots * len(self.blocks)
 
     def block_rows(self, accepted: int) -> slice:
-        """The query rows of block `accepted`, which must be there."""
-        start = self.drafts + self.block_size * self.blocks.index(accepted)
+        """The query rows of the K slots for what follows so many accepted tokens, which must be
+        there."""
+        start = self.drafts
+        start += accepted - 1 if self.linear else self.block_size * self.blocks.index(accepted)
         return slice(start, start + self.block_size)
 
     def block_starts(self) -> list[int]:
-        """First row of the block for 0 … n accepted tokens; -1 where there is none."""
+        """First of these rows for 0 … n accepted tokens; -1 where there are none."""
         return [
-            self.block_rows(accepted).start if accepted in self.blocks else -1
+            self.block_rows(accepted).start if self.has_block(accepted) else -1
             for accepted in range(self.drafts + 1)
         ]
 
@@ -92,7 +117,7 @@ def step_positions(shape: StepShape, device: torch.device) -> Tensor:
     """Position of each query relative to P, int64 [Q]."""
     offsets = list(range(shape.drafts))
     for block in shape.blocks:
-        offsets += range(block, block + shape.block_size)
+        offsets += range(block, block + shape.block_slots)
     return torch.tensor(offsets, dtype=torch.int64, device=device)
 
 
@@ -104,7 +129,7 @@ def step_rule(shape: StepShape, device: torch.device, causal_slots: bool = False
     """
     drafts = torch.arange(shape.drafts, device=device)
     numbers = torch.tensor(shape.blocks, dtype=torch.int64, device=device)
-    block = numbers.repeat_interleave(shape.block_size)
+    block = numbers.repeat_interleave(shape.block_slots)
     none = torch.zeros(shape.drafts, len(block), dtype=torch.bool, device=device)
     draft_rows = torch.cat([drafts[None, :] <= drafts[:, None], none], dim=1)
     same_block = block[None, :] == block[:, None]
@@ -161,14 +186,15 @@ class StepRule:
 
 
 def prefill_mask(
-    kept: int, count: int, block_size: int, device: torch.device, causal_slots: bool = False
+    kept: int, count: int, num_slots: int, device: torch.device, causal_slots: bool = False
 ) -> Tensor:
-    """BoolTensor [count + K, kept + count + K]: the last tokens of a prompt and a block behind.
+    """BoolTensor [count + M, kept + count + M]: the last tokens of a prompt and, behind them, a
+    block of M = `num_slots`.
 
     The tokens are causal and see `kept` earlier ones; the block sees everything and itself, slot
     by slot only up to itself with `causal_slots`.
     """
-    total = count + block_size
+    total = count + num_slots
     own = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     if not causal_slots:
         own[count:, count:] = True

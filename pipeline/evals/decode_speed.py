@@ -15,7 +15,12 @@ from pipeline.decoding.methods import LOOKUP_TOKENS, PROPOSED
 from pipeline.decoding.settings import load_draft_model
 from pipeline.distributed import World
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
-from pipeline.evals.drafting import describe_text, score_heldout
+from pipeline.evals.drafting import (
+    describe_staleness,
+    describe_text,
+    score_by_staleness,
+    score_heldout,
+)
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -65,9 +70,11 @@ def evaluate_decode_speed(
     by_source = {
         name: score_heldout(model, one, config, world, check) for name, one in sources.items()
     }
+    stale = score_by_staleness(model, heldout, config, world, scores, check)
     rows = []
     for temperature in config.temperatures:
         quality = describe_text(scores, temperature, drafts, entropy)
+        quality["expected_tokens_by_staleness"] = describe_staleness(stale, temperature)
         quality["by_source"] = {
             name: describe_text(own, temperature, drafts, entropies[name])
             for name, own in by_source.items()

@@ -166,7 +166,9 @@ def choose_shapes(
             curve = latency_curve(model)
             cached = len(prompts[0]) + config.max_new_tokens // 2
             for temperature in config.temperatures:
-                conditions = Conditions(curve, cached, greedy=temperature == 0)
+                conditions = Conditions(
+                    curve, cached, greedy=temperature == 0, linear=model.config.linear_drafts
+                )
                 sample = prompts[:CHOICE_PROMPTS]
                 acceptance = _acceptance(model, sample, temperature, config, block_size)
                 chosen[temperature] = choose(acceptance, conditions).shape

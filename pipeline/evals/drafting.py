@@ -20,15 +20,22 @@ CONTROLS = ("unigram", "bigram")
 """Drafts that stand beside the model's own in every row; None where one was not scored."""
 
 
+STALENESS = (0, 1, 2, 4, 7)
+"""Numbers of tokens that a linear model's slots are scored without, as far as K allows."""
+
+
 def score_heldout(
     model: Transformer,
     heldout: HeldOut,
     config: DecodeSpeedConfig,
     world: World,
     check: Check = never,
+    *,
+    first: int = 0,
 ) -> DraftScores:
     """Losses and acceptance on the held-out sequences of `config`; sums over all ranks, which must
-    call it together with the same weights. `check` as in `evaluate_decode_speed`."""
+    call it together with the same weights. `check` as in `evaluate_decode_speed`, `first` as for
+    `score_sequence`."""
     drafts = model.config.mask_token_id is not None
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     sequences = heldout.sequences(
@@ -41,8 +48,41 @@ def score_heldout(
     )
     total = min(config.score_sequences, heldout.manifest.heldout.sequences)
     checked = _checked(sequences, -(-total // world.size), check)
-    own = score_drafts(model, checked, block_size, heldout.controls(world, drafts))
+    # Beside stale slots there is no need for controls: theirs are those of place 0.
+    controls = heldout.controls(world, drafts and first == 0)
+    own = score_drafts(model, checked, block_size, controls, first)
     return reduce(add, world.gather(own))
+
+
+def score_by_staleness(
+    model: Transformer,
+    heldout: HeldOut,
+    config: DecodeSpeedConfig,
+    world: World,
+    fresh: DraftScores,
+    check: Check = never,
+) -> dict[int, DraftScores]:
+    """`score_heldout` by the number of tokens that the slots know nothing of, for each of
+    `STALENESS` below K; `fresh` is that of none. Empty for a model without linear drafts."""
+    if not model.config.linear_drafts:
+        return {}
+    size = config.block_size or model.config.block_size or 1
+    stale = {
+        first: score_heldout(model, heldout, config, world, check, first=first)
+        for first in STALENESS
+        if 0 < first < size
+    }
+    return {0: fresh, **stale}
+
+
+def describe_staleness(
+    scores: Mapping[int, DraftScores], temperature: float
+) -> dict[str, float | None] | None:
+    """Expected tokens per forward by staleness; None where that is not scored."""
+    if not scores or temperature not in (0, 1):
+        return None
+    key = "expected_tokens_per_forward"
+    return {str(first): _acceptance(own, temperature, True)[key] for first, own in scores.items()}
 
 
 def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:

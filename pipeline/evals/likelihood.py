@@ -190,7 +190,7 @@ def sum_up(
     over_model = controls.on(model)
     total = LikelihoodSums.zero(block_size)
     for sequence in sequences:
-        scored = score_sequence(model, sequence)
+        scored = score_sequence(model, sequence, block_size)
         pieces = documents(sequence)
         first = torch.tensor([int(piece[0]) for piece in pieces])
         tokens = torch.zeros(block_size, dtype=torch.float64)

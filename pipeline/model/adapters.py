@@ -68,7 +68,8 @@ def project(projection: nn.Module, adapter: LowRank | None, x: Tensor, clean: in
     if adapter is None or clean is None:
         return out
     if clean == 0:
-        return out + adapter(x)
+        out += adapter(x)
+        return out
     out[:, clean:] += adapter(x[:, clean:])
     return out
 

@@ -82,10 +82,13 @@ FORMAT = """
 - `block_size`: positions drafted at once in training, the default for decoding;
 - `label_shift`: the logits of a clean row at position i are for position i + {clean}, those of a
   mask row at position i for position i + {mask};
+- `drafting`: what the model has for drafting alone, with its weights in `tidar.safetensors`: a
+  draft head, low-rank updates of mask rows' projections, an embedding of the mask rows' own;
 - `tokenizer`: which of the files is the tokenizer of the training data.
 
 Clean rows attend causally. A block of mask tokens attends to all clean rows before its first
-position and to itself in both directions; its position ids are those of the tokens it drafts.
+position and to itself in both directions (with `causal_slots` up to each row itself); its position
+ids are those of the tokens it drafts. `docs/decoding.md` of the package says all of it.
 """
 
 

@@ -10,7 +10,18 @@ from data_prep.files import read_text_checked
 from pipeline.model.rotary import check_scaling
 
 DRAFT_CELLS = ("linear", "mlp", "gru")
+DRAFTING_FIELDS = (
+    "draft_rank", "draft_cell", "draft_width", "adapter_rank", "adapter_targets",
+    "own_mask_embedding", "causal_slots", "linear_drafts",
+)  # fmt: skip
+"""Fields of `ModelConfig` that no Hugging Face config has: what drafting adds to a base model."""
 ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def block_slots(block_size: int, linear: bool) -> int:
+    """Slots of a block that drafts `block_size` places, with `linear` drafts from any of the first
+    `block_size` on."""
+    return 2 * block_size - 1 if linear else block_size
 
 
 @dataclass(frozen=True)

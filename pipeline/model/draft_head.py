@@ -185,7 +185,7 @@ class DraftHead(nn.Module):
 
     def forward(
         self, hidden: Tensor, blocks: BlockRows, embed: Callable[[Tensor], Tensor]
-    ) -> DraftRows:
+    ) -> tuple[Tensor, Tensor]:
         """All blocks of a batch at once, each place after the text's own tokens (teacher forcing).
 
         Args:
@@ -194,12 +194,13 @@ class DraftHead(nn.Module):
             embed: the model's embedding, [...] to [..., E].
 
         Returns:
-            DraftRows: rows to be multiplied with `[W | B]`.
+            The fields of `DraftRows`, to be multiplied with `[W | B]`; as plain tensors, at which
+            ZeRO 3 makes the module's own parameters whole again for the backward pass.
         """
         size = blocks.slots.shape[1]
         alone = len(blocks.alone)
         if size < 2:
-            return DraftRows(hidden, hidden.new_zeros(len(hidden), self.up.in_features))
+            return hidden, hidden.new_zeros(len(hidden), self.up.in_features)
         slots = hidden[blocks.slots[:, 1:].clamp_min(0)]
         with torch.no_grad():
             tokens = embed(blocks.before[:, 1:])
@@ -225,7 +226,7 @@ class DraftHead(nn.Module):
             hidden = torch.cat([hidden, behind])
         empty = hidden.new_zeros(last + 1, width)
         full = empty.index_put((torch.cat(places),), torch.cat(values).to(empty.dtype))
-        return DraftRows(hidden, full[:last])
+        return hidden, full[:last]
 
     @torch.no_grad()
     def reset(self, seed: int, opened: Opening) -> None:

@@ -28,16 +28,17 @@ class StepFlops:
 
 
 def allowed_pairs(
-    sequence_length: int, block_size: int, coverage: float | None, causal_slots: bool = False
+    sequence_length: int, block_slots: int, coverage: float | None, causal_slots: bool = False
 ) -> int:
     """Pairs of query and key that the rule allows in a sequence of one document.
 
-    Several documents allow fewer. `coverage` None has no mask section.
+    Several documents allow fewer. Blocks have `block_slots` slots; `coverage` None has no mask
+    section.
     """
     clean = sequence_length * (sequence_length + 1) // 2
     if coverage is None:
         return clean
-    layout = build_layout([sequence_length], block_size, coverage=coverage)
+    layout = build_layout([sequence_length], block_slots, coverage=coverage)
     drafted = layout.draft_lengths.astype(int)
     inside = drafted * (drafted + 1) // 2 if causal_slots else drafted**2
     return clean + int((drafted * layout.prefix_end + inside).sum())
@@ -53,6 +54,7 @@ def step_flops(
     checkpointing: str = "none",
     teacher_rows: int = 0,
     slots: int = 0,
+    drafted: int | None = None,
     alone: int = 0,
     frozen: bool = False,
 ) -> StepFlops:
@@ -67,18 +69,19 @@ def step_flops(
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
         teacher_rows: rows of each that go through the head once more, forward only: the AR
             distributions that a loss compares slots with, and slots whose weight it looks for.
-        slots: how many of the rows are mask slots: adapters and a draft head work on them.
+        slots: how many of the rows are mask slots: adapters work on them.
+        drafted: places that they draft, where a draft head works; None takes all slots.
         alone: places of each that are drafted without slots as well; they are among `labelled`.
         frozen: only what drafts learns: clean rows go forward only, and through no weight of the
             base goes a gradient but that of activations, and the AR loss is measured on a share
-            of its rows. Attention's backward is taken by the share
-            of slots among the rows.
+            of its rows. Attention's backward is taken by the share of slots among the rows.
     """
     head = config.num_embeddings * (config.hidden_size + config.draft_rank)
     width = config.num_heads * config.head_dim
     projections = 2 * width + 2 * config.num_kv_heads * config.head_dim
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
+    places = slots if drafted is None else drafted
     total, heads = sequences * rows, sequences * (rows if labelled is None else labelled)
     if labelled is None:
         heads += sequences * alone
@@ -89,7 +92,7 @@ def step_flops(
         * sequences
         * (
             config.num_layers * config.adapter_elements * slots
-            + config.num_cell_products * (slots + alone)
+            + config.num_cell_products * (places + alone)
         )
     )
     # A layer is computed again up to its last product, whose result nothing needs.
@@ -97,10 +100,10 @@ def step_flops(
     weights = 3 * (forward_layers + forward_head)
     attention = 3 * forward_attention
     if frozen:
-        share, drafted = slots / max(rows, 1), sequences * (slots + alone)
-        learned = 2 * config.num_embeddings * config.draft_rank * drafted
+        share, drafts = slots / max(rows, 1), sequences * (places + alone)
+        learned = 2 * config.num_embeddings * config.draft_rank * drafts
         weights = forward_layers + round(share * forward_layers)
-        weights += 2 * head * ((heads - drafted) // MEASURED + 2 * drafted) + learned
+        weights += 2 * head * ((heads - drafts) // MEASURED + 2 * drafts) + learned
         attention = forward_attention + round(2 * share * forward_attention)
         repeated = round(share * repeated)
     return StepFlops(

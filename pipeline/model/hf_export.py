@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from data_prep.files import fsync_folder
 from data_prep.tokenizers import Tokenizer
+from pipeline.model.adapters import is_drafting
 from pipeline.model.card import model_card
+from pipeline.model.config import DRAFTING_FIELDS
 from pipeline.model.hf_tokenizer import padding_id, save_tokenizer
 from pipeline.model.huggingface import (
     CONFIG_FILE,
+    DRAFTING_WEIGHTS_FILE,
     FORMAT_VERSION,
     TIDAR_FILE,
     config_to_huggingface,
@@ -81,6 +85,7 @@ def tidar_settings(model: Transformer, tokenizer: Tokenizer, source: Source) -> 
         "block_size": model.config.block_size,
         # By how many positions the label of a row lies ahead of the row itself.
         "label_shift": {"clean": 1, "mask": 0},
+        "drafting": {name: getattr(model.config, name) for name in DRAFTING_FIELDS},
         "tokenizer": {
             "kind": tokenizer.kind,
             "file": tokenizer.file_name,
@@ -91,10 +96,14 @@ def tidar_settings(model: Transformer, tokenizer: Tokenizer, source: Source) -> 
 
 
 def write_weights(model: Transformer, folder: Path, shard_bytes: int) -> None:
-    """Safetensors files under the names of Hugging Face; a tied head is written once."""
+    """Safetensors files under the names of Hugging Face; a tied head is written once. What only
+    drafts goes into a file of its own, which other software does not look at."""
     state = dict(model.state_dict())
     if model.config.tie_embeddings:
         del state[HEAD]
+    drafting = {name: state.pop(name).contiguous() for name in list(state) if is_drafting(name)}
+    if drafting:
+        save_file(drafting, folder / DRAFTING_WEIGHTS_FILE, metadata={"format": "pt"})
     save_torch_state_dict(state, folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
     mode = (folder / CONFIG_FILE).stat().st_mode
     for path in folder.glob("*.safetensors"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import read_text_checked
 from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
 from pipeline.model.source import EMBEDDING, NamedWeight, Source
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TIDAR_FILE = "tidar.json"
-FORMAT_VERSION = 1
-"""Of `tidar.json`."""
+DRAFTING_WEIGHTS_FILE = "tidar.safetensors"
+"""Weights that only draft, apart from the base model's, which other software loads."""
+FORMAT_VERSION = 2
+"""Of `tidar.json`. Version 1 had no `drafting`, and no weights that only draft."""
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -53,10 +55,14 @@ def open_folder(folder: Path) -> Source:
     if tidar is not None:
         drafting = {name: tidar[name] for name in ("mask_token_id", "block_size")}
         try:
-            config = replace(config, **drafting)
-        except ValueError as error:
+            config = replace(config, **drafting, **tidar.get("drafting", {}))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
     files = weight_files(folder)
+    if config.num_drafting_parameters:
+        files.append(folder / DRAFTING_WEIGHTS_FILE)
+        if not files[-1].is_file():
+            raise UserError(f"{files[-1]}: missing, although {TIDAR_FILE} asks for it")
     return Source(
         folder=folder,
         config=config,
@@ -206,8 +212,13 @@ def read_tidar(folder: Path) -> dict[str, Any] | None:
         return None
     values = read_json(path)
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(
+            f"{path}: format version {version}, this release reads 1 to {FORMAT_VERSION}; update it"
+        )
+    drafting = values.get("drafting", {})
+    if not isinstance(drafting, dict) or not set(drafting) <= set(DRAFTING_FIELDS):
+        raise UserError(f"{path}: drafting holds what is unknown; export the model again")
     for field in ("mask_token_id", "block_size"):
         if field not in values or not isinstance(values[field], int | None):
             raise UserError(f"{path}: {field} is missing or not a number; export the model again")

@@ -306,8 +306,7 @@ class Transformer(nn.Module):
     def drafts(self, hidden: Tensor, blocks: BlockRows) -> DraftRows:
         """Final hidden states [R, E] of a joint forward with what the draft head adds to them."""
         assert self.draft_head is not None, "only a model with a draft head has them"
-        drafts: DraftRows = self.draft_head(hidden, blocks, self.model.embed_tokens)
-        return drafts
+        return DraftRows(*self.draft_head(hidden, blocks, self.model.embed_tokens))
 
     def draft_logits(self, drafts: DraftRows, rows: Tensor) -> Tensor:
         """Logits [N, V] of the rows [N] among `drafts`."""

@@ -66,7 +66,11 @@ def _added(one: Any, other: Any) -> Any:
 
 @torch.inference_mode()
 def score_drafts(
-    model: Transformer, sequences: Iterable[Sequence], block_size: int, controls: Controls
+    model: Transformer,
+    sequences: Iterable[Sequence],
+    block_size: int,
+    controls: Controls,
+    first: int = 0,
 ) -> DraftScores:
     """Losses and acceptance on `sequences`, one joint forward each.
 
@@ -75,11 +79,12 @@ def score_drafts(
         sequences: laid out with full coverage and `block_size`.
         block_size: K.
         controls: the drafts to score beside the model's own.
+        first: as for `score_sequence`.
     """
     controls = controls.on(model)
     total = DraftScores.zero(block_size)
     for sequence in sequences:
-        scored = score_sequence(model, sequence)
+        scored = score_sequence(model, sequence, block_size, first)
         total = total + drafts_of(model, sequence, scored, block_size, controls)
     return total
 

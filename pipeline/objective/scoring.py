@@ -4,7 +4,7 @@ Letters: S clean tokens, M slots, N labelled rows, E hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
+from pipeline.data.windows import stale_layout
 from pipeline.model.attention import training_mask
 from pipeline.model.draft_head import DraftRows
 from pipeline.model.transformer import Transformer
@@ -39,19 +40,33 @@ class Scored:
 
     @property
     def diffusion_losses(self) -> Tensor:
-        """One for each slot of the layout, in order; empty without a mask section."""
+        """One for each drafted position of the layout, in order; empty without a mask section."""
         ar = self.batch.ar_labels
         return self.losses[ar : ar + self.batch.diffusion_labels]
 
 
 @torch.inference_mode()
-def score_sequence(model: Transformer, sequence: Sequence) -> Scored:
+def score_sequence(
+    model: Transformer, sequence: Sequence, block_size: int | None = None, first: int = 0
+) -> Scored:
     """Run `sequence` with its layout's mask section, or alone where the model has no mask token.
 
     The LM head is applied to a few rows at a time, since the logits of a whole sequence with its
     mask section would outgrow the model.
+
+    Args:
+        model: in evaluation mode.
+        sequence: with blocks of up to K positions, whatever the model.
+        block_size: K; None takes the model's.
+        first: of a model of linear drafts, by how many tokens slots are stale: each block has the
+            slots of a linear one, and drafts its positions from this place on (`stale_layout`).
     """
     mask_token_id = model.config.mask_token_id
+    if model.config.linear_drafts:
+        size = block_size or model.config.block_size or 1
+        lengths = sequence.real_lengths
+        layout, windows = stale_layout(sequence.layout, lengths, size, first)
+        sequence = replace(sequence, layout=layout, windows=windows)
     num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
     device = next(model.parameters()).device
     drafting = model.draft_head is not None and num_slots > 0

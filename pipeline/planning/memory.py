@@ -53,18 +53,20 @@ def static_memory(
     offload: bool = False,
     offload_weights: bool = False,
     bucket: int = DEFAULT_BUCKET,
+    frozen: bool = False,
 ) -> StaticMemory:
-    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction.
+    """Memory of one process under ZeRO `stage`, with `bucket` elements in a reduction; on a
+    `frozen` base only what drafts has gradients and states.
 
     `offload` has optimizer states on the host, `offload_weights` (stage 3) this process's share of
     the weights.
     """
-    n, size, bf16 = config.num_parameters, element_bytes(precision), precision == "bf16"
-    share = -(-n // processes)
+    n, size, bf16 = learning(config, frozen), element_bytes(precision), precision == "bf16"
+    share, frozen_n = -(-n // processes), config.num_parameters - n
     if stage == 0:
         # bf16: an optimizer with fp32 weights of its own. fp32: Adam on the weights themselves.
         return StaticMemory(
-            weights=size * n,
+            weights=size * config.num_parameters,
             gradients=size * n,
             optimizer=(MASTER_AND_ADAM if bf16 else 8) * n,
             buffers=size * min(bucket, n),
@@ -76,9 +78,10 @@ def static_memory(
     if stage == 1:
         # All gradients on every process; in bf16 the backward pass's and their sum in fp32.
         gradients, update = (6 * n, 0) if bf16 else (4 * n, 4 * share)
-    weights, gathered = size * n, 0
+    weights, gathered = size * config.num_parameters, 0
     if stage == 3:
-        weights, gathered = size * share, size * gathered_elements(config)
+        weights = size * (share + -(-frozen_n // processes))
+        gathered = size * gathered_elements(config)
     kept = weights if stage == 3 and offload_weights else 0
     return StaticMemory(
         weights=weights - kept,
@@ -88,6 +91,11 @@ def static_memory(
         update=update,
         host=(states if offload else 0) + kept,
     )
+
+
+def learning(config: ModelConfig, frozen: bool) -> int:
+    """Parameters that training changes."""
+    return config.num_drafting_parameters if frozen else config.num_parameters
 
 
 def largest_tensor(config: ModelConfig) -> int:
@@ -123,7 +131,8 @@ def layer_row_bytes(config: ModelConfig, size: int, *, fused_norm: bool) -> int:
     attention = size * (hidden + 2 * query + 2 * key) + 4 * config.num_heads
     # Input, gate, its SiLU, up, and their product.
     feed_forward = size * (hidden + 4 * config.intermediate_size)
-    return norms + attention + feed_forward
+    adapters = size * config.adapter_rank * len(config.adapter_targets)
+    return norms + attention + feed_forward + adapters
 
 
 @dataclass(frozen=True)
@@ -154,16 +163,18 @@ def batch_memory(
     checkpointing: str,
     attention: str,
     fused_norm: bool = True,
+    frozen_rows: int = 0,
 ) -> BatchMemory:
     """Memory of `sequences` of `rows` rows each, all of them labelled, with a kind of
     `checkpointing`.
 
     `attention=math` holds scores [sequences, H, rows, rows] in fp32: it saves the softmax, and has
     gradients beside it while a layer goes backward. `fused` holds the mask in the weights' type in
-    each layer, and `flex` neither.
+    each layer, and `flex` neither. The first `frozen_rows` rows of each sequence are the clean ones
+    of a frozen base: of them only keys and values are kept.
     """
-    size, total = element_bytes(precision), sequences * rows
-    pairs = 0 if attention == "flex" else sequences * rows * rows
+    size, total = element_bytes(precision), sequences * (rows - frozen_rows)
+    pairs = 0 if attention == "flex" else sequences * (rows - frozen_rows) * rows
     scores = 4 * config.num_heads * pairs if attention == "math" else 0
     # In bf16 their gradients exist in both types.
     gradients = scores + scores // 2 if precision == "bf16" else scores
@@ -178,30 +189,37 @@ def batch_memory(
         activations += config.num_layers * total * size * config.hidden_size
     else:
         activations += config.num_layers * (layer - again)
+    # Of clean rows with a frozen base: keys and values, and once more beside those of the slots.
+    kept = 2 * 2 * config.num_kv_heads * config.head_dim * config.num_layers
+    activations += sequences * frozen_rows * size * (kept + config.hidden_size)
     return BatchMemory(
         activations=activations,
         work=gradients + again,
-        logits=head_bytes(config, size, total),
+        logits=head_bytes(config, size, sequences * rows, learns=not frozen_rows),
         # A dense one with one more while it is put together; else three integers a row.
-        mask=2 * pairs if pairs else 3 * 4 * total,
+        mask=2 * pairs if pairs else 3 * 4 * sequences * rows,
     )
 
 
-def head_bytes(config: ModelConfig, size: int, rows: int) -> int:
-    """Bytes that the LM head and its loss take for `rows` labelled rows; see `head_loss.py`."""
+def head_bytes(config: ModelConfig, size: int, rows: int, learns: bool = True) -> int:
+    """Bytes that the LM head, which `learns` or not, and its loss take for `rows` labelled rows;
+    see `head_loss.py`."""
     width, vocabulary = config.hidden_size, config.num_embeddings
     piece = min(rows, max(FEWEST_ROWS, PIECE_ELEMENTS["cuda"] // vocabulary))
     # In bf16 logits and their slopes exist in both types, and a piece's gradient of the head.
     element, matrix = (4, 4) if size == 4 else (6, 6)
+    matrix = matrix if learns else 0
     return (
         size * width * (rows + piece) + element * piece * vocabulary + matrix * vocabulary * width
     )
 
 
-def checkpoint_bytes(config: ModelConfig, stage: int, precision: str) -> int:
+def checkpoint_bytes(config: ModelConfig, stage: int, precision: str, frozen: bool = False) -> int:
     """Size on disk of one checkpoint, over all processes."""
-    n, size = config.num_parameters, element_bytes(precision)
+    n, size = learning(config, frozen), element_bytes(precision)
+    # A frozen base is saved whole: each checkpoint is complete by itself.
+    base = size * (config.num_parameters - n)
     if stage == 0:
-        return (size + (MASTER_AND_ADAM if precision == "bf16" else 8)) * n
+        return base + (size + (MASTER_AND_ADAM if precision == "bf16" else 8)) * n
     # Stage 3 saves no weights beside the optimizer's fp32 ones.
-    return (MASTER_AND_ADAM if stage == 3 else size + MASTER_AND_ADAM) * n
+    return base + (MASTER_AND_ADAM if stage == 3 else size + MASTER_AND_ADAM) * n

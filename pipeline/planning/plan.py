@@ -15,6 +15,7 @@ from pipeline.planning.memory import (
     checkpoint_bytes,
     element_bytes,
     largest_tensor,
+    learning,
     static_memory,
 )
 from pipeline.planning.settings import Planned
@@ -97,6 +98,7 @@ class Plan:
         planned, train = self.planned, self.planned.train
         return {
             "parameters": planned.model.num_parameters,
+            "parameters_that_learn": learning(planned.model, train.freeze_base),
             "sequence_length": planned.sequence_length,
             "mask_slots": planned.num_slots,
             "coverage": planned.coverage,
@@ -143,7 +145,9 @@ def make_plan(planned: Planned) -> Plan:
         memory=process_memory(planned),
         flops=flops,
         duration=duration(planned, gpu, flops),
-        checkpoint=checkpoint_bytes(planned.model, train.deepspeed.stage, train.precision),
+        checkpoint=checkpoint_bytes(
+            planned.model, train.deepspeed.stage, train.precision, train.freeze_base
+        ),
     )
     judge(plan)
     return plan
@@ -151,21 +155,24 @@ def make_plan(planned: Planned) -> Plan:
 
 def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
     """FLOPs of an optimizer step at another coverage; None is the AR twin's."""
-    length, block_size = planned.sequence_length, planned.block_size
-    slots = 0 if coverage is None else section_length(length, coverage, block_size)
+    length, most = planned.sequence_length, planned.block_slots
+    slots = 0 if coverage is None else section_length(length, coverage, most)
+    drafted = -(-slots * planned.block_size // most)  # of a longer block only K places are
     alone = 0
     if planned.model.draft_rank:
-        alone = round(planned.train.objective.alone_share * slots * (1 - 1 / block_size))
+        alone = round(planned.train.objective.alone_share * drafted * (1 - 1 / planned.block_size))
     return step_flops(
         planned.model,
         sequences=planned.train.global_batch_size,
         rows=length + slots,
-        pairs=allowed_pairs(length, block_size, coverage, planned.model.causal_slots),
+        pairs=allowed_pairs(length, most, coverage, planned.model.causal_slots),
+        labelled=length + drafted + alone,
         checkpointing=planned.train.activation_checkpointing,
-        teacher_rows=slots * planned.train.objective.extra_heads,
+        teacher_rows=drafted * planned.train.objective.extra_heads,
         slots=slots,
+        drafted=drafted,
         alone=alone,
-        frozen=planned.train.freeze_base,
+        frozen=planned.train.freeze_base and slots > 0,
     )
 
 
@@ -181,6 +188,7 @@ def process_memory(planned: Planned) -> Memory:
         offload=train.deepspeed.offload_optimizer,
         offload_weights=train.deepspeed.offload_parameters,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        frozen=train.freeze_base,
     )
     batch = batch_memory(
         model,
@@ -189,6 +197,7 @@ def process_memory(planned: Planned) -> Memory:
         rows=planned.rows,
         checkpointing=train.activation_checkpointing,
         attention=planned.plan.attention,
+        frozen_rows=planned.sequence_length if train.freeze_base else 0,
     )
     return Memory(
         static=static,

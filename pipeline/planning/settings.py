@@ -1,6 +1,6 @@
 """The config of `tidar-plan`: a training run's, checked by the same code, and the cluster's."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -9,8 +9,8 @@ from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
 from pipeline.data.place import open_data_dir
-from pipeline.model.config import ModelConfig
-from pipeline.training.settings import TrainSettings
+from pipeline.model.config import ModelConfig, block_slots
+from pipeline.training.settings import TrainSettings, with_layout
 
 ATTENTION = ("flex", "fused", "math")
 
@@ -80,6 +80,11 @@ class Planned:
     block_size: int
 
     @property
+    def block_slots(self) -> int:
+        """Slots of a whole block."""
+        return block_slots(self.block_size, self.model.linear_drafts)
+
+    @property
     def rows(self) -> int:
         """Rows of a sequence in the joint forward, S + M."""
         return self.sequence_length + self.num_slots
@@ -96,14 +101,15 @@ class Planned:
         coverage = train.layout.coverage or manifest.coverage
         tokenizer = manifest.tokenizer
         model = train.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
-        causal = train.layout.causal_slots or model.causal_slots
-        model = replace(model, causal_slots=causal)
+        if train.objective.drafts:
+            model = with_layout(model, train.layout)
         if length > model.max_positions:
             raise UserError(
                 f"model.max_positions: {model.max_positions}, but the sequences have {length} "
                 "tokens; raise it or prepare shorter sequences"
             )
-        slots = section_length(length, coverage, block_size) if train.objective.drafts else 0
+        most = block_slots(block_size, model.linear_drafts)
+        slots = section_length(length, coverage, most) if train.objective.drafts else 0
         return cls(train, cluster, plan, model, length, slots, coverage, block_size)
 
 

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.planning.memory import learning
 from pipeline.planning.plan import GIB, Plan
 
 Rows = list[tuple[str, str, str]]
@@ -43,9 +44,11 @@ def run_rows(plan: Plan) -> Rows:
     sections = f"{planned.sequence_length} clean"
     if planned.num_slots:
         sections += f" + {planned.num_slots} mask"
+    learn = learning(model, train.freeze_base)
+    frozen = f"; {learn:,} learn, the base is frozen" if train.freeze_base else ""
     drafted = f"coverage {planned.coverage:g}, K = {planned.block_size}"
     return [
-        ("parameters", f"{model.num_parameters:,}", f"vocabulary {model.vocab_size}"),
+        ("parameters", f"{model.num_parameters:,}", f"vocabulary {model.vocab_size}{frozen}"),
         ("GPUs", f"{cluster.processes}", f"{cluster.nodes} nodes x {cluster.gpus_per_node}, "
          f"{plan.gpu.name}"),
         ("rows of a sequence", f"{planned.rows}", f"{sections}, {drafted}" if planned.num_slots

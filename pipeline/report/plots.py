@@ -78,6 +78,13 @@ def acceptance_charts(run: Run) -> list[Chart]:
                 marker="square",
             ),
             Series("bigram draft", by_position(row, "bigram_acceptance"), "quiet", marker="ring"),
+            Series(
+                "draft head without slots",
+                by_position(row, "recurrent_acceptance"),
+                color,
+                dashed=True,
+                marker="square",
+            ),
         ]
         charts.append(
             Chart(

@@ -183,7 +183,7 @@ def try_step(
     seconds, bandwidth = time_all_reduce(world)
     drafts = settings.objective.drafts
     length, coverage = source.manifest.sequence_length, source.coverage
-    slots = section_length(length, coverage, source.block_size) if drafts else 0
+    slots = section_length(length, coverage, source.block_slots) if drafts else 0
     first = world.rank * settings.micro_batch_size
     sequences = [source[first + number] for number in range(settings.micro_batch_size)]
     mask_id, causal = source.manifest.tokenizer.mask_id, engine.module.config.causal_slots

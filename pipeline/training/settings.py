@@ -154,6 +154,7 @@ class TrainSettings(PlainKeys):
         data = parse(DataConfig, cfg.data, "data")
         manifest = manifest or Manifest.load(data_dir)
         layout = parse(LayoutChoice, cfg.layout, "layout")
+        model = parse(ModelConfig, cfg.model, "model")
         objective = parse(ObjectiveConfig, cfg.objective, "objective")
         return cls(
             **values,
@@ -162,11 +163,9 @@ class TrainSettings(PlainKeys):
             mix=() if planned else open_mix(data, manifest, layout),
             manifest=manifest,
             model=with_adapters(
-                parse(ModelConfig, cfg.model, "model"),
-                parse(AdapterConfig, cfg.adapter, "adapter"),
-                values["freeze_base"],
+                model, parse(AdapterConfig, cfg.adapter, "adapter"), values["freeze_base"]
             ),
-            layout=layout,
+            layout=replace(layout, linear=layout.linear or model.linear_drafts),
             objective=replace(objective, alpha=0.0) if values["freeze_base"] else objective,
             optimizer=parse(OptimizerConfig, cfg.optimizer, "optimizer"),
             schedule=parse(ScheduleConfig, cfg.schedule, "schedule"),
@@ -221,3 +220,18 @@ class TrainSettings(PlainKeys):
                 f"try global_batch_size={-(-self.global_batch_size // per_round) * per_round}"
             )
         return self.global_batch_size // per_round
+
+
+def with_layout(config: ModelConfig, layout: LayoutChoice) -> ModelConfig:
+    """`config` with what of the layout is a part of the model from then on.
+
+    Raises:
+        UserError: when that needs a draft head.
+    """
+    if layout.linear and not config.draft_rank:
+        raise UserError(
+            "layout.linear: needs a draft head, which knows the tokens that stale slots do not; "
+            "set model.draft_rank above 0, or layout.linear=false"
+        )
+    causal = layout.causal_slots or config.causal_slots
+    return replace(config, causal_slots=causal, linear_drafts=layout.linear)

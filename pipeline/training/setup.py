@@ -1,7 +1,6 @@
 """Putting a run together from its settings: model, engine, data, callbacks."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from pipeline.training.left_out import LeftOutFile
 from pipeline.training.loop import Trainer
 from pipeline.training.mask_embedding import MaskEmbedding
 from pipeline.training.run_dir import write_config
-from pipeline.training.settings import TrainSettings
+from pipeline.training.settings import TrainSettings, with_layout
 from pipeline.training.skipped_shards import SkippedShards
 from pipeline.training.slow_ranks import SlowRanks
 from pipeline.training.speed import SpeedMeter
@@ -47,8 +46,8 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     tokenizer = settings.manifest.tokenizer
     block_size = settings.layout.block_size or settings.manifest.block_size
     config = settings.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
-    causal = settings.layout.causal_slots or config.causal_slots
-    config = replace(config, causal_slots=causal)
+    if settings.objective.drafts:
+        config = with_layout(config, settings.layout)
     if settings.manifest.sequence_length > config.max_positions:
         raise UserError(
             f"model.max_positions: {config.max_positions}, but the data's sequences have "

@@ -63,15 +63,16 @@ class SpeedMeter:
     def measure(self, counts: GlobalCounts, seconds: float) -> Speed:
         """Of the step over the global batch of `counts`, which took `seconds`."""
         labelled = counts.ar_labels + counts.diffusion_labels + counts.alone_labels
-        rows = counts.clean_tokens + counts.diffusion_labels
+        slots = counts.diffusion_labels + counts.unlabelled_slots
         flops = step_flops(
             self.config,
             sequences=1,
-            rows=rows,
+            rows=counts.clean_tokens + slots,
             pairs=counts.attention_pairs,
             labelled=labelled,
             teacher_rows=counts.teacher_rows,
-            slots=counts.diffusion_labels,
+            slots=slots,
+            drafted=counts.diffusion_labels,
             alone=counts.alone_labels,
             frozen=self.frozen,
         )

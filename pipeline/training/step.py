@@ -45,6 +45,8 @@ class GlobalCounts:
     """Labelled rows of drafts without slots."""
     alone_draft_weight: float = 0.0
     """Their summed weights, as `draft_weight`."""
+    unlabelled_slots: int = 0
+    """Mask slots outside the places that their block drafts."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def count_globally(
         damaged_shards,
         sum(batch.alone_labels for batch in batches),
         sum(float(part[end:].sum()) for part, end in zip(weights, slots, strict=True)),
+        sum(batch.slots - batch.diffusion_labels for batch in batches),
     ]
     ar, diffusion, clean, stops, weight, *whole = world.sum([float(value) for value in own])
     pairs, damaged, alone = map(int, whole[:3])
@@ -102,6 +105,7 @@ def count_globally(
         teacher_rows=drafted * objective.extra_heads,
         alone_labels=alone,
         alone_draft_weight=whole[3],
+        unlabelled_slots=int(whole[4]),
     )  # fmt: skip
 
 

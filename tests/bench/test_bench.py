@@ -25,7 +25,10 @@ TOY = {
     ],
 }
 RATIOS = {
-    "train_step": {f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")},
+    "train_step": {
+        *(f"tidar, coverage {share} / ar" for share in ("1", "0.5", "0.25")),
+        *(f"frozen, coverage {share} / ar" for share in ("1", "0.25")),
+    },
     "attention": {
         f"S={s}, {documents}: {pair}"
         for s in (16, 40)

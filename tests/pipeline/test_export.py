@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import (
     SWITCHES,
+    edit_json,
     huggingface_tokenizer,
     random_model,
     sentencepiece_tokenizer,
@@ -21,7 +22,9 @@ from small_models import (
 from data_prep.errors import UserError
 from pipeline import export as command
 from pipeline import load_model
+from pipeline.decoding import generate
 from pipeline.model import hf_export, hf_tokenizer
+from pipeline.model.adapters import is_drafting
 from pipeline.model.checkpoint_files import write_file_list
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_source, read_model
@@ -77,6 +80,36 @@ def test_a_round_trip_changes_no_bit(tmp_path, tied, precision):
     assert_equal_weights(again.state_dict(), model.state_dict())
     assert tokenizer.content() == sentencepiece_tokenizer().content()
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_only_drafts_goes_into_a_file_of_its_own(tmp_path, tied):
+    """Other software loads the base model; this one all of it, and drafts as before."""
+    from transformers import AutoModelForCausalLM
+
+    model = random_model(
+        small_config(tie_embeddings=tied, adapter_rank=3, adapter_targets=("up_proj", "q_proj"),
+                     own_mask_embedding=True, draft_rank=2, draft_cell="mlp", draft_width=5)
+    )  # fmt: skip
+    step = write_checkpoint(tmp_path / "step", model, sentencepiece_tokenizer())
+    export(step, tmp_path / "out")
+    files = [
+        set(load_file(tmp_path / "out" / f"{name}.safetensors")) for name in ("model", "tidar")
+    ]
+    assert files[1] == {name for name in model.state_dict() if is_drafting(name)}
+    assert not files[0] & files[1]
+    again, _ = load_model(tmp_path / "out", device="cpu")
+    assert again.config == model.config
+    assert_equal_weights(again.state_dict(), model.state_dict())
+    texts = [generate(m, [9, 8, 7], max_new_tokens=20).tokens for m in (model, again)]
+    assert texts[0] == texts[1]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    ids = torch.randint(330, (2, 50), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
+    (tmp_path / "out" / "tidar.safetensors").unlink()
+    with pytest.raises(UserError, match=r"tidar\.safetensors: missing, although tidar\.json asks"):
+        load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", SWITCHES)
@@ -171,10 +204,20 @@ def test_a_tokenizer_that_differs_is_left_out(tmp_path, run_dir, monkeypatch):
 def test_what_a_decoder_must_know_stands_in_tidar_json(tmp_path, run_dir):
     export(run_dir, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "tidar.json").read_text()) == {
-        "format_version": 1,
+        "format_version": 2,
         "mask_token_id": 4,
         "block_size": 3,
         "label_shift": {"clean": 1, "mask": 0},
+        "drafting": {
+            "draft_rank": 0,
+            "draft_cell": "gru",
+            "draft_width": None,
+            "adapter_rank": 0,
+            "adapter_targets": [],
+            "own_mask_embedding": False,
+            "causal_slots": False,
+            "linear_drafts": False,
+        },
         "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "eos_token_id": 3},
         "training": {"step": 7, "tokens": 1234},
     }
@@ -228,6 +271,20 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(tmp_path, run_dir,
             export(run_dir, target, overwrite=True)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_an_export_of_the_former_format_is_read(tmp_path, run_dir):
+    export(run_dir, tmp_path / "out")
+    path = tmp_path / "out" / "tidar.json"
+    values = json.loads(path.read_text())
+    del values["drafting"]
+    path.write_text(json.dumps({**values, "format_version": 1}))
+    ours, theirs = (load_model(p, device="cpu")[0] for p in (run_dir, tmp_path / "out"))
+    assert ours.config == theirs.config
+    assert_equal_weights(ours.state_dict(), theirs.state_dict())
+    edit_json(path, format_version=3)
+    with pytest.raises(UserError, match="format version 3, this release reads 1 to 2"):
+        load_model(tmp_path / "out")
 
 
 def test_shapes_that_no_class_of_theirs_has(tmp_path):

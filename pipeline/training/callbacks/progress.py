@@ -55,9 +55,10 @@ class ProgressDisplay(Callback):
             self._line(f"step {metrics.step}/{self.steps}  {text}")
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
+        chosen = {row["temperature"]: row for row in rows if row["method"] == "tidar_chosen"}
         for row in rows:
             if row["method"] == "tidar":
-                self._line(describe_eval(row))
+                self._line(describe_eval(row, chosen.get(row["temperature"])))
 
     def on_event(self, event: Event) -> None:
         if event["event"] not in ROUTINE:
@@ -80,13 +81,15 @@ def describe(metrics: StepMetrics, left_s: float) -> str:
     return "  ".join(parts)
 
 
-def describe_eval(row: dict[str, Any]) -> str:
+def describe_eval(row: dict[str, Any], chosen: dict[str, Any] | None = None) -> str:
+    """A line about the `tidar` row of an eval, and the row of the chosen step if there is one."""
     measured = [value for value in row["acceptance_by_position"] if value is not None]
     first = f", first draft accepted {measured[0]:.0%}" if measured else ""
+    best = f" ({chosen['speedup_over_ar']:.2f}x with the step chosen here)" if chosen else ""
     return (
         f"eval at step {row['step']}, temperature {row['temperature']:g}: "
         f"{row['tokens_per_forward']:.2f} tokens/forward, "
-        f"{row['speedup_over_ar']:.2f}x the speed of AR{first}, "
+        f"{row['speedup_over_ar']:.2f}x the speed of AR{best}{first}, "
         f"held-out AR loss {row['ar_loss']:.3f} (unigram entropy {row['unigram_entropy']:.3f})"
     )
 

@@ -73,13 +73,16 @@ def test_acceptance_counts_only_what_was_verified():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("per_query", [1e-6, 0.05, 9.0])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize(
+    ("penalty", "changes"),
+    [(1.0, {}), (1.3, {}), (1.3, {"draft_rank": 5}),
+     (1.3, {"draft_rank": 5, "linear_drafts": True})],
+)  # fmt: skip
 def test_greedy_text_does_not_depend_on_the_choice(
-    monkeypatch, batch_size, per_query, penalty, rank
+    monkeypatch, batch_size, per_query, penalty, changes
 ):
     monkeypatch.setattr(GENERATE, "latency_curve", lambda model: curve(per_query))
-    model = make_model(1, vocabulary=40, draft_rank=rank)
+    model = make_model(1, vocabulary=40, **changes)
     prompts = random_prompts(2, (3, 8, 1, 20, 5), 40)
     options = {"max_new_tokens": 50, "sampling": Sampling(repetition_penalty=penalty)}
     expected = generate_batch(model, prompts, method="ar", **options)

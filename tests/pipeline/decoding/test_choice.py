@@ -66,6 +66,22 @@ def test_the_expectation_is_what_a_simulation_finds(blocks, alone, greedy):
     assert found.tokens_per_forward == pytest.approx(per_forward, rel=0.02)
 
 
+def test_linear_steps_always_have_a_draft():
+    """K + 2K - 1 queries and E tokens a step; the K that pays most, where none is short."""
+    acceptance, weak = known([0.8, 0.6, 0.7], [0.1] * 3), [0.3] * 7
+    found = expected(StepShape.one_block(4), acceptance, at(bare(0.05), linear=True))
+    tokens = 1 + 0.8 + 0.8 * 0.6 + 0.8 * 0.6 * 0.7
+    assert found.tokens_per_forward == pytest.approx(tokens)
+    assert found.tokens_per_second == pytest.approx(tokens / (1 + 0.05 * (4 + 7 - 1)))
+    best = choose(known([0.9] * 7, weak), at(bare(0.02), linear=True))
+    assert best.shape.linear
+    assert "one block for all counts, " in str(best)
+    # The head alone where it drafts as well, and plain steps where queries are dear.
+    alone = choose(known([0.9] * 7, [0.9] * 7), at(bare(0.02), linear=True))
+    assert alone.shape == StepShape(8, 8, (), sequential=True)
+    assert choose(known([0.9] * 7, weak), at(bare(1.0), linear=True)).method == "ar"
+
+
 def test_accepted_probabilities():
     assert accepted_probabilities([0.5, 0.25]) == [0.5, 0.375, 0.125]
     assert accepted_probabilities([]) == [1.0]

@@ -204,7 +204,8 @@ WITH_HEAD = {
     "all blocks": (StepShape.full(3), "plain"),
     "all blocks, all settings": (StepShape.full(3), "all"),
     "some blocks": (StepShape(3, 3, (2,)), "penalty"), "no block": (NO_BLOCKS, "plain"),
-    "no block, all settings": (NO_BLOCKS, "all"),
+    "no block, all settings": (NO_BLOCKS, "all"), "one block": (StepShape.one_block(3), "plain"),
+    "one block, all settings": (StepShape.one_block(3), "all"),
 }  # fmt: skip
 
 

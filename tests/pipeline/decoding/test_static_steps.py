@@ -35,13 +35,16 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-MODELS = [{}, {"draft_rank": 5}]
-"""Without and with a draft head."""
+LINEAR = {"draft_rank": 5, "linear_drafts": True}
+MODELS = [{}, {"draft_rank": 5}, LINEAR]
+"""Without and with a draft head, and with one block for all counts."""
 
 
 def static_engine(model, sampling, batch_size: int, keys: list, blocks=(1, 2, 4)) -> StepEngine:
     """An engine that goes the way of captured steps; every step is run as it is."""
     shape = StepShape.full(4) if sampling.trust < 1 else StepShape(4, 4, blocks)
+    if model.config.linear_drafts:
+        shape = StepShape.one_block(4)
     engine = StepEngine(model, sampling, shape, batch_size=batch_size, capacity=300)
 
     def run_each(key, run):
@@ -59,7 +62,7 @@ def test_steps_of_fixed_width_give_the_same_tokens(sampling, changes):
     prompts = random_prompts(0, (3, 245, 9, 30), VOCABULARY)
     engine = static_engine(model, sampling, 2, keys)
     runs = dict(finish_each(engine, prompts, max_new_tokens=30))
-    blocks = None if sampling.trust < 1 else [1, 2, 4]
+    blocks = None if sampling.trust < 1 or "linear_drafts" in changes else [1, 2, 4]
     expected = generate_batch(model, prompts, sampling=sampling, blocks=blocks, max_new_tokens=30)
     assert [runs[n].tokens for n in range(4)] == [run.tokens for run in expected]
     widths = {width for _, width in keys}
@@ -69,7 +72,8 @@ def test_steps_of_fixed_width_give_the_same_tokens(sampling, changes):
 
 @pytest.mark.parametrize("sampling", SETTINGS)
 @pytest.mark.parametrize(
-    ("changes", "blocks"), [({}, (1, 2, 4)), ({"draft_rank": 5}, (2, 4)), ({"draft_rank": 5}, ())]
+    ("changes", "blocks"),
+    [({}, (1, 2, 4)), ({"draft_rank": 5}, (2, 4)), ({"draft_rank": 5}, ()), (LINEAR, (1,))],
 )
 def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling, changes, blocks):
     model = make_model(**changes)

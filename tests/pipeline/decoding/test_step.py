@@ -26,13 +26,18 @@ SHAPES = [
     StepShape(4),
     StepShape(1),
     StepShape(4, 4, (1, 3)).short,
+    StepShape.one_block(1),
+    StepShape.one_block(4),
+    StepShape.one_block(4).short,
+    StepShape(3, 5, (1,), True, True),
 ]
 
 
 def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Tensor:
     """Who sees whom in a decoding step; columns: prefix, drafts, blocks."""
     rows = [("draft", i, 0) for i in range(shape.drafts)]
-    rows += [("slot", t, j) for j in shape.blocks for t in range(shape.block_size)]
+    size = 2 * shape.block_size - 1 if shape.linear else shape.block_size
+    rows += [("slot", t, j) for j in shape.blocks for t in range(size)]
     allowed = torch.zeros(len(rows), prefix + len(rows), dtype=torch.bool)
     allowed[:, :prefix] = True
     for q, (kind, index, block) in enumerate(rows):
@@ -58,9 +63,9 @@ def test_step_mask_is_the_rule(shape, causal):
         assert torch.equal(rule.over_prefix(prefix), written_out(shape, prefix, causal))
     positions = step_positions(shape, CPU)
     assert positions[: shape.drafts].tolist() == list(range(shape.drafts))
-    for block in shape.blocks:
-        expected = list(range(block, block + shape.block_size))
-        assert positions[shape.block_rows(block)].tolist() == expected
+    for accepted in range(1, shape.drafts + 1) if shape.linear else shape.blocks:
+        expected = list(range(accepted, accepted + shape.block_size))
+        assert positions[shape.block_rows(accepted)].tolist() == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,12 +86,24 @@ def test_num_queries():
     assert [num_queries(size) for size in (1, 4, 8)] == [2, 20, 72]
     assert StepShape(8, 8, (1, 2, 8)).num_queries == 8 + 3 * 8
     assert StepShape(8, 8, (1, 2, 8)).block_starts() == [-1, 8, 16, -1, -1, -1, -1, -1, 24]
+    one = StepShape.one_block(4)
+    assert (one.num_queries, one.short.num_queries, one.prefill_slots) == (4 + 7, 1 + 7, 7)
+    assert one.block_starts() == [-1, 4, 5, 6, 7]
+    assert one.block_rows(4).stop == one.num_queries, "the last slot is read, and none is spare"
+    without = StepShape(4, 4, (), True, True)
+    assert (without.num_queries, without.prefill_slots) == (4, 0)
+    assert without.block_starts() == [-1] * 5
 
 
 @pytest.mark.parametrize("blocks", [(0,), (2, 1), (1, 1), (5,)])
 def test_impossible_blocks_are_refused(blocks):
     with pytest.raises(ValueError, match="increasing numbers in 1 … 4"):
         StepShape(4, 4, blocks)
+
+
+def test_a_linear_step_has_no_other_block():
+    with pytest.raises(ValueError, match=r"a linear step has block 1 or none, got \(1, 2\)"):
+        StepShape(4, 4, (1, 2), True, True)
 
 
 @pytest.mark.parametrize("accepted", [1, 2, 3])
@@ -114,6 +131,27 @@ def test_a_step_sees_what_training_showed(accepted, causal):
     torch.testing.assert_close(block, expected[len(clean) :], atol=2e-5, rtol=1e-5)
     drafts = expected[prefix : prefix + accepted]
     torch.testing.assert_close(got[:accepted], drafts, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_a_linear_step_sees_what_training_showed(causal):
+    """Its block has the logits of a training block of 2K - 1 slots that begins behind d_0."""
+    model, size, tokens = make_model(causal_slots=causal), 3, [1, 4, 2, 8, 5, 7, 3]
+    prefix, shape, slots = len(tokens) - size, StepShape.one_block(3), 2 * 3 - 1
+    step = torch.tensor([tokens[prefix:] + [MASK] * slots])
+    cache = KVCache(model.config, 64, dtype=torch.float32, device=CPU)
+    model(torch.tensor([tokens[:prefix]]), cache=cache)
+    cache.keep(prefix)
+    rule = StepRule(shape, 64, CPU, causal)
+    got = model(step, prefix + step_positions(shape, CPU), rule.over_prefix(prefix), cache)[0]
+    start = prefix + 1
+    clean = tokens[:start] + [0] * slots
+    layout = Layout.from_table([[0, start, start + slots, 0]])
+    position = torch.cat([torch.arange(len(clean)), torch.arange(start, start + slots)])
+    mask = dense_mask([len(clean)], layout, causal)
+    expected = model(torch.tensor([clean + [MASK] * slots]), position, mask)[0]
+    torch.testing.assert_close(got[size:], expected[len(clean) :], atol=2e-5, rtol=1e-5)
 
 
 def test_prefill_mask():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from workers import run_workers
 from data_prep.errors import UserError
 from pipeline import load_model
 from pipeline.distributed import World
+from pipeline.model.adapters import is_adapter
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import initialize_from, open_source
@@ -266,6 +268,46 @@ def test_all_three_kinds_start_a_run(tmp_path):
         same = torch.equal(model.lm_head.weight, source.lm_head.weight)
         assert same == (path != plain), "without tidar.json the mask row is new"
         assert torch.equal(model.lm_head.weight[5:], source.lm_head.weight[5:])
+
+
+def test_what_a_base_lacks_starts_anew_and_what_it_has_is_taken(tmp_path):
+    base = random_model(small_config().without_drafting())
+    write_checkpoint(tmp_path / "base", base, sentencepiece_tokenizer())
+    config = small_config(
+        adapter_rank=2, adapter_targets=("q_proj", "down_proj"), own_mask_embedding=True,
+        draft_rank=3, vocab_size=332,
+    )  # fmt: skip
+    model = initialize_from(tmp_path / "base", config)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model(ids)[..., :330], base(ids))
+    for name, weight in base.state_dict().items():  # the mask token's row as well
+        assert torch.equal(model.state_dict()[name][: len(weight)], weight), name
+    mean = base.model.embed_tokens.weight.mean(0)
+    torch.testing.assert_close(model.model.mask_embedding, mean)
+    adapters = {n: p for n, p in model.named_parameters() if is_adapter(n)}
+    assert len(adapters) == 8
+    assert all(p.any() != n.endswith("up.weight") for n, p in adapters.items())
+
+    trained = random_model(config)
+    write_checkpoint(tmp_path / "trained", trained, sentencepiece_tokenizer())
+    taken = initialize_from(tmp_path / "trained", config)
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], weight), name
+    drafter = random_model(small_config())
+    write_checkpoint(tmp_path / "drafter", drafter, sentencepiece_tokenizer())
+    own = initialize_from(tmp_path / "drafter", config).model.mask_embedding
+    assert torch.equal(own, drafter.model.embed_tokens.weight[4])
+    twin = initialize_from(tmp_path / "trained", config.without_drafting())
+    assert torch.equal(twin(ids), trained(ids))
+    for changes, message in (
+        ({"adapter_rank": 4}, r"adapter_rank 2, the config has 4; set adapter\.rank=2"),
+        ({"adapter_targets": ("q_proj",)}, r"set adapter\.targets=\[q_proj,down_proj\]"),
+        ({"adapter_rank": 0}, r"set adapter\.rank=2"),
+        ({"own_mask_embedding": False}, r"set adapter\.own_mask_embedding=true"),
+        ({"draft_rank": 0}, r"draft_rank 3, .* set model\.draft_rank=3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            initialize_from(tmp_path / "trained", replace(config, **changes))
 
 
 def test_tidar_json_is_checked(tmp_path):

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 
 from data_prep.layout import build_layout
 from pipeline.data.source import Sequence
+from pipeline.decoding.step import prefill_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
+from pipeline.objective.acceptance import score_drafts
+from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import score_sequence
 
 MASK = 13
@@ -28,6 +31,56 @@ def make_model(causal_slots: bool) -> Transformer:
             if parameter.ndim > 1:
                 parameter.mul_(8.0)
     return model
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@torch.no_grad()
+def test_stale_slots_are_scored_block_by_block(first):
+    """Acceptance of the drafts that a linear step has when `first` tokens are new behind its block,
+    one block and place at a time, each by forwards of its own."""
+    rng, size = np.random.default_rng(0), 4
+    config = replace(CONFIG, draft_rank=5, draft_width=6, linear_drafts=True)
+    model = Transformer(config).initialize(1).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, 0.5)
+    head = model.draft_head
+    lengths, tokens = [13, 1, 6], rng.integers(0, MASK, size=20)
+    layout = build_layout(lengths, size, shift=True, rng=rng)
+    sequence = Sequence(tokens, np.array(lengths), 0, layout)
+    count, accepted = torch.zeros(size - 1), torch.zeros(2, size - 1)
+    for begin, start, end in zip(
+        layout.prefix_start, layout.prefix_end, layout.draft_end, strict=True
+    ):
+        document_end = next(int(e) for e in np.cumsum(lengths) if e > start)
+        if start == begin:
+            continue
+        text = torch.from_numpy(tokens[begin:document_end])
+        seen, slots = int(start - begin), min(2 * size - 1, int(document_end - start))
+        ids = torch.cat([text[:seen], torch.full((slots,), MASK)])[None]
+        mask = prefill_mask(0, seen, slots, torch.device("cpu"))
+        block = model.hidden(ids, torch.arange(seen + slots), mask)[0, seen:]
+        causal = model.hidden(text[None])[0]
+        state, _ = head.first(causal[max(seen + first - 1, 0)])
+        for place in range(1, int(end - start)):
+            position = seen + first + place
+            if position >= len(text):
+                break
+            h = block[first + place]
+            told = head.token_parts(model.model.embed_tokens(text[position - 1]))
+            z, state = head.cell.step(head.slot_parts(h) + told, state)
+            q = torch.softmax(model.lm_head(h) + head.up(z), -1)
+            p = torch.softmax(model.lm_head(causal[position - 1]), -1)
+            count[place - 1] += 1
+            accepted[0, place - 1] += p.argmax() == q.argmax()
+            accepted[1, place - 1] += torch.minimum(p, q).sum()
+    controls = Controls(torch.full((14,), 1 / 14))
+    found = score_drafts(model, [sequence], size, controls, first)
+    assert torch.equal(found.drafts, count.double())
+    torch.testing.assert_close(found.accepted["model"], accepted.double(), rtol=1e-4, atol=1e-5)
+    assert count.sum() > 3
+    if first == 0:
+        assert found.diffusion_tokens == 20, "each position once, as of blocks of K"
 
 
 @pytest.mark.parametrize("causal_slots", [False, True])

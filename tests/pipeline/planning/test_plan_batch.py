@@ -1,6 +1,7 @@
 """Parameters, FLOPs and memory of a batch against real models: counted by other means than ours."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.layout import build_layout
-from pipeline.model.config import ModelConfig
+from pipeline.model.attention import SectionMasks
+from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
 from pipeline.model.flops import allowed_pairs, step_flops
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import CHECKPOINTING, Transformer
@@ -102,6 +104,72 @@ def test_an_agreement_loss_takes_the_head_once_more_for_every_slot():
     assert counter.get_total_flops() == flops.model
 
 
+def frozen_step(checkpointing: str):
+    """A function that trains adapters on a frozen base, half of the rows slots; and its shape."""
+    config = dataclasses.replace(
+        CONFIG, adapter_rank=4, adapter_targets=ADAPTER_TARGETS, own_mask_embedding=True,
+        mask_token_id=1,
+    )  # fmt: skip
+    model = Transformer(config).initialize(0).freeze_base().checkpoint_activations(checkpointing)
+    ids = torch.ones(SEQUENCES, ROWS, dtype=torch.int64)
+    targets = Targets(
+        rows=torch.arange(SEQUENCES * ROWS).view(SEQUENCES, 2, -1).transpose(0, 1).flatten(),
+        labels=torch.randint(0, config.num_embeddings, (SEQUENCES * ROWS,)),
+        ar_labels=SEQUENCES * ROWS // 2,
+        shares=torch.full((SEQUENCES * ROWS,), 1e-3),
+        verifiers=torch.zeros(0, dtype=torch.int64),
+        agreement="none",
+        agreement_weight=0.0,
+        smoothing=0.0,
+        ar_counts=False,
+    )
+    everything = torch.ones(SEQUENCES, 1, ROWS, ROWS, dtype=torch.bool)
+    half = ROWS // 2
+    masks = SectionMasks(everything[..., :half, :half], everything[..., half:, :])
+
+    def step() -> None:
+        then = partial(head_loss, targets=targets)
+        model(ids, torch.arange(ROWS), masks, clean=half, then=then)[0].backward()
+
+    step()
+    return step, config
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_frozen_base_takes_the_flops_and_the_memory_planned_for(checkpointing):
+    step, config = frozen_step(checkpointing)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    flops = step_flops(
+        config, sequences=SEQUENCES, rows=ROWS, pairs=ROWS * ROWS, slots=ROWS // 2, frozen=True,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    if checkpointing == "none":
+        products = counter.get_flop_counts()["Global"]
+        assert sum(products.values()) - products[torch.ops.aten.bmm] == flops.weights
+    most = most_bytes(step, SDPBackend.MATH)
+    batch = batch_memory(
+        config, precision="fp32", sequences=SEQUENCES, rows=ROWS, checkpointing=checkpointing,
+        attention="math", fused_norm=False, frozen_rows=ROWS // 2,
+    )  # fmt: skip
+    assert 0.8 * most < batch.peak - batch.mask < 1.25 * most
+
+
+def most_bytes(step: Callable[[], None], backend: SDPBackend) -> int:
+    """The most that tensors take at once during `step`, on top of what was there."""
+    with (
+        sdpa_kernel(backend),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
+        step()
+    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, most = 0, 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        most = max(most, held)
+    return most
+
+
 @pytest.mark.parametrize("attention", ["fused", "math"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
@@ -113,16 +181,7 @@ def test_a_batch_takes_the_memory_planned_for(shape, precision, checkpointing, a
         config, torch.bfloat16 if precision == "bf16" else torch.float32, checkpointing
     )
     backend = SDPBackend.MATH if attention == "math" else SDPBackend.FLASH_ATTENTION
-    with (
-        sdpa_kernel(backend),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
-    ):
-        step()
-    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held, most = 0, 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        held += change.nbytes()
-        most = max(most, held)
+    most = most_bytes(step, backend)
     batch = batch_memory(
         config,
         precision=precision,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,14 +19,19 @@ from data_prep.tokenizers import load_tokenizer
 from pipeline import load_model
 from pipeline.decoding import generate
 from pipeline.distributed import World
-from pipeline.model.adapters import is_drafting
+from pipeline.model.adapters import is_adapter, is_drafting
+from pipeline.objective.joint import ObjectiveConfig
 from pipeline.train import train_in_world
 from pipeline.training.callbacks.ar_guard import read_base
+from pipeline.training.engine import OptimizerConfig, parameter_groups, set_learning_rate
+from pipeline.training.identity import completed, differences, refuse_changes, run_identity
 from pipeline.training.run_dir import owned
 from pipeline.training.settings import TrainSettings
+from pipeline.training.setup import model_config
 from pipeline.training.signals import StopRequest
 
 CASES = ("fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-3")
+PUBLISHED = ObjectiveConfig()
 RESUMED = ("fp32-0", "fp32-3", "bf16-1")
 SHAPE = (
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
@@ -152,12 +158,64 @@ def test_it_learns_and_reports_the_bases_ar_loss(runs, case):
     rows = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss_diffusion"] < rows[0]["loss_diffusion"] - 0.1
-    assert all(row["loss"] == pytest.approx(row["loss_diffusion"], rel=1e-5) for row in rows)
+    rho = PUBLISHED.alone_weight
+    for row in rows:  # the AR term is left out
+        drafts = (row["loss_diffusion"] + rho * row["loss_alone"]) / (1 + rho)
+        assert row["loss"] == pytest.approx(drafts, rel=1e-5)
     assert all(row["loss_ar"] > 0 for row in rows)
     evals = (folder / case / "evals" / "decode_speed.jsonl").read_text().splitlines()
     start = read_base(folder / case)
     for row in map(json.loads, evals):
         assert row["ar_loss"] == pytest.approx(start, rel=1e-12)
+
+
+def test_fp32_takes_masters_of_what_learns_and_the_base_as_it_is(runs):
+    short, _ = load_model(runs[0] / "bf16-1", device="cpu")
+    long, _ = load_model(runs[0] / "bf16-1", dtype="fp32", device="cpu")
+    for name, weight in short.state_dict().items():
+        own = long.state_dict()[name]
+        assert torch.equal(own.bfloat16(), weight), name
+        if is_adapter(name):
+            assert not torch.equal(own, weight.float()), name
+
+
+def test_the_rate_of_what_drafts_is_its_own(runs, data_dir, base):
+    model = random_model(small_config(adapter_rank=2, adapter_targets=("o_proj",), draft_rank=2))
+    groups = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    drafting = [[is_drafting(names[id(p)]) for p in group["params"]] for group in groups]
+    assert [(all(own), any(own)) for own in drafting] == [(False, False)] * 2 + [(True, True)]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert sum(map(len, drafting)) == len(names)
+    assert len(parameter_groups(random_model(small_config()), 0.1)) == 2
+    assert OptimizerConfig(learning_rate=0.01, draft_learning_rate=0.02).draft_rate_scale == 2
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=[{}, {}]), rate_scales=[1.0, 2.0]
+    )
+    set_learning_rate(engine, 0.3)
+    assert engine.optimizer.param_groups == [{"lr": 0.3}, {"lr": 0.6}]
+
+
+def test_another_adapter_is_another_run(runs, data_dir, base):
+    state = runs[0] / "fp32-1" / "checkpoints" / "step-00000004" / "state.json"
+    saved = json.loads(state.read_text())["identity"]
+    common = (f"data.dir={data_dir}", f"init_from={base}", "run_dir=x", "precision=fp32")
+
+    def changed(*overrides: str) -> dict:
+        settings = settings_of(*common, *overrides)
+        asked = json.loads(json.dumps(run_identity(settings, model_config(settings))))
+        return differences(completed(saved, asked), asked)
+
+    assert changed() == {}
+    with pytest.raises(
+        UserError, match=r"made with model\.adapter_rank=2, .* model\.adapter_rank=3"
+    ):
+        refuse_changes("step-00000004", changed("adapter.rank=3"), [])
+    assert set(changed("freeze_base=false")) == {"freeze_base", "model.own_mask_embedding"}
+    # Runs from before there were adapters go on.
+    for key in [k for k in saved if k.startswith(("model.adapter", "model.own_mask", "freeze"))]:
+        del saved[key]
+    assert changed("adapter.rank=0", "freeze_base=false") == {}
 
 
 def test_stages_agree(runs):

@@ -26,19 +26,24 @@ CASES = {
     "fp32-0": "fp32-3", "fp32-1": "fp32-3-offload", "fp32-2": "fp32-0", "fp32-3": "fp32-2",
     "bf16-0": "bf16-1", "bf16-1": "bf16-3", "bf16-3": "bf16-0",
     "fp32-2-offload": "fp32-1", "bf16-3-offload": "bf16-2-offload",
+    "fp32-0-frozen": "fp32-3-frozen", "fp32-3-frozen": "fp32-1-frozen",
+    "bf16-1-frozen": "bf16-0-frozen", "bf16-3-frozen": "bf16-2-frozen",
 }  # fmt: skip
-"""Precision, stage, and whether the optimizer's state is on the host; and what each is loaded into
-next."""
+"""Precision, stage, whether the optimizer's state is on the host, and whether the base is frozen;
+and what each is loaded into next."""
+FROZEN = {"adapter_rank": 2, "adapter_targets": ("v_proj", "up_proj")}
 
 
 def new_engine(world: World, case: str, seed: int):
-    precision, stage, *offload = case.split("-")
-    model = random_model(small_config(), seed).train()
+    precision, stage, *more = case.split("-")
+    model = random_model(small_config(**(FROZEN if "frozen" in more else {})), seed).train()
+    if "frozen" in more:
+        model.freeze_base()
     return build_engine(
         model.to(torch.bfloat16) if precision == "bf16" else model,
         world,
         optimizer=OptimizerConfig(learning_rate=1e-2, gradient_clipping=0.5),
-        config=DeepSpeedConfig(stage=int(stage), offload_optimizer=bool(offload)),
+        config=DeepSpeedConfig(stage=int(stage), offload_optimizer="offload" in more),
         precision=precision,
         micro_batch_size=1,
         accumulation_steps=1,
@@ -47,7 +52,7 @@ def new_engine(world: World, case: str, seed: int):
 
 def backward(engine, number: int, world: World, scale: float = 1.0) -> None:
     ids = (torch.arange(12)[None] * (number + 3) + world.rank) % 300
-    engine.backward(engine(ids).float().square().mean() * scale)
+    engine.backward(engine(ids, clean=4).float().square().mean() * scale)
 
 
 def update(engine, number: int, world: World) -> None:
@@ -131,6 +136,9 @@ def state_of(folder: Path, name: str) -> FullState:
 def assert_equal(left: FullState, right: FullState, updates: int = 2) -> None:
     assert left.shapes == right.shapes
     assert left.updates == right.updates == updates
+    assert left.frozen.keys() == right.frozen.keys()
+    for name, read in left.frozen.items():
+        assert torch.equal(read(), right.frozen[name]()), name
     for name in left.shapes:
         for kind in (WEIGHT, *MOMENTS):
             assert torch.equal(left.read(name, kind), right.read(name, kind)), (name, kind)
@@ -139,7 +147,9 @@ def assert_equal(left: FullState, right: FullState, updates: int = 2) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_state_survives_other_processes_and_stages(folders, name):
     saved = state_of(folders["two"], name)
-    assert saved.read("model.norm.weight", "exp_avg").abs().sum() > 0
+    assert ("model.norm.weight" in saved.frozen) == name.endswith("frozen")
+    some = "model.layers.0.mlp.up_adapter.up.weight" if saved.frozen else "model.norm.weight"
+    assert saved.read(some, "exp_avg").abs().sum() > 0
     assert_equal(saved, state_of(folders["one"], name))
     assert_equal(saved, state_of(folders["again"], name))
 

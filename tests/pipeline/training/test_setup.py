@@ -10,7 +10,7 @@ from pipeline.planning.plan import flops_at
 from pipeline.planning.settings import Planned
 from pipeline.training.identity import differences, refuse_changes, run_identity
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import model_config
+from pipeline.training.setup import model_config, open_source
 
 
 @pytest.fixture
@@ -33,6 +33,45 @@ def test_causal_slots_of_the_layout_are_part_of_the_model(settings):
     assert list(changed) == ["model.causal_slots"]
     with pytest.raises(UserError, match=r"model\.causal_slots=True, this run has .*=False"):
         refuse_changes("step-00000001", changed, [])
+
+
+def test_linear_drafts_are_part_of_the_model_and_need_a_head(settings):
+    with pytest.raises(UserError, match=r"^layout\.linear: needs a draft head.* model\.draft_rank"):
+        model_config(settings("layout.linear=true"))
+    linear = settings("layout.linear=true", "model.draft_rank=4")
+    assert model_config(linear).linear_drafts
+    assert not model_config(settings("model.draft_rank=4")).linear_drafts
+    assert not model_config(settings("layout.linear=true", "objective=ar")).linear_drafts
+    by_model = settings("model.draft_rank=4", "+model.linear_drafts=true")
+    assert by_model.layout.linear, "the data is laid out for the model"
+    assert open_source(by_model).block_slots == 7
+
+
+def test_a_plan_counts_the_slots_of_linear_drafts(data_dir):
+    """Of 2K - 1 = 7 slots 4 are drafted: fewer rows meet the LM head, as many the layers."""
+    planned = []
+    for value in ("false", "true"):
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose(
+                "plan",
+                [f"data.dir={data_dir}", f"layout.linear={value}", "model.draft_rank=4",
+                 "objective.alone_share=0", "objective.alpha=1.0"],
+            )  # fmt: skip
+        planned.append(Planned.from_config(cfg))
+    plain, linear = planned
+    assert (linear.block_size, linear.block_slots) == (4, 7)
+    assert (linear.num_slots, linear.rows) == (plain.num_slots, plain.rows) == (64, 128)
+    drafted = 37  # of 64 slots 4 in 7, rounded up
+    model, sequences = linear.model, linear.train.global_batch_size
+    head = model.num_embeddings * (model.hidden_size + model.draft_rank)
+    fewer = 6 * sequences * (64 - drafted) * (head + model.num_cell_products)
+    flops = [flops_at(one, 1.0) for one in planned]
+    assert flops[0].weights - flops[1].weights == fewer
+    pairs = (
+        sum(7 * (7 + 7 * n) for n in range(9)) + (63 + 1) - sum(4 * (4 + 4 * n) for n in range(16))
+    )
+    width = model.num_layers * model.num_heads * model.head_dim
+    assert flops[1].attention - flops[0].attention == 3 * 4 * width * sequences * pairs
 
 
 def test_a_plan_counts_the_pairs_of_causal_slots(data_dir):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from data_prep.layout import build_layout
 from pipeline.model.config import ModelConfig
-from pipeline.objective.joint import MEASURED
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def step_flops(
     drafted: int | None = None,
     alone: int = 0,
     frozen: bool = False,
+    measured: int = 1,
 ) -> StepFlops:
     """FLOPs of a step.
 
@@ -73,8 +73,9 @@ def step_flops(
         drafted: places that they draft, where a draft head works; None takes all slots.
         alone: places of each that are drafted without slots as well; they are among `labelled`.
         frozen: only what drafts learns: clean rows go forward only, and through no weight of the
-            base goes a gradient but that of activations, and the AR loss is measured on a share
-            of its rows. Attention's backward is taken by the share of slots among the rows.
+            base goes a gradient but that of activations. Attention's backward is taken by the share
+            of slots among the rows.
+        measured: of the AR rows that do not count then, one in so many goes through the LM head.
     """
     head = config.num_embeddings * (config.hidden_size + config.draft_rank)
     width = config.num_heads * config.head_dim
@@ -103,7 +104,7 @@ def step_flops(
         share, drafts = slots / max(rows, 1), sequences * (places + alone)
         learned = 2 * config.num_embeddings * config.draft_rank * drafts
         weights = forward_layers + round(share * forward_layers)
-        weights += 2 * head * ((heads - drafts) // MEASURED + 2 * drafts) + learned
+        weights += 2 * head * ((heads - drafts) // measured + 2 * drafts) + learned
         attention = forward_attention + round(2 * share * forward_attention)
         repeated = round(share * repeated)
     return StepFlops(

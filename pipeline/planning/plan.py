@@ -7,6 +7,7 @@ from pipeline.data.batch import section_length
 from pipeline.hardware import GPUS, Gpu, find_gpu
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
 from pipeline.model.transformer import CHECKPOINTING
+from pipeline.objective.joint import MEASURED
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
     BatchMemory,
@@ -173,6 +174,7 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
         drafted=drafted,
         alone=alone,
         frozen=planned.train.freeze_base and slots > 0,
+        measured=MEASURED,
     )
 
 

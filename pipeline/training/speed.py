@@ -14,6 +14,7 @@ import torch
 from pipeline.hardware import recognise
 from pipeline.model.config import ModelConfig
 from pipeline.model.flops import step_flops
+from pipeline.objective.joint import MEASURED
 from pipeline.training.step import GlobalCounts
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -75,6 +76,7 @@ class SpeedMeter:
             drafted=counts.diffusion_labels,
             alone=counts.alone_labels,
             frozen=self.frozen,
+            measured=MEASURED,
         )
         tflops = flops.model / seconds / self.processes / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None

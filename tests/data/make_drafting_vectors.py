@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests:tests/pipeline/decoding python tests/data/make_drafting_vectors.py
 
 What a run must give, step by step, is the decoder's own. Seeds are those at which no decision is so
-near that rounding could turn it, as the decoder written from the page measures it. Needed again
+near that rounding could turn it, as `export_reader` measures it. Needed again
 only when the vectors shall cover something new.
 """
 
@@ -176,7 +176,7 @@ def case(model: Transformer, folder: Path, number: int, options, size: int, bloc
         )
         if other.margin > MARGIN:
             break
-    assert agrees, f"{folder.name}, {options}: the page says something else than the decoder does"
+    assert agrees, f"{folder.name}, {options}: export_reader decodes something else"
     accepted = [len(step["made"]) for step in steps]
     print(folder.name, options, size, blocks, accepted, f"{other.margin:.1e}")
     return {

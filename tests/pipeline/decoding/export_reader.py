@@ -1,7 +1,7 @@
-"""A decoder of exported folders written from docs/decoding.md alone: numpy, fp64, nothing cached.
+"""A decoder of exported folders that does what docs/decoding.md says: numpy, fp64, nothing cached.
 
-It shares no code with the project, so that what both of them say is what the page says. Every step
-runs the whole text again. `margin` is the least distance of any decision from its opposite: of two
+It shares no code with the project, so a mistake of one is not in the other. Every step runs the
+whole text again. `margin` is the least distance of any decision from its opposite: of two
 logits, of a number from the edge that it is compared with. Letters as on the page: K block size, n
 tokens in hand, Q queries, E hidden size, V vocabulary.
 """

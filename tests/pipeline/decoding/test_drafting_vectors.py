@@ -1,5 +1,5 @@
-"""The page for another decoder's author says what this decoder does: `export_reader` was written
-from it, and both give what the vectors hold, which catch whoever leaves a part of it out."""
+"""This decoder and `export_reader`, which does what the page for another decoder's author says and
+shares no code, both give what the vectors hold; whoever leaves a part out does not."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_this_decoder(models, name, number):
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_decoder_written_from_the_page(name, number):
+def test_a_decoder_that_shares_no_code(name, number):
     run = VECTORS[name][number]
     assert agrees(Export(FOLDER / name), run)
     decoder = reader(Export(FOLDER / name), run)

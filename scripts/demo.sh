@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1   # two processes, a core each
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 preparing Python's standard library in $DATA"
-"$BIN/tidar-prepare" output_dir="$DATA" sequence_length=256 layout.block_size=8 \
+"$BIN/tidar-prepare" output_dir="$DATA" sequence_length=256 layout.block_size=4 \
   tokenizer.vocab_size=2048 workers=2
 
 say "2/4 training with 2 processes under ZeRO-1 in $RUN (Ctrl-C saves; the same command goes on)"

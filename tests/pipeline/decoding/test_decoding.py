@@ -258,7 +258,7 @@ def test_stop_strings_end_the_text_where_they_first_occur(method):
         ({"prompt_ids": []}, "prompt: is empty"),
         ({"prompt_ids": [VOCABULARY]}, "prompt: holds token 13"),
         ({"prompt_ids": [-1, 3]}, "prompt: holds token -1"),
-        ({"prompt_ids": [1], "method": "beam"}, "known are tidar, ar"),
+        ({"prompt_ids": [1], "method": "beam"}, "known are tidar, recurrent, ar"),
         ({"prompt_ids": [1], "max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ({"prompt_ids": [1], "max_new_tokens": 5000}, "exceed the model's 4096 positions"),
         ({"prompt_ids": [1], "block_size": 0}, "block_size: must be at least 1"),

@@ -276,7 +276,7 @@ def test_the_chosen_step_follows_the_machine_and_leaves_the_text_alone(
 ):
     """A model that drafts perfectly only ever needs its last block."""
     times = (1.0, 1.0 + 99 * per_query)
-    curve = LatencyCurve((1, 100), (10,), (times,), (0.0, 0.0))
+    curve = LatencyCurve((1, 100), (10,), (times,), (1,), (0.0,), (0.0,))
     monkeypatch.setattr(decoding_runs, "latency_curve", lambda model: curve)
     config = replace(CONFIG, methods=["ar", "tidar", "tidar_chosen"], repeats=1)
     rows = rows_of(make_flat_model(model_config(data.tokenizer)), data, config)

@@ -9,6 +9,7 @@ BY_SOURCE = {
         "ar_loss": loss, "diffusion_loss": loss + 1, "teacher_forced_acceptance": [0.5, 0.25],
         "teacher_forced_survival": [0.5, 0.125], "expected_tokens_per_forward": 1.625,
         "unigram_expected_tokens_per_forward": 1.25, "bigram_expected_tokens_per_forward": 1.5,
+        "recurrent_expected_tokens_per_forward": 1.75,
         "draft_calibration": {"drafts": [3, 4]},
         "draft_calibration_error": 0.0625,
     }

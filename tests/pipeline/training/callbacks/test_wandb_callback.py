@@ -156,7 +156,7 @@ def test_evals_are_a_table_a_heat_map_and_a_page(tmp_path):
     (table,) = media.glob("table/decode/sources*.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["step", "temperature", "source", *SOURCES_TABLE]
-    numbers = [2.5, 3.5, 1.625, 1.25, 1.5, 0.0625, "[0.5, 0.25]", "[0.5, 0.125]"]
+    numbers = [2.5, 3.5, 1.625, 1.25, 1.5, 1.75, 0.0625, "[0.5, 0.25]", "[0.5, 0.125]"]
     assert content["data"][0] == [3, 0.0, "code", *numbers]
     assert [row[1:3] for row in content["data"]] == [
         [temperature, source] for temperature in (0.0, 1.0) for source in ("code", "web")
@@ -290,7 +290,7 @@ def test_flatten_counts_positions_from_one_and_leaves_out_what_is_missing():
 def test_sources_of_text_give_single_numbers_only():
     values = eval_values(EVAL_ROWS[0])
     own = {key: value for key, value in values.items() if "/by_source/" in key}
-    assert len(own) == 2 * 6
+    assert len(own) == 2 * 7
     assert own["decode/ar/temperature_0/by_source/web/ar_loss"] == 4.0
 
 

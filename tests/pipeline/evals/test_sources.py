@@ -18,6 +18,7 @@ from pipeline.objective.acceptance import score_drafts
 
 DRAFTS = (
     "teacher_forced_acceptance", "teacher_forced_survival", "expected_tokens_per_forward",
+    "recurrent_acceptance", "recurrent_expected_tokens_per_forward",
     "unigram_acceptance", "unigram_expected_tokens_per_forward",
     "bigram_acceptance", "bigram_expected_tokens_per_forward",
 )  # fmt: skip

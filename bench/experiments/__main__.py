@@ -29,6 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS / "experiments",
                         help="folder for the JSON files")  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, help="length of all runs (1)")
+    parser.add_argument("--length", type=float, default=1.0,
+                        help="length of all that start from base (1)")  # fmt: skip
     return parser
 
 
@@ -46,9 +48,12 @@ def jobs(only: list[str] | None, seeds: list[int] | None) -> list[tuple[Run, int
 def run(arguments: Sequence[str]) -> None:
     """Do what the command line asks for; raises UserError for a bad argument or a failed run."""
     given = make_parser().parse_args(arguments)
-    if given.scale <= 0:
-        raise UserError(f"--scale: must be above 0, got {given.scale:g}")
-    study = Study(CORPORA[given.corpus], given.work, given.results, scale=given.scale)
+    for name in ("scale", "length"):
+        if getattr(given, name) <= 0:
+            raise UserError(f"--{name}: must be above 0, got {getattr(given, name):g}")
+    study = Study(
+        CORPORA[given.corpus], given.work, given.results, scale=given.scale, length=given.length
+    )
     wanted = jobs(given.only, given.seeds)
     if given.list:
         for one, seed in wanted:

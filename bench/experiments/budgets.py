@@ -13,12 +13,15 @@ from pipeline.planning.settings import Planned
 class Budgets:
     """Steps of every run on prepared data, from the planner's FLOPs."""
 
-    def __init__(self, data_dir: Path, shared: tuple[str, ...] = (), scale: float = 1.0) -> None:
-        """`scale` shortens or lengthens all runs alike; `shared` overrides come to every run."""
+    def __init__(
+        self, data_dir: Path, shared: tuple[str, ...] = (), scale: float = 1.0, length: float = 1.0
+    ) -> None:
+        """`scale` shortens or lengthens all runs alike, `length` all but those they start from;
+        `shared` overrides come to every run."""
         self.data_dir = data_dir
         self.shared = shared
         self.base_steps = max(1, round(BASE_STEPS * scale))
-        self.reference_steps = max(1, round(STEPS * scale))
+        self.reference_steps = max(1, round(STEPS * scale * length))
         self._flops: dict[str, int] = {}
 
     def flops_per_step(self, run: Run) -> int:

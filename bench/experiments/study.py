@@ -46,13 +46,20 @@ class Study:
     """Overrides for every evaluation."""
     scale: float = 1.0
     """Length of all runs."""
+    length: float = 1.0
+    """Length of all runs that start from `base`, beside `scale`; part of their names unless 1."""
 
     @property
     def folder(self) -> Path:
         return self.work / self.choice.name
 
     def run_dir(self, run: Run, seed: int) -> Path:
-        return self.folder / f"{run.name}-seed{seed}"
+        return self.folder / f"{self.name(run)}-seed{seed}"
+
+    def name(self, run: Run) -> str:
+        """Of its directory and result; `base` is the same whatever the length of what follows."""
+        longer = self.length != 1 and run.budget != "base"
+        return f"{run.name}-x{self.length:g}" if longer else run.name
 
     def train_command(self, run: Run, seed: int, steps: int) -> list[str]:
         """The words behind `tidar-train`."""
@@ -86,7 +93,7 @@ class Study:
             UserError: when a command fails or is interrupted; the same call goes on from there.
         """
         prepare(self.choice, self.folder)
-        budgets = Budgets(self.folder / "data", self.shared, self.scale)
+        budgets = Budgets(self.folder / "data", self.shared, self.scale, self.length)
         written = []
         for run, seed in jobs:
             if run.start is not None:
@@ -101,7 +108,7 @@ class Study:
 
     def do(self, run: Run, seed: int, budgets: Budgets, say: Callable[[str], None]) -> Path:
         """Train, score, write the result; each only if it was not done by the same command."""
-        path = self.results / f"{self.choice.name}-{run.name}-seed{seed}.json"
+        path = self.results / f"{self.choice.name}-{self.name(run)}-seed{seed}.json"
         steps = budgets.steps(run)
         train = self.train_command(run, seed, steps)
         scores = [self.score_command(run, seed, size) for size in run.score_at or (None,)]

@@ -60,7 +60,9 @@ def damage_and_restore(world: World, folder: Path) -> list[tuple[str, str, int |
             damage(newest / name, how)
             if number + 1 == len(names) * len(DAMAGE):
                 damage(newest.with_name("step-00000001") / name, how)
-        before = world.from_main(contents(run_dir))
+        before = world.from_main(
+            contents(run_dir) if world.is_main else None
+        )  # while it is damaged
         said: list[str] = []
         restored = None
         try:

@@ -12,9 +12,9 @@ import torch
 from bench import attention, data, data_loading, decode, head_loss, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
-from data_prep.cli import telling_mistakes
-from data_prep.errors import UserError
 from pipeline.host_memory import keep_freed_memory
+from tidar_common.cli import telling_mistakes
+from tidar_common.errors import UserError
 
 BENCHMARKS: dict[str, ModuleType] = {
     "train_step": train_step,

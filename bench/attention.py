@@ -14,10 +14,10 @@ from torch import Tensor
 from bench.inputs import PRECISIONS, model_config, random_batch
 from bench.measure import Work, interleaved, peak_bytes, ratio
 from bench.results import Outcome
-from data_prep.errors import UserError
 from pipeline.model.attention import Mask, attend, training_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import Spans
+from tidar_common.errors import UserError
 
 FORMS = {"cpu": ("dense", "tiles"), "cuda": ("dense", "tiles", "flex")}
 """Backends that can run backward on a device."""

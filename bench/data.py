@@ -24,9 +24,9 @@ from bench.data_reading import reading_variants
 from bench.measure import Samples, ratio
 from bench.processes import by_two
 from bench.results import Outcome
-from data_prep.manifest import Manifest
-from data_prep.packing import Piece, joined, make_packer
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.stages.pack import Piece, joined, make_packer
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 
 MODELS = {"unigram": 1, "bpe": 4}
 """Of each kind of tokenizer: the part of the text that it gets, 1 in this many. BPE takes several

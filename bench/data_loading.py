@@ -17,7 +17,7 @@ from bench.inputs import model_config, new_model
 from bench.measure import interleaved, ratio
 from bench.results import Outcome
 from bench.train_step import training_step
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import Batch, make_batch, section_length
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import LayoutChoice, SequenceSource

@@ -11,9 +11,9 @@ import numpy as np
 import webdataset
 
 from bench.processes import by_two
-from data_prep.groups import decode_group
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardReader
+from data_prep.formats.groups import decode_group
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import ShardReader
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import SequenceSource
 

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import train
+from pipeline.checkpoint import file_writer
+from pipeline.checkpoint import write as checkpoints
 from pipeline.data.source import SequenceSource
 from pipeline.evals import decoding_runs
-from pipeline.training import checkpoints, evaluation, file_writer, step
+from pipeline.training import evaluation, step
 
 KIND, NUMBER, RANK = (os.environ["TIDAR_TEST_FAULT"] + "::").split(":")[:3]
 

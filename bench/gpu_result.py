@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.results import RESULTS, machine, revision
-from data_prep.files import write_text_atomic
+from tidar_common.files import write_text_atomic
 
 RUNS = ("ar", "tidar", "twin")
 

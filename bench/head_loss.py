@@ -13,10 +13,10 @@ from torch import Tensor
 from bench.inputs import PRECISIONS
 from bench.measure import interleaved, peak_bytes, ratio
 from bench.results import Outcome
-from data_prep.errors import UserError
 from pipeline.objective.head_loss import head_loss
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
 from pipeline.objective.targets import Chains, Targets
+from tidar_common.errors import UserError
 
 VARIANTS = {
     "pieces": ObjectiveConfig(),

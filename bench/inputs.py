@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from data_prep.cli import config_dir
-from data_prep.config import parse
-from data_prep.errors import UserError
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch, section_length
 from pipeline.data.source import Sequence
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.cli import config_dir
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

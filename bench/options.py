@@ -8,7 +8,7 @@ import typing
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 T = TypeVar("T")
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from bench.results import RESULTS, ROOT, Outcome, write
-from data_prep.errors import UserError
-from pipeline.compare import compare, describe
-from pipeline.model.checkpoint_files import FILE_LIST, verify_file_list
-from pipeline.model.safe_load import load_checked
+from pipeline.checkpoint.files import FILE_LIST, verify_file_list
+from pipeline.checkpoint.safe_load import load_checked
+from pipeline.report.compare import compare, describe
+from tidar_common.errors import UserError
 
 MODEL = (
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.measure import Samples
-from data_prep.files import write_text_atomic
+from tidar_common.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

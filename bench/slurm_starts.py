@@ -23,8 +23,8 @@ import torch
 
 from bench.private_slurm import Cluster, missing_programs, wait_until
 from bench.results import RESULTS, ROOT, Outcome, write
-from data_prep.cli import EXIT_BAD_INPUT, telling_mistakes
-from data_prep.errors import UserError
+from tidar_common.cli import EXIT_BAD_INPUT, telling_mistakes
+from tidar_common.errors import UserError
 
 RUN = (
     "model=tiny", "model.hidden_size=32", "model.intermediate_size=64", "model.num_layers=1",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.files import written_atomically
-from data_prep.groups import PackedSequence
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardReader
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.formats.groups import PackedSequence
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import ShardReader
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
+from tidar_common.errors import UserError
+from tidar_common.files import written_atomically
 
 LARGEST_SECTION = 1024
 """Positions and slots that are drawn, a pixel each; longer sections are cut off there."""

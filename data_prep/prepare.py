@@ -7,30 +7,30 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
 from data_prep.corpora import Corpus, open_corpus
-from data_prep.errors import UserError
 from data_prep.filters.screening import find_copies, is_screened, screen_task
+from data_prep.formats.manifest import MANIFEST, Manifest
+from data_prep.inspect.stats import describe, read_contents, write_page
+from data_prep.inspect.verify import verify_data
 from data_prep.layout import RESPONSE
-from data_prep.manifest import MANIFEST, Manifest
-from data_prep.merging import finished_records, merge
-from data_prep.output_folder import (
+from data_prep.picture import inspect_sequence
+from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
+from data_prep.settings import PrepareSettings
+from data_prep.stages.merge import finished_records, merge
+from data_prep.stages.output_folder import (
     clear_finished,
     is_prepared,
     locked_folder,
     remove_leftovers,
     taking_turns,
 )
-from data_prep.picture import inspect_sequence
-from data_prep.plan import Task, make_tasks, own_tasks
-from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
-from data_prep.progress import Progress
-from data_prep.settings import PrepareSettings
-from data_prep.stats import describe, read_contents, write_page
-from data_prep.tasks import run_task
-from data_prep.tokenizers import Tokenizer
-from data_prep.verify import verify_data
-from data_prep.workers import Workers
+from data_prep.stages.plan import Task, make_tasks, own_tasks
+from data_prep.stages.task import run_task
+from data_prep.stages.workers import Workers
+from data_prep.tokenizers.load import Tokenizer
+from tidar_common.cli import run
+from tidar_common.errors import UserError
+from tidar_common.progress import Progress
 
 EXIT_INTERRUPTED = 130
 """As a shell gives it for Ctrl-C."""

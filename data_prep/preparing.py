@@ -5,16 +5,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.config import config_hash
 from data_prep.corpora import Corpus, Document
-from data_prep.errors import UserError
-from data_prep.files import sha256_of, write_text_atomic
-from data_prep.manifest import Manifest
-from data_prep.plan import Task
+from data_prep.formats.manifest import Manifest
 from data_prep.settings import PrepareSettings
-from data_prep.tasks import FOLDER
-from data_prep.tokenizer_training import train_sentencepiece
-from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from data_prep.stages.plan import Task
+from data_prep.stages.task import FOLDER
+from data_prep.tokenizers.load import (
+    HUGGINGFACE_FILE,
+    SENTENCEPIECE_FILE,
+    Tokenizer,
+    load_tokenizer,
+)
+from data_prep.tokenizers.train import train_sentencepiece
+from tidar_common.config import config_hash
+from tidar_common.errors import UserError
+from tidar_common.files import sha256_of, write_text_atomic
 
 TOKENIZER_FILES = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}
 TRAINED = "tokenizer.json"

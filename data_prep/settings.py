@@ -8,12 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.config import array_share, config_hash, parse
-from data_prep.errors import UserError
 from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
 from data_prep.layout import LOSS_SPANS
-from data_prep.packing import PACKINGS
-from data_prep.secrets import without_secrets
+from data_prep.stages.pack import PACKINGS
+from tidar_common.config import array_share, config_hash, parse
+from tidar_common.errors import UserError
+from tidar_common.secrets import without_secrets
 
 GROUPS = ("corpus", "filters", "dedup", "decontaminate", "tokenizer", "layout")
 IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")

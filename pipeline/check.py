@@ -6,12 +6,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
-from data_prep.config import require
 from pipeline.data.remote import is_remote
 from pipeline.planning.checks import run_checks
 from pipeline.planning.plan import make_plan
 from pipeline.planning.settings import Planned
+from tidar_common.cli import run
+from tidar_common.config import require
 
 
 def check(cfg: DictConfig) -> int:

@@ -5,10 +5,10 @@ import sys
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
-from data_prep.config import parse
-from data_prep.errors import UserError
-from pipeline.training.callbacks.dashboard import PACKAGE, DashboardConfig, create
+from pipeline.training.trackers.dashboard import PACKAGE, DashboardConfig, create
+from tidar_common.cli import run
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 
 def dashboard(cfg: DictConfig) -> int:

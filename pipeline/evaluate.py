@@ -4,10 +4,10 @@ import sys
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
 from pipeline import load_model
 from pipeline.distributed import joined_world
 from pipeline.evals.run import EvaluateSettings, describe, run_evals, write_results
+from tidar_common.cli import run
 
 
 def evaluate(cfg: DictConfig) -> int:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
-from data_prep.config import existing_path, require
 from pipeline.model.hf_export import check_output, write_export
 from pipeline.model.loading import as_dtype, open_source, read_model
+from tidar_common.cli import run
+from tidar_common.config import existing_path, require
 
 
 def export(cfg: DictConfig) -> int:

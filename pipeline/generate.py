@@ -6,8 +6,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_prep.cli import run
-from data_prep.config import existing_path, parse
 from pipeline.decoding import stream
 from pipeline.decoding.choice import Choice
 from pipeline.decoding.many import ManyOptions, generate_file
@@ -15,9 +13,7 @@ from pipeline.decoding.prompts import output_file, read_prompt
 from pipeline.decoding.settings import GenerateConfig
 from pipeline.decoding.shares import Share, rank_device
 from pipeline.decoding.stops import StopStrings
-from pipeline.decoding.text import TextStream
-from pipeline.model.loading import load_model
-from pipeline.terminal import (
+from pipeline.decoding.terminal import (
     EXIT_INTERRUPTED,
     histogram,
     prompts_progress,
@@ -26,6 +22,10 @@ from pipeline.terminal import (
     show_steps,
     use_colors,
 )
+from pipeline.decoding.text import TextStream
+from pipeline.model.loading import load_model
+from tidar_common.cli import run
+from tidar_common.config import existing_path, parse
 
 
 def generate_text(cfg: DictConfig) -> int:

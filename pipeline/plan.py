@@ -7,12 +7,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data_prep.cli import run
-from data_prep.errors import UserError
-from data_prep.files import write_text_atomic
 from pipeline.planning.plan import make_plan
 from pipeline.planning.settings import Planned
 from pipeline.planning.show import show
+from tidar_common.cli import run
+from tidar_common.errors import UserError
+from tidar_common.files import write_text_atomic
 
 
 def plan(cfg: DictConfig) -> int:

@@ -9,8 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.cli import EXIT_BAD_INPUT, report_mistake
-from data_prep.errors import UserError
 from pipeline.report.read import Run, as_number, read_run
 from pipeline.report.standing import (
     PACE_STEPS,
@@ -21,7 +19,9 @@ from pipeline.report.standing import (
     skipped_shards,
 )
 from pipeline.report.wording import compact, fixed
-from pipeline.training.callbacks.progress import duration
+from pipeline.training.trackers.progress import duration
+from tidar_common.cli import EXIT_BAD_INPUT, report_mistake
+from tidar_common.errors import UserError
 
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""

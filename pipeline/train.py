@@ -5,17 +5,22 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from data_prep.cli import report_mistake, run
 from pipeline.distributed import LostProcessError, World, joined_world
-from pipeline.sweep import FLAGS, run_sweep
 from pipeline.training.determinism import make_deterministic
+from pipeline.training.guards.watchdog import EXIT_LOST, Watchdog
+from pipeline.training.launch.run_dir import INTERRUPTED, StillHeldError, owned
+from pipeline.training.launch.signals import (
+    EXIT_SAVED,
+    StopRequest,
+    code_for_launcher,
+    stop_on_signal,
+)
+from pipeline.training.launch.time_limit import deadline
 from pipeline.training.loop import TrainingStoppedError
-from pipeline.training.run_dir import INTERRUPTED, StillHeldError, owned
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer
-from pipeline.training.signals import EXIT_SAVED, StopRequest, code_for_launcher, stop_on_signal
-from pipeline.training.time_limit import deadline
-from pipeline.training.watchdog import EXIT_LOST, Watchdog
+from tidar_common.cli import report_mistake, run
+from tidar_common.sweep import FLAGS, run_sweep
 
 EXIT_STOPPED = 3
 """Exit code of a run that cannot go on as it is."""

@@ -35,9 +35,9 @@ def link_logs(folder: Path, rank: str) -> None:
 
 
 def train_and_tell() -> int:
-    from data_prep.cli import run
     from pipeline.train import train
-    from pipeline.training.signals import EXIT_CODE_FILE, EXIT_SAVED, leave_code
+    from pipeline.training.launch.signals import EXIT_CODE_FILE, EXIT_SAVED, leave_code
+    from tidar_common.cli import run
 
     # Also for the watchdog, which ends the process by itself.
     os.environ[EXIT_CODE_FILE] = str(Path(os.environ["TIDAR_START_DIR"]) / "exit-code")

@@ -47,9 +47,9 @@ cluster=("cluster.nodes=$nodes" "cluster.gpus_per_node=${gpus:-1}"
   ${TIDAR_GPU:+"cluster.gpu=$TIDAR_GPU"})
 
 # Several values for a key are a sweep: an array with one task for each run.
-runs="$("${python[@]}" -m pipeline.sweep count "${overrides[@]}")" || exit 2
+runs="$("${python[@]}" -m tidar_common.sweep count "${overrides[@]}")" || exit 2
 for ((number = 0; number < runs; number++)); do
-  run="$("${python[@]}" -m pipeline.sweep nth "$number" "${overrides[@]}")"
+  run="$("${python[@]}" -m tidar_common.sweep nth "$number" "${overrides[@]}")"
   mapfile -t planned <<<"$run"
   if ((runs > 1)); then echo "run $number of the array: ${planned[-1]}"; fi
   "${python[@]}" -m pipeline.check "${planned[@]}" "${cluster[@]}" || exit $?

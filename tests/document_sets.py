@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_models import TEXT, sentencepiece_tokenizer
 
-from data_prep.cli import run
 from data_prep.prepare import prepare
+from tidar_common.cli import run
 
 DOCUMENTS = 400
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.groups import group_arrays, npy_form
+from data_prep.formats.groups import group_arrays, npy_form
 
 
 def arrays_of(sequences):

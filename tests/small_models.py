@@ -8,9 +8,9 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from data_prep.tokenizer_training import train_sentencepiece
-from data_prep.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from pipeline.model.checkpoint_files import write_file_list
+from data_prep.tokenizers.load import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from data_prep.tokenizers.train import train_sentencepiece
+from pipeline.checkpoint.files import write_file_list
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 

@@ -1,26 +1,44 @@
 """What an installed copy holds is what the checkout holds; every shipped config is one."""
 
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from data_prep.cli import config_dir
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.training.settings import TrainSettings
+from tidar_common.cli import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SHIPPED = (".py", ".css", ".html", ".js")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
-def test_every_package_and_config_folder_is_listed():
-    code = {p.parent for name in ("data_prep", "pipeline") for p in (ROOT / name).rglob("*.py")}
-    conf = {p.parent for p in (ROOT / "conf").rglob("*.yaml")}
-    expected = {".".join(p.relative_to(ROOT).parts) for p in code}
-    expected |= {".".join(["pipeline", *p.relative_to(ROOT).parts]) for p in conf}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+def test_a_wheel_holds_the_code_and_the_configuration(tmp_path):
+    """Built from a copy, so that the checkout is left as it is."""
+    tree = tmp_path / "tree"
+    for name in ("tidar_common", "data_prep", "pipeline", "conf"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
+         "--wheel-dir", str(tmp_path), str(tree)],
+        check=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    code = {p for top in ("tidar_common", "data_prep", "pipeline") for p in (ROOT / top).rglob("*")}
+    wanted = {p.relative_to(ROOT).as_posix() for p in code if p.suffix in SHIPPED}
+    wanted |= {f"pipeline/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
+    assert held == wanted
 
 
 def test_every_requirement_is_pinned():

@@ -14,14 +14,14 @@ from commands import ROOT
 from omegaconf import OmegaConf
 
 from data_prep.corpora.opening import open_corpus
-from data_prep.errors import UserError
-from data_prep.files import MAX_TEXT_BYTES, read_text_checked
-from data_prep.manifest import MANIFEST, MAX_BYTES, Manifest
-from data_prep.secrets import without_secrets
-from data_prep.shards import ShardReader, group_offsets, read_shard
-from pipeline.model.checkpoint import newest_checkpoint, open_checkpoint
-from pipeline.model.checkpoint_files import write_file_list
+from data_prep.formats.manifest import MANIFEST, MAX_BYTES, Manifest
+from data_prep.formats.shards import ShardReader, group_offsets, read_shard
+from pipeline.checkpoint.files import write_file_list
+from pipeline.checkpoint.read import newest_checkpoint, open_checkpoint
 from pipeline.model.config import ModelConfig
+from tidar_common.errors import UserError
+from tidar_common.files import MAX_TEXT_BYTES, read_text_checked
+from tidar_common.secrets import without_secrets
 
 
 def entry(name: str, kind: bytes = tarfile.REGTYPE, **values) -> tarfile.TarInfo:
@@ -148,7 +148,9 @@ def test_nothing_in_the_project_unpickles_without_restriction():
     Except the sandbox of the code evals, whose child reads what its own parent sent it.
     """
     sandbox = {ROOT / "pipeline/evals/code" / name for name in ("child.py", "sandbox.py")}
-    for path in [*ROOT.glob("data_prep/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
+    for path in [
+        p for top in ("tidar_common", "data_prep", "pipeline") for p in ROOT.glob(f"{top}/**/*.py")
+    ]:
         text = path.read_text()
         for call in re.findall(r"torch\.load\((.*)", text):
             assert "weights_only=True" in call, path

@@ -11,8 +11,8 @@ from bench.experiments.corpus import CORPORA
 from bench.experiments.runs import HEADLINE_SEEDS, RUNS, Run, find_run
 from bench.experiments.study import Study
 from bench.results import RESULTS
-from data_prep.cli import telling_mistakes
-from data_prep.errors import UserError
+from tidar_common.cli import telling_mistakes
+from tidar_common.errors import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import telling_mistakes
 from data_prep.corpora.base import Document
 from data_prep.corpora.files import File, local_file
 from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
 from data_prep.corpora.text_folder import FilesCorpus
-from data_prep.errors import UserError
-from data_prep.files import write_text_atomic, written_atomically
 from data_prep.settings import in_heldout
+from tidar_common.cli import telling_mistakes
+from tidar_common.errors import UserError
+from tidar_common.files import write_text_atomic, written_atomically
 
 WORD = re.compile(r"\w+|[^\w\s]")
 NGRAM = 13

@@ -6,7 +6,7 @@ an AR model. `published` sets the budget; other runs get as many steps as cost t
 
 from dataclasses import dataclass
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 BASE_STEPS = 1600
 STEPS = 400

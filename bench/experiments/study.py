@@ -17,8 +17,8 @@ from bench.experiments.budgets import Budgets
 from bench.experiments.corpus import ROOT, CorpusChoice, prepare
 from bench.experiments.record import make_result
 from bench.experiments.runs import BY_NAME, Run
-from data_prep.errors import UserError
-from data_prep.files import write_text_atomic
+from tidar_common.errors import UserError
+from tidar_common.files import write_text_atomic
 
 SCORING = (
     "evals=[decode_speed,likelihood]", "dtype=fp32", "evals.decode_speed.prompts=8",

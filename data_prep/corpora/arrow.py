@@ -7,7 +7,7 @@ from typing import Any
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
 from data_prep.corpora.files import File, find_files, is_url, needed, open_binary, spans_of
 from data_prep.corpora.parquet import check_columns, row_document
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 REMOTE_BLOCK_BYTES = 8 << 20
 """What one request fetches from an object store."""

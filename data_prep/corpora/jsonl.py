@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
 from data_prep.corpora.files import File, find_files, open_binary, open_text_stream
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 DECODER = json.JSONDecoder()
 PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")

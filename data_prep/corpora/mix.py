@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Counts, Document, Part
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 SAMPLED_PART_BYTES = 100_000
 SAMPLED_PARTS = 8

@@ -5,7 +5,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import parse
 from data_prep.corpora.arrow import ArrowConfig, ArrowCorpus
 from data_prep.corpora.base import Corpus
 from data_prep.corpora.jsonl import JsonlConfig, JsonlCorpus
@@ -14,7 +13,8 @@ from data_prep.corpora.parquet import ParquetConfig, ParquetCorpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
 from data_prep.corpora.text_folder import TextFolderConfig, TextFolderCorpus
 from data_prep.corpora.text_tar import TextTarConfig, TextTarCorpus
-from data_prep.errors import UserError
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 READERS: dict[str, tuple[type, Callable[[Any], Corpus]]] = {
     "python_stdlib": (StdlibConfig, StdlibCorpus),

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, Corpus, Document, Part
 from data_prep.corpora.files import find_files, needed, open_binary, spans_of
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 BATCH_ROWS = 1024
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.corpora.files import File, local_file
 from data_prep.corpora.text_folder import FilesCorpus
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 LEFT_OUT = {
     "site-packages",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data_prep.corpora.base import DEFAULT_PART_BYTES, NOT_UTF8, Corpus, Document, Part
 from data_prep.corpora.files import find_files, open_binary
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
 

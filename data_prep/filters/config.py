@@ -7,7 +7,7 @@ frozen: OmegaConf does not merge into a frozen dataclass inside another.
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.corpora.files import File, find_files, open_text_stream
 from data_prep.corpora.jsonl import PATTERNS
-from data_prep.errors import UserError
 from data_prep.filters.config import DecontaminateConfig
+from tidar_common.errors import UserError
 
 
 @dataclass

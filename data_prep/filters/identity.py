@@ -5,9 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from data_prep.corpora import Part
-from data_prep.errors import UserError
 from data_prep.filters.decontamination import eval_files, files_sha256
 from data_prep.settings import PrepareSettings
+from tidar_common.errors import UserError
 
 
 def screening_identity(settings: PrepareSettings, parts: Sequence[Part]) -> list[Any]:

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.config import config_hash
 from data_prep.corpora import Corpus, utf8_bytes
-from data_prep.files import write_text_atomic, written_atomically
 from data_prep.filters.duplicates import EXACT, MINHASH, duplicates
-from data_prep.plan import Task
 from data_prep.settings import PrepareSettings
-from data_prep.tokenizers import Tokenizer
+from data_prep.stages.plan import Task
+from data_prep.tokenizers.load import Tokenizer
+from tidar_common.config import config_hash
+from tidar_common.files import write_text_atomic, written_atomically
 
 FOLDER = "screening"
 COPIES = "copies.json"

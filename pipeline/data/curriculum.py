@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.config import config_hash
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.place import DataConfig, open_place
 from pipeline.data.source import DamagedShard, LayoutChoice, Sequence, SequenceSource
+from tidar_common.config import config_hash
+from tidar_common.errors import UserError
 
 WINDOW = 10_000
 """Sequences in which every set has its share exactly, to one of them."""

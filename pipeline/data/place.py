@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_prep.config import existing_path, parse
-from data_prep.errors import UserError
 from pipeline.data.remote import is_remote, mirror
+from tidar_common.config import existing_path, parse
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

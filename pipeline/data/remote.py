@@ -18,10 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from data_prep.errors import UserError
-from data_prep.files import fsync_folder, write_text_atomic, written_atomically
-from data_prep.manifest import MANIFEST, MAX_BYTES, SHARD_INDEX, TOKEN_COUNTS, Manifest, ShardInfo
-from data_prep.tokenizers import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
+from data_prep.formats.manifest import (
+    MANIFEST,
+    MAX_BYTES,
+    SHARD_INDEX,
+    TOKEN_COUNTS,
+    Manifest,
+    ShardInfo,
+)
+from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
+from tidar_common.errors import UserError
+from tidar_common.files import fsync_folder, write_text_atomic, written_atomically
 
 ORIGIN = "origin.json"
 """In the local folder: where its files come from."""

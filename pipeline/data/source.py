@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.errors import UserError
-from data_prep.groups import PackedGroup
+from data_prep.formats.groups import PackedGroup
+from data_prep.formats.manifest import Manifest, Split
+from data_prep.formats.shards import ShardReader
 from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
-from data_prep.manifest import Manifest, Split
-from data_prep.shards import ShardReader
 from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard
 from pipeline.data.windows import draw_windows, whole_blocks
 from pipeline.model.config import block_slots
+from tidar_common.errors import UserError
 
 CACHED_GROUPS = 8
 OPEN_SHARDS = 4

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding.generate import Generation
 from pipeline.decoding.prompts import PromptRow
 from pipeline.decoding.text import INCOMPLETE, TextStream
+from tidar_common.errors import UserError
 
 SKIPPED = "skipped"
 """`stopped_by` of a prompt that was too long."""

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.groups import PackedGroup, PackedSequence
-from data_prep.manifest import SPLITS, Manifest
-from data_prep.shards import ShardReader
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.formats.groups import PackedGroup, PackedSequence
+from data_prep.formats.manifest import SPLITS, Manifest
+from data_prep.formats.shards import ShardReader
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.decoding.prompts import PromptRow
 from pipeline.decoding.shares import Share
 from pipeline.decoding.text import INCOMPLETE
+from tidar_common.errors import UserError
 
 ORDER_SEED = 0
 """Of the order in which groups are read: the same for every seed of the sampling, so that a second

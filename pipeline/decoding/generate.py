@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.errors import UserError
 from pipeline.decoding.automatic import AutomaticEngine
 from pipeline.decoding.batch import Engine, Request, decode_requests
 from pipeline.decoding.block_diffusion import BlockDiffusionEngine
@@ -18,6 +17,7 @@ from pipeline.decoding.methods import CONFIDENCE, prompt_tensor, proposer_of, st
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.stops import Limit, StopStrings, StopWatch
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 Blocks = Sequence[int] | str | None
 """Mask blocks in a step: their numbers, None for all, or `auto`."""

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from data_prep.files import write_text_atomic
 from pipeline.decoding.batch import clock
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.engine import StepEngine
@@ -30,6 +29,7 @@ from pipeline.decoding.graphs import GraphedSteps
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
+from tidar_common.files import write_text_atomic
 
 VERSION = 2
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

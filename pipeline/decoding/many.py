@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding.answers import Answers, answer_line, open_answers, skipped_line
 from pipeline.decoding.choice import Choice
 from pipeline.decoding.generate import Generation, finish_each, open_engine
@@ -20,6 +19,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.shares import Share
 from pipeline.decoding.stops import StopStrings
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 Advance = Callable[[int, int, int], None]
 """Told the prompts done, all of them, and the new tokens."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
 from pipeline.decoding.block_diffusion import block_diffusion_shape
 from pipeline.decoding.proposals import DraftModel, PromptLookup, Proposer
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 METHODS = ("tidar", "recurrent", "ar", "prompt_lookup", "speculative", "block_diffusion")
 PROPOSED = ("prompt_lookup", "speculative")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.errors import UserError
 from pipeline.decoding.shares import Share
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

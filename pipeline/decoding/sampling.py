@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 CHUNK = 1024
 """Random numbers drawn at once for a stream."""

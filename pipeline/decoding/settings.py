@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding.document_prompts import DocumentPrompts
 from pipeline.decoding.methods import CONFIDENCE
 from pipeline.decoding.prompts import FilePrompts, read_prompts
@@ -15,6 +14,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.shares import Share
 from pipeline.model.loading import load_model
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config import array_share
-from data_prep.errors import UserError
+from tidar_common.config import array_share
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

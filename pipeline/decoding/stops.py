@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding.text import TextStream
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 
 INCOMPLETE = "\ufffd"
 """What decoding gives for bytes that are not yet a character."""

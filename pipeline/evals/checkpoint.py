@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.errors import UserError
-from data_prep.files import read_text_checked
+from tidar_common.errors import UserError
+from tidar_common.files import read_text_checked
 
 
 @dataclass(frozen=True)

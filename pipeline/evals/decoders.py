@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from data_prep.errors import UserError
 from pipeline.evals.totals import fourgrams
+from tidar_common.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.model.transformer import Transformer

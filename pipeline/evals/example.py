@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from data_prep.files import write_text_atomic
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding import generate
 from pipeline.decoding.text import token_texts
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.files import write_text_atomic
 
 
 def write_example(

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.decoding.prompts import read_prompts
@@ -19,6 +18,7 @@ from pipeline.distributed import World
 from pipeline.evals.pairs import pair_counts
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.objective.controls import Controls
+from tidar_common.errors import UserError
 
 
 class HeldOut:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.drafting import describe_drafts
@@ -26,6 +25,7 @@ from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, drafts_of
 from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import score_sequence
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding import stream
 from pipeline.decoding.sampling import Sampling
 from pipeline.distributed import World
 from pipeline.evals.decoders import Cost, Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 NEUTRAL = {"min_p": (None, 0), "typical_p": (None, 1), "num_beams": (None, 1)}
 """Options of Hugging Face's `generate` that this decoder lacks, and the values that change nothing;

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.groups import PackedSequence
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardReader
+from data_prep.formats.groups import PackedSequence
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import ShardReader
 from pipeline.data.remote import local_shard
 from pipeline.objective.controls import PairCounts
+from tidar_common.errors import UserError
 
 PAIR_TOKENS = 4_000_000
 """Tokens of the training split whose pairs are counted, at most."""

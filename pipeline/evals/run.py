@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import existing_path, parse
-from data_prep.errors import UserError
-from data_prep.files import write_text_atomic
-from data_prep.manifest import Manifest
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import open_mix
 from pipeline.data.place import DataConfig, open_place
 from pipeline.data.remote import is_remote
@@ -30,6 +27,9 @@ from pipeline.evals.settings import CodeConfig, DecodeSpeedConfig, LikelihoodCon
 from pipeline.evals.table import text_table
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
+from tidar_common.config import existing_path, parse
+from tidar_common.errors import UserError
+from tidar_common.files import write_text_atomic
 
 SCHEMAS = {
     "decode_speed": DecodeSpeedConfig,

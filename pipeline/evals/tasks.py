@@ -6,13 +6,13 @@ Source: Gao et al., *The Language Model Evaluation Harness* (EleutherAI/lm-evalu
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import first_line
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.distributed import World
 from pipeline.evals.decoders import Cost, decoders_of
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.config import first_line
+from tidar_common.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.evals.lm_eval_model import TidarLM

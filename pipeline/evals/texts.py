@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import UserError
 from data_prep.layout import build_layout
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.source import Sequence
+from tidar_common.errors import UserError
 
 KEY = "evals.likelihood.texts_file"
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.files import read_text_checked
 from pipeline.model.rotary import check_scaling
+from tidar_common.errors import UserError
+from tidar_common.files import read_text_checked
 
 DRAFT_CELLS = ("linear", "mlp", "gru")
 DRAFTING_FIELDS = (

@@ -11,9 +11,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
-from data_prep.errors import UserError
-from data_prep.files import fsync_folder
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.model.adapters import is_drafting
 from pipeline.model.card import model_card
 from pipeline.model.config import DRAFTING_FIELDS
@@ -27,6 +25,8 @@ from pipeline.model.huggingface import (
 )
 from pipeline.model.source import HEAD, Source
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
+from tidar_common.files import fsync_folder
 
 SHARD_BYTES = 5_000_000_000
 GENERATION_CONFIG_FILE = "generation_config.json"

@@ -9,9 +9,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from data_prep.files import write_text_atomic
-from data_prep.tokenizers import HUGGINGFACE_FILE, SentencePieceTokenizer, Tokenizer
+from data_prep.tokenizers.load import HUGGINGFACE_FILE, SentencePieceTokenizer, Tokenizer
 from pipeline.model.huggingface import TOKENIZER_CONFIG_FILE
+from tidar_common.files import write_text_atomic
 
 BPE = 2
 """Its number among the model types of a SentencePiece file; 1 is unigram."""

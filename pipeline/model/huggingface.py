@@ -16,11 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.files import read_text_checked
-from data_prep.tokenizers import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from data_prep.tokenizers.load import (
+    HUGGINGFACE_FILE,
+    SENTENCEPIECE_FILE,
+    Tokenizer,
+    load_tokenizer,
+)
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
 from pipeline.model.source import EMBEDDING, NamedWeight, Source
+from tidar_common.errors import UserError
+from tidar_common.files import read_text_checked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
+from pipeline.checkpoint.files import FILE_LIST
+from pipeline.checkpoint.read import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
 from pipeline.model.adapters import MASK_EMBEDDING, is_adapter, is_of_head
-from pipeline.model.checkpoint import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
-from pipeline.model.checkpoint_files import FILE_LIST
 from pipeline.model.config import ModelConfig
 from pipeline.model.huggingface import CONFIG_FILE, open_folder
 from pipeline.model.opening import Opening, whole
 from pipeline.model.source import EMBEDDING, HEAD, Source, fill
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 MAY_DIFFER = (
     "vocab_size", "max_positions", "mask_token_id", "block_size", "causal_slots", "linear_drafts",

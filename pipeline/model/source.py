@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.model.adapters import is_drafting
 from pipeline.model.config import ModelConfig
 from pipeline.model.opening import Opening, full_shape, whole
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

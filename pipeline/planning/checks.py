@@ -12,11 +12,11 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlparse
 
-from data_prep.errors import UserError
-from data_prep.manifest import ShardInfo
+from data_prep.formats.manifest import ShardInfo
 from pipeline.data.mix import MixedSource
 from pipeline.data.remote import is_remote
 from pipeline.planning.plan import GIB, Plan
+from tidar_common.errors import UserError
 
 WANDB_TIMEOUT_S = 3.0
 HF_FILES = ("config.json", "model.json")

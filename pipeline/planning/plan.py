@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.data.batch import section_length
-from pipeline.hardware import GPUS, Gpu, find_gpu
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
 from pipeline.model.transformer import CHECKPOINTING
 from pipeline.objective.joint import MEASURED
+from pipeline.planning.hardware import GPUS, Gpu, find_gpu
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
     BatchMemory,

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import parse
-from data_prep.errors import UserError
-from data_prep.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
+from data_prep.formats.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
 from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig, block_slots
 from pipeline.training.settings import TrainSettings, with_layout
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 ATTENTION = ("flex", "fused", "math")
 

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep.cli import telling_mistakes
 from pipeline.report.page import build_report
+from tidar_common.cli import telling_mistakes
 
 
 @telling_mistakes

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 Row = Mapping[str, Any]
 

@@ -1,1 +1,1 @@
-"""The training run: DeepSpeed engine, loop, checkpoints, signals and callbacks."""
+"""The training run: DeepSpeed engine, loop, checkpoints, signals and trackers."""

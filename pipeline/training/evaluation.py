@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.load import load_tokenizer
+from pipeline.checkpoint.retention import eval_losses
 from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.drafting import score_heldout
@@ -12,11 +12,11 @@ from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, EvalInterruptedError
 from pipeline.model.config import ModelConfig
-from pipeline.training.callbacks.ar_guard import write_base
-from pipeline.training.retention import eval_losses
+from pipeline.training.guards.ar_guard import write_base
+from pipeline.training.launch.signals import StopRequest
 from pipeline.training.settings import TrainSettings
-from pipeline.training.signals import StopRequest
 from pipeline.training.weights import full_copy
+from tidar_common.errors import UserError
 
 
 class PeriodicEval:

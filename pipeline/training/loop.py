@@ -5,22 +5,22 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.checkpoint.retention import step_in_name
+from pipeline.checkpoint.write import Checkpoints, Failed, Saved
 from pipeline.data.batch import Batch
 from pipeline.data.order import numbers_after
 from pipeline.distributed import World
 from pipeline.evals.interruption import EvalInterruptedError
-from pipeline.training.anomalies import ROLLBACK, Anomalies
-from pipeline.training.callbacks import Callback, Event, StepMetrics, make_event
-from pipeline.training.checkpoints import Checkpoints, Failed, Saved
 from pipeline.training.evaluation import PeriodicEval
-from pipeline.training.left_out import LeftOut, LeftOutFile
-from pipeline.training.mask_embedding import MaskEmbedding
-from pipeline.training.retention import step_in_name
+from pipeline.training.guards.anomalies import ROLLBACK, Anomalies
+from pipeline.training.guards.left_out import LeftOut, LeftOutFile
+from pipeline.training.guards.mask_embedding import MaskEmbedding
+from pipeline.training.guards.skipped_shards import SkippedShards
+from pipeline.training.guards.slow_ranks import SlowRanks
+from pipeline.training.guards.watchdog import DATA, Watchdog
+from pipeline.training.launch.signals import StopRequest
 from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
-from pipeline.training.signals import StopRequest
-from pipeline.training.skipped_shards import SkippedShards
-from pipeline.training.slow_ranks import SlowRanks
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.state import TrainState
 from pipeline.training.step import (
@@ -30,7 +30,7 @@ from pipeline.training.step import (
     digests_in_order,
     train_step,
 )
-from pipeline.training.watchdog import DATA, Watchdog
+from pipeline.training.trackers import Event, StepMetrics, Tracker, make_event
 
 
 class TrainingStoppedError(RuntimeError):
@@ -49,7 +49,7 @@ class Trainer:
     world: World
     checkpoints: Checkpoints
     periodic_eval: PeriodicEval
-    callbacks: Callback
+    trackers: Tracker
     watchdog: Watchdog
     slow_ranks: SlowRanks
     anomalies: Anomalies
@@ -71,14 +71,14 @@ class Trainer:
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
         self.stop = stop
-        self.callbacks.on_start(self.state)
+        self.trackers.on_start(self.state)
         for event in self.notes:
-            self.callbacks.on_event(event)
+            self.trackers.on_event(event)
         try:
             finished = self._measure_base() and self._run_steps()
         finally:
             self.batches.close()
-        self.callbacks.on_end(self.state, finished)
+        self.trackers.on_end(self.state, finished)
         return finished
 
     def _run_steps(self) -> bool:
@@ -100,7 +100,7 @@ class Trainer:
                 return False
             if counts.damaged_shards:
                 for event in self.skipped_shards.record():
-                    self.callbacks.on_event(event)
+                    self.trackers.on_event(event)
             rate = self._learning_rate()
             self.meter.begin()
             result = train_step(
@@ -138,7 +138,7 @@ class Trainer:
         """What follows a step; returns whether an eval that was due came to its end."""
         self.slow_ranks.waited(waited)
         for event in self.slow_ranks.compare(self.state.step):
-            self.callbacks.on_event(event)
+            self.trackers.on_event(event)
         # Saved first: a stop or a crash in a long eval must not cost the steps before it.
         last = self.state.step == self.settings.steps
         if last or self.state.step % self.settings.checkpoint.every == 0:
@@ -156,7 +156,7 @@ class Trainer:
     ) -> None:
         speed = self.meter.measure(counts, seconds)
         mask = self.mask_embedding.read()
-        self.callbacks.on_step(
+        self.trackers.on_step(
             StepMetrics(
                 step=self.state.step,
                 loss=result.loss,
@@ -241,7 +241,7 @@ class Trainer:
         text += f"on without sequences {first} to {last}"
         details = {"quantity": result.refused, "to_step": self.state.step, **spike}
         event = make_event("rolled_back", step, text, **details, **self.sequences)
-        self.callbacks.on_event(event)
+        self.trackers.on_event(event)
         return True
 
     def _restore(self) -> None:
@@ -255,7 +255,7 @@ class Trainer:
         self.anomalies.load(state.anomalies)
         self.batches.close()
         self.batches = self.open_batches(state)
-        self.callbacks.on_rollback(state)
+        self.trackers.on_rollback(state)
 
     def _learning_rate(self) -> float:
         settings = self.settings
@@ -277,7 +277,7 @@ class Trainer:
             rows = self.periodic_eval.run(self.engine, self.state.step, self.stop)
         except EvalInterruptedError:
             return False
-        self.callbacks.on_eval(rows)
+        self.trackers.on_eval(rows)
         return True
 
     def _save_before_leaving(self) -> None:
@@ -302,10 +302,10 @@ class Trainer:
             text = f"{outcome.name}: {outcome.bytes:,} bytes in {outcome.total_s:.1f} s"
             times = {"bytes": outcome.bytes, "held_s": outcome.held_s, "total_s": outcome.total_s}
             event = make_event("checkpoint_saved", outcome.step, text, name=outcome.name, **times)
-            self.callbacks.on_event(event)
-            self.callbacks.on_checkpoint(outcome.step, outcome.name)
+            self.trackers.on_event(event)
+            self.trackers.on_checkpoint(outcome.step, outcome.name)
         elif isinstance(outcome, Failed):
-            self.callbacks.on_event(make_event("checkpoint_failed", outcome.step, outcome.message))
+            self.trackers.on_event(make_event("checkpoint_failed", outcome.step, outcome.message))
             newest = self.world.from_main(self.checkpoints.newest())
             if must or self.settings.checkpoint.on_failure == "stop":
                 kept = f"{newest} is intact" if newest else "there is none before it"
@@ -315,4 +315,4 @@ class Trainer:
                 )
 
     def _tell(self, kind: str, message: str, **details: Any) -> None:
-        self.callbacks.on_event(make_event(kind, self.state.step, message, **details))
+        self.trackers.on_event(make_event(kind, self.state.step, message, **details))

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.config import existing_path, parse
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.secrets import without_secrets
+from data_prep.formats.manifest import Manifest
+from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
@@ -20,16 +18,18 @@ from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import CHECKPOINTING
 from pipeline.objective.joint import ObjectiveConfig
-from pipeline.training.anomalies import AnomalyConfig
-from pipeline.training.callbacks.ar_guard import ArGuardConfig
-from pipeline.training.callbacks.tensorboard import is_installed as tensorboard_is_installed
-from pipeline.training.callbacks.wandb import WandbConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
-from pipeline.training.mask_embedding import MaskGuardConfig
-from pipeline.training.retention import CheckpointConfig
+from pipeline.training.guards.anomalies import AnomalyConfig
+from pipeline.training.guards.ar_guard import ArGuardConfig
+from pipeline.training.guards.mask_embedding import MaskGuardConfig
+from pipeline.training.guards.watchdog import WatchConfig
+from pipeline.training.launch.time_limit import deadline
 from pipeline.training.schedule import ScheduleConfig
-from pipeline.training.time_limit import deadline
-from pipeline.training.watchdog import WatchConfig
+from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
+from pipeline.training.trackers.wandb import WandbConfig
+from tidar_common.config import existing_path, parse
+from tidar_common.errors import UserError
+from tidar_common.secrets import without_secrets
 
 PRECISIONS = ("bf16", "fp32")
 PREFLIGHT = ("auto", "true", "false")

@@ -1,4 +1,4 @@
-"""Putting a run together from its settings: model, engine, data, callbacks."""
+"""Putting a run together from its settings: model, engine, data, trackers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,39 +6,39 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.load import load_tokenizer
+from pipeline.checkpoint.write import Checkpoints
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.mix import MixedSource
 from pipeline.data.source import SequenceSource
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.training import preflight
-from pipeline.training.anomalies import Anomalies
-from pipeline.training.callbacks import Callback, Callbacks, Event, make_event
-from pipeline.training.callbacks.ar_guard import ArGuard
-from pipeline.training.callbacks.environment import describe_rank
-from pipeline.training.callbacks.events import EventsFile
-from pipeline.training.callbacks.metrics import MetricsFiles
-from pipeline.training.callbacks.progress import ProgressDisplay
-from pipeline.training.callbacks.report import Report
-from pipeline.training.callbacks.tensorboard import TensorBoard
-from pipeline.training.callbacks.wandb import Wandb
-from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.engine import build_engine
 from pipeline.training.evaluation import PeriodicEval
-from pipeline.training.identity import run_identity, run_topology
-from pipeline.training.left_out import LeftOutFile
+from pipeline.training.guards.anomalies import Anomalies
+from pipeline.training.guards.ar_guard import ArGuard
+from pipeline.training.guards.left_out import LeftOutFile
+from pipeline.training.guards.mask_embedding import MaskEmbedding
+from pipeline.training.guards.skipped_shards import SkippedShards
+from pipeline.training.guards.slow_ranks import SlowRanks
+from pipeline.training.guards.watchdog import Watchdog
+from pipeline.training.launch import preflight
+from pipeline.training.launch.identity import run_identity, run_topology
+from pipeline.training.launch.run_dir import write_config
 from pipeline.training.loop import Trainer
-from pipeline.training.mask_embedding import MaskEmbedding
-from pipeline.training.run_dir import write_config
 from pipeline.training.settings import TrainSettings, with_layout
-from pipeline.training.skipped_shards import SkippedShards
-from pipeline.training.slow_ranks import SlowRanks
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
-from pipeline.training.watchdog import Watchdog
+from pipeline.training.trackers import Event, Tracker, Trackers, make_event
+from pipeline.training.trackers.environment import describe_rank
+from pipeline.training.trackers.events import EventsFile
+from pipeline.training.trackers.metrics import MetricsFiles
+from pipeline.training.trackers.progress import ProgressDisplay
+from pipeline.training.trackers.report import Report
+from pipeline.training.trackers.tensorboard import TensorBoard
+from pipeline.training.trackers.wandb import Wandb
+from tidar_common.errors import UserError
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
@@ -112,7 +112,7 @@ def build_trainer(
         world=world,
         checkpoints=checkpoints,
         periodic_eval=PeriodicEval(settings, model.config, world),
-        callbacks=build_callbacks(settings, world, say),
+        trackers=build_trackers(settings, world, say),
         watchdog=watchdog,
         slow_ranks=SlowRanks(engine.module, world, settings.watch),
         anomalies=Anomalies(settings.anomalies),
@@ -166,13 +166,13 @@ def notes_of_start(
     return notes
 
 
-def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Callback:
-    """All callbacks on rank 0, none elsewhere; all ranks call this together."""
+def build_trackers(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Tracker:
+    """All trackers on rank 0, none elsewhere; all ranks call this together."""
     ranks = world.gather(describe_rank(world.device))
     if not world.is_main:
-        return Callback()
+        return Tracker()
     run_dir = settings.run_dir
-    told = Callbacks(
+    told = Trackers(
         [
             MetricsFiles(run_dir),
             EventsFile(run_dir),
@@ -180,7 +180,7 @@ def build_callbacks(settings: TrainSettings, world: World, say: Callable[[str], 
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
         ]
     )
-    return Callbacks(
+    return Trackers(
         [
             told,
             ArGuard(run_dir, settings.ar_guard, say, told.on_event),

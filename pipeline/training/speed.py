@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.hardware import recognise
 from pipeline.model.config import ModelConfig
 from pipeline.model.flops import step_flops
 from pipeline.objective.joint import MEASURED
+from pipeline.planning.hardware import recognise
 from pipeline.training.step import GlobalCounts
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024

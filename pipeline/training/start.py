@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from pipeline.checkpoint.read import DTYPES
 from pipeline.distributed import World
-from pipeline.model.checkpoint import DTYPES
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import check_shape, load_into, open_source
 from pipeline.model.opening import Opening, whole

@@ -16,8 +16,8 @@ from pipeline.model.attention import section_masks, training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.objective.targets import make_targets, place_weights
-from pipeline.training.discard import Refuses, discard_step, is_plain, updates_refused
 from pipeline.training.engine import gradient_norm, set_learning_rate
+from pipeline.training.guards.discard import Refuses, discard_step, is_plain, updates_refused
 
 Judge = Callable[[str, float], bool]
 """Whether a step with this `loss` or `grad_norm` is not to count; alike on all ranks."""

@@ -16,8 +16,8 @@ from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RUNS
 from bench.experiments.study import DONE, Study
 from data_prep.corpora.files import local_file
 from data_prep.corpora.text_folder import FilesCorpus
-from data_prep.errors import UserError
 from data_prep.settings import in_heldout
+from tidar_common.errors import UserError
 
 FRACTION = 0.3
 SMALL = (

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep.cli import run
 from data_prep.corpora import open_corpus
 from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
-from data_prep.plan import Task
 from data_prep.prepare import prepare
-from data_prep.tokenizer_training import train_sentencepiece
-from data_prep.tokenizers import SentencePieceTokenizer
+from data_prep.stages.plan import Task
+from data_prep.tokenizers.load import SentencePieceTokenizer
+from data_prep.tokenizers.train import train_sentencepiece
+from tidar_common.cli import run
 
 DOCUMENTS = 90
 CODE_BYTES = 700_000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.files import sha256_of
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
+from tidar_common.files import sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import picture
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from data_prep.picture import NOTHING, attention_picture, png, stored_sequence
 from pipeline.model.mask import dense_mask
 

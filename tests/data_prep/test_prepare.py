@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import SPLITS, Manifest
-from data_prep.shards import read_shard
-from data_prep.tokenizers import load_tokenizer
+from data_prep.formats.manifest import SPLITS, Manifest
+from data_prep.formats.shards import read_shard
+from data_prep.tokenizers.load import load_tokenizer
 
 
 def content(folder: Path) -> dict[str, bytes]:

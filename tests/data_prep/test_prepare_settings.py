@@ -8,9 +8,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from data_prep.config import parse
-from data_prep.errors import UserError
 from data_prep.settings import LayoutConfig, TokenizerConfig
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MISTAKES = [

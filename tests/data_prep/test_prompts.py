@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from data_prep.corpora.base import Document
-from data_prep.encoding import encode_documents
-from data_prep.manifest import Manifest
-from data_prep.packing import PACKINGS, Piece, make_packer
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import read_shard
 from data_prep.picture import PROMPT, attention_picture
-from data_prep.shards import read_shard
-from data_prep.tokenizers import load_tokenizer
+from data_prep.stages.encode import encode_documents
+from data_prep.stages.pack import PACKINGS, Piece, make_packer
+from data_prep.tokenizers.load import load_tokenizer
 
 PAIRS = [
     (f"Question {number}: how much is {number} plus {number}?\n" * (1 + number % 5),

@@ -15,7 +15,11 @@ MESSAGES = sorted(set(re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)) - FOR
 @pytest.fixture(scope="module")
 def code() -> str:
     """All sources as one text, string literals that are continued on the next line joined."""
-    files = [p for name in ("data_prep", "pipeline", "slurm") for p in (ROOT / name).rglob("*.*")]
+    files = [
+        p
+        for name in ("tidar_common", "data_prep", "pipeline", "slurm")
+        for p in (ROOT / name).rglob("*.*")
+    ]
     kinds = (".py", ".sh", ".sbatch")
     text = "\n".join(p.read_text(encoding="utf-8") for p in files if p.suffix in kinds)
     return re.sub(r'"\s*\n\s*f?"', "", text)

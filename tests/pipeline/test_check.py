@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from commands import ROOT, SMALL_RUN
 
-from data_prep.cli import run as run_task
 from pipeline.check import check
 from pipeline.planning import checks
+from tidar_common.cli import run as run_task
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hydra import compose, initialize_config_dir
 
-from data_prep.cli import config_dir
-from data_prep.cli import run as run_task
-from data_prep.config import parse
 from pipeline.dashboard import dashboard
-from pipeline.training.callbacks.dashboard import DashboardConfig, Panel
-from pipeline.training.callbacks.naming import eval_values, step_values
+from pipeline.training.trackers.dashboard import DashboardConfig, Panel
+from pipeline.training.trackers.naming import eval_values, step_values
+from tidar_common.cli import config_dir
+from tidar_common.cli import run as run_task
+from tidar_common.config import parse
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ from small_models import (
     write_run,
 )
 
-from data_prep.errors import UserError
 from pipeline import export as command
 from pipeline import load_model
+from pipeline.checkpoint.files import write_file_list
 from pipeline.decoding import generate
 from pipeline.model import hf_export, hf_tokenizer
 from pipeline.model.adapters import is_drafting
-from pipeline.model.checkpoint_files import write_file_list
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_source, read_model
+from tidar_common.errors import UserError
 
 SAMPLE = "def add(left, right):\n    return left + right  # 加算 🙂 \u2581 é\n\n\ttail "
 
@@ -170,7 +170,7 @@ def test_sentencepiece_models_of_others_convert_too():
     import sentencepiece
     from small_models import TEXT
 
-    from data_prep.tokenizers import SentencePieceTokenizer
+    from data_prep.tokenizers.load import SentencePieceTokenizer
 
     for model_type in ("unigram", "bpe"):
         content = io.BytesIO()

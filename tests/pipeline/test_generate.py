@@ -18,12 +18,11 @@ from small_models import (
     write_checkpoint,
 )
 
-from data_prep import cli
 from pipeline import generate as command
-from pipeline import terminal
-from pipeline.decoding import generate
+from pipeline.decoding import generate, terminal
 from pipeline.decoding.text import TextStream, token_texts
 from pipeline.model.loading import load_model
+from tidar_common import cli
 
 PROMPTS = [
     'def f(x: int = 3):\n\treturn {"a": [1, 2], \'b\': f(x)}  # "q" \'r\'\r\n',

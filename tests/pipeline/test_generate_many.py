@@ -13,8 +13,8 @@ from small_models import (
 )
 from test_generate import call, expected_text
 
-from pipeline import terminal
-from pipeline.terminal import ProgressLines
+from pipeline.decoding import terminal
+from pipeline.decoding.terminal import ProgressLines
 
 PROMPTS = ["def add(", "The rain", "x = [1,", "for number", ""]
 

@@ -18,9 +18,9 @@ from small_models import (
 from test_generate import call
 
 from bench.private_slurm import wait_until
-from data_prep.manifest import Manifest
-from data_prep.shards import read_shard
-from data_prep.tokenizers import load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import read_shard
+from data_prep.tokenizers.load import load_tokenizer
 from pipeline.decoding.document_prompts import DocumentPrompts
 from pipeline.decoding.shares import Share
 

@@ -9,11 +9,11 @@ from commands import ROOT, SMALL_RUN, run
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data_prep.cli import run as run_task
 from pipeline.plan import plan
 from pipeline.planning.plan import GIB, Plan, make_plan
 from pipeline.planning.settings import Planned
 from pipeline.planning.show import show
+from tidar_common.cli import run as run_task
 
 BIG = ("experiment=tidar_8b", "plan.sequence_length=4096", "cluster.gpu=h100_80gb")
 EXPERIMENTS = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from data_prep.errors import UserError
 from pipeline.status import main, read_status
+from tidar_common.errors import UserError
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding import generate
 from pipeline.decoding.stops import StopStrings
 from pipeline.distributed import World
@@ -17,6 +16,7 @@ from pipeline.evals.code.sandbox import Limits, run_answer
 from pipeline.evals.decoders import Cost, Decoder, decoders_of
 from pipeline.evals.settings import CodeConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 
 @dataclass(frozen=True)

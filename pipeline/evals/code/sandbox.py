@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from tidar_common.errors import UserError
 
 CHILD = Path(__file__).with_name("child.py")
 VERDICT_BYTES = 1 << 16

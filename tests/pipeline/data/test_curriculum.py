@@ -5,12 +5,12 @@ from commands import ROOT, train_small
 from omegaconf import OmegaConf
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import Batch
 from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import LayoutChoice, SequenceSource
+from tidar_common.errors import UserError
 
 CHOICE = LayoutChoice(
     block_size=8, block_sizes=[2, 4, 8], block_shares=[1, 0, 0], block_shares_end=[0, 1, 3],

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from commands import prepare_small, train_small
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import sequence_digest
 from pipeline.data.mix import WINDOW, MixedSource, MixOrder, open_mix
 from pipeline.data.place import DataConfig
 from pipeline.data.source import DamagedShard, LayoutChoice, SequenceSource
 from pipeline.status import read_status
-from pipeline.training.skipped_shards import SkippedShards
+from pipeline.training.guards.skipped_shards import SkippedShards
+from tidar_common.errors import UserError
 
 STEP = 8
 

@@ -9,12 +9,12 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data import remote
 from pipeline.data.batch import sequence_digest
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import SequenceSource
+from tidar_common.errors import UserError
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 import torch
 from commands import run, train_small
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.shards import read_shard
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import read_shard
 from pipeline.data.batch import make_batch, sequence_digest
 from pipeline.data.loader import Share, ahead, step_batches
 from pipeline.data.place import DataConfig
 from pipeline.data.source import LayoutChoice, SequenceSource
+from tidar_common.errors import UserError
 
 
 @pytest.fixture(scope="module")

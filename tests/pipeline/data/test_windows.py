@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from data_prep.formats.manifest import Manifest
 from data_prep.layout import Layout, build_layout
-from data_prep.manifest import Manifest
 from pipeline.data.batch import make_batch, section_length
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.data.windows import draw_windows, stale_layout, whole_blocks

@@ -4,12 +4,12 @@ import pytest
 import torch
 from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 
-from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch
 from pipeline.decoding.block_diffusion import BlockDiffusionEngine
 from pipeline.decoding.cache import RaggedCache
 from pipeline.decoding.generate import finish_each, stream
 from pipeline.decoding.step import prefill_mask
+from tidar_common.errors import UserError
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import torch
 from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 from small_models import sentencepiece_tokenizer
 
-from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch, stream
 from pipeline.decoding.cache import KVCache, RaggedCache
 from pipeline.decoding.engine import StepEngine
@@ -13,6 +12,7 @@ from pipeline.decoding.generate import finish_each, open_engine
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.stops import StopStrings
 from pipeline.model.transformer import Transformer
+from tidar_common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import torch
 from document_sets import prepare_documents
 from small_models import huggingface_tokenizer
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.shards import read_shard
-from data_prep.tokenizers import load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import read_shard
+from data_prep.tokenizers.load import load_tokenizer
 from pipeline.decoding.document_prompts import DocumentPrompts
 from pipeline.decoding.shares import Share, rank_device
+from tidar_common.errors import UserError
 
 ALL = {"split": "train", "prompt_tokens": 6, "limit": None, "share": Share()}
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from decoding_models import MASK, make_model, random_prompts
 
-from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.model.draft_head import unit
+from tidar_common.errors import UserError
 
 SIZE = 4
 

@@ -5,9 +5,9 @@ import torch
 from decoding_models import VOCABULARY, make_model, random_prompts
 from test_sampling_exact import expected_pairs, p_value
 
-from data_prep.errors import UserError
 from pipeline.decoding import Sampling, generate, generate_batch
 from pipeline.decoding.proposals import DraftModel, PromptLookup
+from tidar_common.errors import UserError
 
 
 def test_lookup_proposes_what_followed_the_longest_known_tail():

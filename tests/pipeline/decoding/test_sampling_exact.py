@@ -16,13 +16,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from data_prep.errors import UserError
 from pipeline.decoding import Sampling, engine, generate
 from pipeline.decoding.drafting import Drafter
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.sampling import Uniforms, draw
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.verify import verify, verify_greedy
+from tidar_common.errors import UserError
 
 SETTINGS = {
     "plain": {},

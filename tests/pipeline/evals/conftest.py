@@ -8,8 +8,8 @@ import pytest
 from evals_data import evaluate_on_ranks, texts, write_data, write_tasks
 from workers import run_workers
 
-from data_prep.manifest import Manifest
-from data_prep.tokenizers import load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.tokenizers.load import load_tokenizer
 from pipeline.evals.heldout import HeldOut
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from data_prep.cli import config_dir
+from data_prep.formats.manifest import Manifest
 from data_prep.layout import build_layout
-from data_prep.manifest import Manifest
 from data_prep.prepare import prepare
 from data_prep.settings import PrepareSettings
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed
@@ -25,6 +24,7 @@ from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksCo
 from pipeline.evals.tasks import evaluate_tasks
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
+from tidar_common.cli import config_dir
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 SEQUENCE_LENGTH = 48

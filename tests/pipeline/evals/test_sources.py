@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 from evals_data import BLOCK_SIZE, CONFIG, OneRank, make_model, model_config, write_data
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.data.mix import MixedSet
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
@@ -15,6 +14,7 @@ from pipeline.evals.likelihood import evaluate_likelihood
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.evals.texts import read_texts
 from pipeline.objective.acceptance import score_drafts
+from tidar_common.errors import UserError
 
 DRAFTS = (
     "teacher_forced_acceptance", "teacher_forced_survival", "expected_tokens_per_forward",

@@ -10,11 +10,11 @@ import pytest
 import torch
 from evals_data import HAS_LM_EVAL, OneRank, local_tasks, make_model, model_config
 
-from data_prep.errors import UserError
 from pipeline.decoding import generate
 from pipeline.evals.decoders import Cost, Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.evals.tasks import evaluate_tasks, task_rows
+from tidar_common.errors import UserError
 
 CONFIG = TasksConfig(tasks=["local_choice"], batch_size=3, max_new_tokens=12)
 needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason="the extra `eval` is not installed")

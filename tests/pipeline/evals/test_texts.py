@@ -7,10 +7,10 @@ import pytest
 import torch
 from evals_data import BLOCK_SIZE, SEQUENCE_LENGTH, OneRank, make_model, model_config
 
-from data_prep.errors import UserError
 from pipeline.evals.likelihood import evaluate_likelihood
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.evals.texts import read_texts
+from tidar_common.errors import UserError
 
 ROWS = (
     {"text": "the quick brown fox", "source": "prose"},

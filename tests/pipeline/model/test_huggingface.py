@@ -11,9 +11,9 @@ from small_models import (
     write_huggingface,
 )
 
-from data_prep.errors import UserError
 from pipeline import load_model
 from pipeline.model.huggingface import config_from_huggingface, config_to_huggingface
+from tidar_common.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 

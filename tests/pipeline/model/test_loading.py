@@ -18,23 +18,23 @@ from small_models import (
 )
 from workers import run_workers
 
-from data_prep.errors import UserError
 from pipeline import load_model
+from pipeline.checkpoint.retention import CheckpointConfig
+from pipeline.checkpoint.write import Checkpoints, Saved
 from pipeline.distributed import World
 from pipeline.model.adapters import is_adapter
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import initialize_from, open_source
-from pipeline.training.checkpoints import Checkpoints, Saved
 from pipeline.training.engine import (
     DeepSpeedConfig,
     OptimizerConfig,
     build_engine,
     set_learning_rate,
 )
-from pipeline.training.retention import CheckpointConfig
 from pipeline.training.state import TrainState
 from pipeline.training.weights import full_copy
+from tidar_common.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 SAVED = [(precision, stage, True) for precision in ("fp32", "bf16") for stage in STAGES]

@@ -4,9 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from data_prep.cli import config_dir
-from data_prep.config import parse
 from pipeline.objective.joint import ObjectiveConfig
+from tidar_common.cli import config_dir
+from tidar_common.config import parse
 
 
 def objective(*overrides: str) -> dict:

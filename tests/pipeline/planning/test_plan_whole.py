@@ -13,10 +13,10 @@ from workers import run_workers
 
 from bench.measure import peak_bytes
 from data_prep.layout import build_layout
+from pipeline.checkpoint.read import DTYPES
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
-from pipeline.model.checkpoint import DTYPES
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig

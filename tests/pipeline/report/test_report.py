@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
 from pipeline.report import build_report
 from tests.pipeline.report.page import page_of
 from tests.pipeline.report.written_run import CODE, write_lines, write_run
+from tidar_common.errors import UserError
 
 
 def test_page_needs_nothing_from_outside(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.cli import config_dir
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.training.settings import TrainSettings
+from tidar_common.cli import config_dir
+from tidar_common.errors import UserError
 
 FREE_TEXT = {
     "run_dir", "data.dir", "data.cache_dir", "init_from",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMALL_RUN, command, run, train_small
 
-from pipeline.training.callbacks import CLOCK
+from pipeline.training.trackers import CLOCK
 
 QUICK = ("steps=8", "checkpoint.every=3", "evals.decode_speed.every=0", "wandb.mode=disabled")
 SECRET = "0123456789abcdef" * 2 + "01234567"
@@ -278,8 +278,8 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(data_dir, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["flipped", "truncated", "deleted", "emptied"])
 def test_every_kind_of_damage_to_every_file_is_found(trained_run, tmp_path, how):
-    from data_prep.errors import UserError
-    from pipeline.model.checkpoint_files import verify_file_list
+    from pipeline.checkpoint.files import verify_file_list
+    from tidar_common.errors import UserError
 
     source = trained_run / "checkpoints" / "step-00000012"
     for name in sorted(path.name for path in source.iterdir()):

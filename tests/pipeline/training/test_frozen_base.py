@@ -12,23 +12,23 @@ from hydra import compose, initialize_config_dir
 from small_models import random_model, small_config, write_checkpoint
 from workers import run_workers
 
-from data_prep.cli import config_dir
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.tokenizers import load_tokenizer
+from data_prep.formats.manifest import Manifest
+from data_prep.tokenizers.load import load_tokenizer
 from pipeline import load_model
 from pipeline.decoding import generate
 from pipeline.distributed import World
 from pipeline.model.adapters import is_adapter, is_drafting
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.train import train_in_world
-from pipeline.training.callbacks.ar_guard import read_base
 from pipeline.training.engine import OptimizerConfig, parameter_groups, set_learning_rate
-from pipeline.training.identity import completed, differences, refuse_changes, run_identity
-from pipeline.training.run_dir import owned
+from pipeline.training.guards.ar_guard import read_base
+from pipeline.training.launch.identity import completed, differences, refuse_changes, run_identity
+from pipeline.training.launch.run_dir import owned
+from pipeline.training.launch.signals import StopRequest
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import model_config
-from pipeline.training.signals import StopRequest
+from tidar_common.cli import config_dir
+from tidar_common.errors import UserError
 
 CASES = ("fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-3")
 PUBLISHED = ObjectiveConfig()

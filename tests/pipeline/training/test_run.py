@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMALL_RUN, command, train_small
 
-from data_prep import cli
 from pipeline.train import train
-from pipeline.training.callbacks import CLOCK, StepMetrics
+from pipeline.training.trackers import CLOCK, StepMetrics
+from tidar_common import cli
 
 LONGER = ("steps=40", "checkpoint.every=5", "evals.decode_speed.every=0")
 QUICK = ("steps=4", "evals.decode_speed.every=0", "wandb.mode=disabled")

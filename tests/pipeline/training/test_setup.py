@@ -3,14 +3,14 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from data_prep.cli import config_dir
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
+from data_prep.formats.manifest import Manifest
 from pipeline.planning.plan import flops_at
 from pipeline.planning.settings import Planned
-from pipeline.training.identity import differences, refuse_changes, run_identity
+from pipeline.training.launch.identity import differences, refuse_changes, run_identity
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import model_config, open_source
+from tidar_common.cli import config_dir
+from tidar_common.errors import UserError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from small_models import small_config
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
 from pipeline.data.source import Sequence
-from pipeline.hardware import DEVICE_NAMES, GPUS, recognise
 from pipeline.model.mask import dense_mask
+from pipeline.planning.hardware import DEVICE_NAMES, GPUS, recognise
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.step import GlobalCounts
 

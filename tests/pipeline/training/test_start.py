@@ -11,7 +11,6 @@ from small_models import sentencepiece_tokenizer as tokenizer
 from workers import run_workers
 
 from bench.measure import peak_bytes
-from data_prep.errors import UserError
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import initialize_from, load_into, open_source
@@ -19,6 +18,7 @@ from pipeline.model.transformer import Transformer
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
 from pipeline.training.start import allocate, build_model
 from pipeline.training.weights import full_copy
+from tidar_common.errors import UserError
 
 LARGE = ModelConfig(
     hidden_size=512, intermediate_size=1024, num_layers=12, num_heads=8, num_kv_heads=2,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
-from pipeline.training.anomalies import Anomalies, AnomalyConfig
-from pipeline.training.retention import CheckpointConfig, delete_old, steps_to_keep
-from pipeline.training.signals import StopRequest
-from pipeline.training.slow_ranks import find_slow
-from pipeline.training.time_limit import deadline
-from pipeline.training.watchdog import EXIT_LOST, WatchConfig
+from pipeline.checkpoint.retention import CheckpointConfig, delete_old, steps_to_keep
+from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
+from pipeline.training.guards.slow_ranks import find_slow
+from pipeline.training.guards.watchdog import EXIT_LOST, WatchConfig
+from pipeline.training.launch.signals import StopRequest
+from pipeline.training.launch.time_limit import deadline
+from tidar_common.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_rank_that_others_wait_for_is_named():
 HANGING = """
 import sys, time
 from pathlib import Path
-from pipeline.training.watchdog import WatchConfig, Watchdog
+from pipeline.training.guards.watchdog import WatchConfig, Watchdog
 with Watchdog(Path(sys.argv[1]), 3, WatchConfig(hang_timeout_s=0.5), grace_s=0.1) as watchdog:
     for _ in range(8):
         watchdog.enter("in a step")

@@ -1,0 +1,1 @@
+"""Looking at a prepared folder: does it hold what its manifest says, and how does it look."""

@@ -1,0 +1,223 @@
+"""`tidar-prepare stats=true`: what a prepared folder holds, in numbers, and as a page of bars."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.bars import Bar, BarChart, page
+from data_prep.formats.manifest import STATS_PAGE, Manifest, Split
+from data_prep.formats.shards import ShardReader
+from tidar_common.files import write_text_atomic
+
+BAR = 40
+"""Characters of the longest bar."""
+PADDING_AIMED_AT = 0.001
+TOP_REASONS = 20
+"""Reasons that the page has a bar for, the most frequent ones."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a prepared folder holds."""
+
+    folder: Path
+    manifest: Manifest
+    lengths: Counter[int]
+    """Pieces of train with 2^p to 2^(p+1) - 1 tokens, by p; padding is none."""
+    continued: int
+    """Pieces that go on from a cut."""
+
+    @property
+    def sources(self) -> dict[str, dict[str, float]]:
+        """Of each corpus of a mix, the largest first: tokens, text bytes, epochs; {} of one."""
+        by_size = sorted(self.manifest.sources.items(), key=lambda item: -item[1]["tokens"])
+        return dict(by_size)
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.manifest.splits.values())
+
+    @property
+    def left_out(self) -> list[tuple[str, str, int]]:
+        """`refused` or `filtered`, the reason or rule, and how many documents; of each kind the
+        most frequent first."""
+        documents = self.manifest.documents
+        return [
+            (kind, reason, count)
+            for kind in ("refused", "filtered")
+            for reason, count in Counter(documents.get(kind, {})).most_common()
+        ]
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read the manifest and every shard of train.
+
+    Raises:
+        UserError: naming a file that cannot be read.
+    """
+    manifest = Manifest.load(folder)
+    return Contents(folder, manifest, *piece_lengths(folder, manifest))
+
+
+def describe(contents: Contents) -> str:
+    """Counts of both splits, the lengths of what stands in train, sources, and what was left out,
+    as lines of text."""
+    manifest, lengths = contents.manifest, contents.lengths
+    lines = [
+        f"{contents.folder}: sequences of {manifest.sequence_length} tokens, "
+        f"encoder {manifest.encoder}"
+    ]
+    for name, split in manifest.splits.items():
+        lines += _describe_split(name, split)
+    lines.append("train: pieces by length in tokens (whole documents, and what cuts made)")
+    most = max(lengths.values())
+    for power in range(min(lengths), max(lengths) + 1):
+        low, high = _span(power)
+        bar = "#" * round(BAR * lengths[power] / most)
+        lines.append(f"  {low:>8,} to {high:>8,}  {lengths[power]:>10,}  {bar}".rstrip())
+    lines.append(f"  {contents.continued:,} of them go on from a cut")
+    for name, own in contents.sources.items():
+        lines.append(
+            f"source {name}: {own['tokens']:,} tokens, {own['tokens'] / contents.tokens:.1%} of "
+            f"all, {own['tokens'] / own['text_bytes']:.3f} tokens per byte, "
+            f"read {own['epochs']:.2f} times"
+        )
+    for kind, reason, count in contents.left_out:
+        lines.append(f"{kind}: {count:,} of {manifest.documents['read']:,} documents, {reason}")
+    return "\n".join(lines)
+
+
+def write_page(contents: Contents) -> Path:
+    """Draw the same as bars into `stats.html` of the folder, one file that needs no other; returns
+    its path. Raises OSError where the folder cannot be written."""
+    manifest = contents.manifest
+    paragraphs = [
+        f"Sequences of {manifest.sequence_length:,} tokens, {manifest.tokenizer.kind} tokenizer "
+        f"with {manifest.tokenizer.vocab_size:,} ids, encoder {manifest.encoder}."
+    ]
+    for name, split in manifest.splits.items():
+        lines = _describe_split(name, split)
+        paragraphs.append("; ".join(line.strip() for line in lines) + ".")
+    path = contents.folder / STATS_PAGE
+    title = f"Prepared data: {contents.folder.resolve().name}"
+    write_text_atomic(path, page(title, paragraphs, charts(contents)))
+    return path
+
+
+def charts(contents: Contents) -> list[BarChart]:
+    """Lengths, tokens and tokens per byte by source, what was left out, padding, cuts."""
+    powers = range(min(contents.lengths), max(contents.lengths) + 1)
+    lengths = [
+        Bar(
+            "{:,} to {:,}".format(*_span(power)),
+            contents.lengths[power],
+            f"{contents.lengths[power]:,}",
+        )
+        for power in powers
+    ]
+    pieces = (
+        "Pieces of train by their tokens: whole documents, and what cuts made of longer ones. "
+        f"{contents.continued:,} of {contents.lengths.total():,} go on from a cut."
+    )
+    return [
+        BarChart("Length in tokens", lengths, pieces),
+        *_source_charts(contents),
+        _left_out_chart(contents),
+        *_packing_charts(contents.manifest.splits),
+    ]
+
+
+def _source_charts(contents: Contents) -> list[BarChart]:
+    sources = contents.sources
+    if not sources:
+        # Not a mix: the only source is all of it.
+        splits = contents.manifest.splits.values()
+        size = sum(split.text_bytes for split in splits)
+        sources = {"all text": {"tokens": contents.tokens, "text_bytes": size, "epochs": 1.0}}
+    tokens, per_byte = [], []
+    for name, own in sources.items():
+        share, epochs = own["tokens"] / contents.tokens, own["epochs"]
+        again = f", read {epochs:.2f} times" if epochs != 1 else ""
+        tokens.append(Bar(name, own["tokens"], f"{own['tokens']:,} ({share:.1%}{again})"))
+        rate = own["tokens"] / own["text_bytes"]
+        per_byte.append(Bar(name, rate, f"{rate:.3f}"))
+    return [
+        BarChart("Tokens by source", tokens, "Both splits, end tokens included."),
+        BarChart(
+            "Tokens per byte by source", per_byte,
+            "Of UTF-8 text. A source with many is one that the tokenizer fits badly.",
+        ),
+    ]  # fmt: skip
+
+
+def _left_out_chart(contents: Contents) -> BarChart:
+    read = contents.manifest.documents["read"]
+    top = sorted(contents.left_out, key=lambda row: -row[2])
+    bars = [
+        Bar(f"{kind}: {reason}", count, f"{count:,} ({count / read:.2%})")
+        for kind, reason, count in top[:TOP_REASONS]
+    ]
+    note = f"By rule or reason, of {read:,} documents read."
+    if rest := top[TOP_REASONS:]:
+        note += f" {len(rest)} more with {sum(count for *_, count in rest):,} documents."
+    return BarChart("Documents left out", bars, note)
+
+
+def _packing_charts(splits: dict[str, Split]) -> list[BarChart]:
+    padding, cut = [], []
+    for name, split in splits.items():
+        share = split.padding / (split.padding + split.tokens)
+        padding.append(Bar(name, share, f"{share:.3%} ({split.padding:,} tokens)"))
+        fitting = split.cut_though_fitting
+        for kind, count in (
+            ("longer than a sequence", split.cut_documents - fitting),
+            ("would have fitted", fitting),
+        ):
+            portion = count / split.documents
+            cut.append(Bar(f"{name}: {kind}", portion, f"{count:,} ({portion:.1%})"))
+    return [
+        BarChart(
+            "Padding", padding,
+            "Share of the positions. The dashed line is 0.1 %; a small split cannot fill its last "
+            "sequences.", PADDING_AIMED_AT,
+        ),
+        BarChart("Documents cut", cut, "Documents in more than one piece, and their share."),
+    ]  # fmt: skip
+
+
+def _span(power: int) -> tuple[int, int]:
+    """Smallest and largest length with this whole logarithm to the base 2."""
+    return 1 << power, (2 << power) - 1
+
+
+def _describe_split(name: str, split: Split) -> list[str]:
+    padding = split.padding / (split.padding + split.tokens)
+    sizes = [shard.bytes for shard in split.shards]
+    return [
+        f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+        f"{split.tokens / split.text_bytes:.3f} tokens per byte, "
+        f"{split.tokens / split.documents:,.0f} tokens per document",
+        f"  {split.sequences:,} sequences, {padding:.3%} padding, "
+        f"{split.cut_documents:,} documents cut, {split.cut_though_fitting:,} of them though they "
+        "fit",
+        f"  {len(sizes):,} shards of {min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f} MB",
+    ]
+
+
+def piece_lengths(folder: Path, manifest: Manifest) -> tuple[Counter[int], int]:
+    """How many pieces of the train split have 2^p to 2^(p+1) - 1 tokens, by p, padding left out;
+    and how many go on from a cut."""
+    found: Counter[int] = Counter()
+    continued = 0
+    for shard, offsets in zip(manifest.train.shards, manifest.shard_index(folder), strict=False):
+        reader = ShardReader(folder / shard.name, offsets)
+        for number in range(reader.num_groups):
+            for sequence in reader.read_group(number):
+                lengths = sequence.document_lengths.astype(np.int64)
+                if sequence.real_tokens(manifest.tokenizer.pad_id) < len(sequence.tokens):
+                    lengths = lengths[:-1]
+                found.update((np.frexp(lengths)[1] - 1).tolist())
+                continued += 0 if sequence.continued is None else int(sequence.continued.sum())
+    return found, continued

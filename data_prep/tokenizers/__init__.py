@@ -1,0 +1,1 @@
+"""Tokenizers: opening, training, and encoding fast."""

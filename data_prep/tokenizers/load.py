@@ -1,0 +1,319 @@
+"""Tokenizers: SentencePiece (trained here or given) and Hugging Face's `tokenizer.json`.
+
+Every text round-trips byte for byte through a SentencePiece model trained here: byte fallback, no
+normalisation, no added or removed spaces. Ids of control symbols never come out of text.
+"""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from data_prep.formats.manifest import TokenizerInfo
+from data_prep.tokenizers.bpe_lines import (
+    SPACE_SIGN,
+    boundary_of,
+    is_bpe,
+    plain_pieces,
+    runs_of_lines,
+)
+from data_prep.tokenizers.byte_bpe import ByteBpe, byte_bpe
+from tidar_common.errors import UserError
+from tidar_common.files import read_text_checked, sha256_of, write_text_atomic, written_atomically
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGINGFACE_FILE = "tokenizer.json"
+HUGGINGFACE_CONFIG = "tokenizer_config.json"
+MASK_PIECE = "<mask>"
+HUGGINGFACE_MASK = "<|mask|>"
+HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Documents become `[ids…, eos_id]`; nothing adds a bos by itself."""
+
+    kind: str
+    file_name: str
+    vocab_size: int
+    mask_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    """Not an id that text can have; the mask's where the vocabulary has none for padding."""
+    encoder = "plain"
+    """The way in use. A faster one has to be compared with `encode` on the text at hand."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Ways of `encode_batch`, the fastest first; the last is `encode` itself."""
+        return "batch", "plain"
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest unsigned type that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without control symbols."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control symbols give nothing."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """The tokenizer's file."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """What `encode` gives for each text, as arrays."""
+        if self.encoder == "plain":
+            return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+        return self._encode_fast(texts)
+
+    @abstractmethod
+    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """`encode_batch` by the way in `encoder`, which is not `plain`."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self.content()).hexdigest()
+
+    def save(self, folder: Path) -> Path:
+        """Write the tokenizer's file into `folder`; returns its path."""
+        path = folder / self.file_name
+        with written_atomically(path) as file:
+            file.write(self.content())
+        return path
+
+    def info(self, path: Path) -> TokenizerInfo:
+        """The manifest's entry for this tokenizer saved at `path`."""
+        return TokenizerInfo(
+            kind=self.kind,
+            file=path.name,
+            sha256=sha256_of(path),
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback and the control symbols `<pad>`, `<s>`, `</s>`,
+    `<mask>`."""
+
+    kind = "sentencepiece"
+    file_name = SENTENCEPIECE_FILE
+
+    def __init__(self, content: bytes, source: str) -> None:
+        self._content = content
+        self._boundary: re.Pattern[str] | None = None
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{source}: not a SentencePiece model") from error
+        self.vocab_size = self._model.vocab_size()
+        if is_bpe(content):
+            self._boundary = boundary_of(plain_pieces(self._model))
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self.mask_id = self._model.piece_to_id(MASK_PIECE)
+        pad = self._model.pad_id()
+        self.pad_id = pad if pad >= 0 else self.mask_id
+        if self.eos_id < 0 or not self._model.is_control(self.mask_id):
+            raise UserError(
+                f"{source}: has no end symbol or no control symbol {MASK_PIECE}; train one with "
+                f"tokenizer=sentencepiece, or add control_symbols=[{MASK_PIECE}] when training it"
+            )
+        byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
+        self._space_sign = byte_ids if all(map(self._model.is_byte, byte_ids)) else None
+        probe = f"a{SPACE_SIGN}a"
+        if self.decode(self.encode(probe)) != probe:
+            # A model that puts a space before each text would put one before each part.
+            self._space_sign = None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (*(("lines",) if self._boundary else ()), "batch", "plain")
+
+    def encode(self, text: str) -> list[int]:
+        if self._space_sign is None or SPACE_SIGN not in text:
+            return self._model.encode(text)
+        # SentencePiece would read the sign as a space: spell it in bytes instead.
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE_SIGN)):
+            ids += self._space_sign if number else []
+            ids += self._model.encode(part)
+        return ids
+
+    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if self.encoder == "lines":
+            encoded = self._encode_lines(texts)
+        else:
+            # One by one: for a list SentencePiece starts a thread, and its caches are cold.
+            encoded = [self._model.encode(text, return_type="numpy") for text in texts]
+        for number, text in enumerate(texts):
+            if SPACE_SIGN in text:
+                encoded[number] = np.array(self.encode(text), dtype=np.int32)
+        return encoded
+
+    def _encode_lines(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Encode runs of lines by themselves: merging takes n log n in the length of a text."""
+        assert self._boundary is not None, "set for BPE, which alone has this encoder"
+        runs = [runs_of_lines(self._boundary.split(text)) for text in texts]
+        flat = self._model.encode(
+            [run for own in runs for run in own], return_type="numpy", num_threads=1
+        )
+        encoded, first = [], 0
+        for own in runs:
+            encoded.append(np.concatenate(flat[first : first + len(own)]))
+            first += len(own)
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def content(self) -> bytes:
+        return self._content
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; `<|mask|>` is appended where it has no mask token of that name."""
+
+    kind = "huggingface"
+    file_name = HUGGINGFACE_FILE
+
+    def __init__(self, content: bytes, source: str, eos_token: str | None = None) -> None:
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"{source}: not a Hugging Face tokenizer.json ({error})") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        # "<|endoftext|>" or "<|mask|>" spelled out in a document is text, not a control symbol.
+        self._model.encode_special_tokens = True
+        mask = tokenizers.AddedToken(HUGGINGFACE_MASK, special=True, normalized=False)
+        self._model.add_special_tokens([mask])
+        mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
+        assert mask_id is not None, "it was added above"
+        self.mask_id = mask_id
+        # Ids of added tokens may leave gaps, so a count of the tokens would be too small.
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        names = (eos_token,) if eos_token else HUGGINGFACE_EOS
+        eos_id = self._first_id(names)
+        if eos_id is None:
+            raise UserError(
+                f"tokenizer.eos_token: {source} has none of {', '.join(names)}; name its "
+                "end-of-document token"
+            )
+        self.eos_id = eos_id
+        bos_id = self._first_id(HUGGINGFACE_BOS)
+        self.bos_id = eos_id if bos_id is None else bos_id
+        # Text could hold any other token; the mask is ours alone.
+        self.pad_id = self.mask_id
+
+    def _first_id(self, names: Sequence[str]) -> int | None:
+        ids = (self._model.token_to_id(name) for name in names)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _byte_bpe(self) -> ByteBpe | None:
+        """Made when it is asked for: with a large vocabulary that takes a second."""
+        return byte_bpe(self.content())
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (*(("tiktoken",) if self._byte_bpe else ()), "batch", "plain")
+
+    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if self.encoder == "tiktoken":
+            if self._byte_bpe is None:
+                raise UserError(
+                    "tokenizer: tiktoken was chosen where these data were begun and is missing "
+                    "here; pip install 'tidar-pretrain[tiktoken]'"
+                )
+            fast = map(self._byte_bpe.encode, texts)
+            return [
+                np.array(self.encode(text), dtype=np.int32) if ids is None else ids
+                for ids, text in zip(fast, texts, strict=True)
+            ]
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def content(self) -> bytes:
+        return self._model.to_str().encode()
+
+    def save(self, folder: Path) -> Path:
+        """Write `tokenizer.json`, and beside it `tokenizer_config.json`, which names the control
+        symbols the way `transformers` reads them; returns the path of the former."""
+        names = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._model.id_to_token(self.bos_id),
+            "eos_token": self._model.id_to_token(self.eos_id),
+            "mask_token": HUGGINGFACE_MASK,
+        }
+        write_text_atomic(folder / HUGGINGFACE_CONFIG, json.dumps(names, indent=2) + "\n")
+        return super().save(folder)
+
+
+def load_encoder(path: Path, encoder: str) -> Tokenizer:
+    """The tokenizer saved at `path`, set to a way of encoding that was compared elsewhere."""
+    tokenizer = load_tokenizer(path)
+    tokenizer.encoder = encoder
+    return tokenizer
+
+
+def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer in file `path`, or in the folder `path`: `tokenizer.model` before
+    `tokenizer.json`.
+
+    The end-of-document token of a `tokenizer.json` is `eos_token`, or the one that a
+    `tokenizer_config.json` beside it names, or the first of the usual names that it has.
+
+    Raises:
+        UserError: when there is none, or the file is not what its name says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = (SENTENCEPIECE_FILE, HUGGINGFACE_FILE)
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}")
+        path = found
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer") from error
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(content, str(path), eos_token or _configured_eos(path))
+    return SentencePieceTokenizer(content, str(path))
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The `eos_token` of the `tokenizer_config.json` beside `path`; None where there is none."""
+    config = path.with_name(HUGGINGFACE_CONFIG)
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(read_text_checked(config)).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config}: not a JSON object ({error}); mend or remove it") from error
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,1 @@
+"""Training checkpoints on disk: the only place that knows DeepSpeed's files."""

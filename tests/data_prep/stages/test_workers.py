@@ -1,0 +1,162 @@
+"""Worker processes: their end is noticed, whatever ends them, and what they say arrives."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep.corpora import open_corpus
+from data_prep.stages.plan import make_tasks
+from data_prep.stages.task import run_task
+from data_prep.stages.workers import Work, Worker, Workers
+from tidar_common import files
+from tidar_common.errors import UserError
+
+
+@pytest.fixture
+def job(overrides, tokenizer, tmp_path):
+    """Settings, corpus and tasks of a preparation that has not begun."""
+    from hydra import compose, initialize_config_dir
+
+    from data_prep.settings import PrepareSettings
+    from tidar_common.cli import config_dir
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("prepare", [*overrides, f"output_dir={tmp_path / 'data'}", "workers=2"])
+    settings, corpus = PrepareSettings.from_config(cfg), open_corpus(OmegaConf.create(cfg.corpus))
+    return settings, corpus, make_tasks(settings, corpus, tokenizer)
+
+
+def gone(pid):
+    """Whether a process has ended; a zombie has."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def quiet(*_):
+    """A report that nobody reads."""
+
+
+def working(tokenizer_path, settings, corpus):
+    """A worker that has been told what to do with tasks."""
+    worker = Worker()
+    worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+    return worker
+
+
+def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path):
+    settings, corpus, tasks = job
+    made = []
+
+    def kill(*_):
+        os.kill(made[1].pid, signal.SIGKILL)
+
+    def run():
+        with Workers(2) as workers:
+            made.extend(worker.process for worker in workers.started)
+            workers.run(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+
+    with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
+        run()
+    assert all(not process.is_alive() for process in made), "the others must not stay behind"
+
+
+def test_workers_stay_for_the_next_stage(job, tokenizer, tokenizer_path):
+    settings, corpus, tasks = job
+    folder = settings.output_dir / "tasks"
+    with Workers(2) as workers:
+        first = [worker.process.pid for worker in workers.started]
+        for _ in range(2):
+            workers.run(run_task, tasks, settings, corpus, tokenizer, tokenizer_path, quiet)
+            made = {path.name: path.read_bytes() for path in folder.iterdir()}
+            assert len([name for name in made if name.endswith(".json")]) == len(tasks)
+        assert [worker.process.pid for worker in workers.started] == first
+        assert len({os.getpid(), *first}) == 3
+    for task in tasks:
+        run_task(task, settings, corpus, tokenizer, quiet)
+    assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_path):
+    settings, corpus, tasks = job
+    started = []
+
+    def interrupt(*_):
+        started.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+        workers.run(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+    assert time.monotonic() - started[0] < 5
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_ends_with_the_pipe(job, tokenizer_path, which):
+    """As the system closes it when the main process is killed; none holds that of another."""
+    settings, corpus, tasks = job
+    with Workers(2) as workers:
+        worker = workers.started[which]
+        worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+        worker.send(tasks[0])
+        while worker.receive()[0] != "done":
+            pass
+        worker.pipe.close()
+        deadline = time.monotonic() + 10
+        while not gone(worker.process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not gone(workers.started[1 - which].process.pid)
+
+
+def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
+    settings, corpus, _ = job
+    worker = working(tokenizer_path, settings, corpus)
+    worker.send(3)
+    with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
+        worker.receive()
+    worker.stop()
+
+
+def test_all_that_a_task_left_has_its_name_on_the_disk(job, tokenizer, monkeypatch):
+    """The folder is synced once, behind the record, which comes last."""
+    settings, corpus, tasks = job
+    synced = []
+
+    def note(folder):
+        synced.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr(files, "fsync_folder", note)
+    run_task(tasks[0], settings, corpus, tokenizer, quiet)
+    (names,) = synced
+    assert {"000000.json", "000000.rests", "000000-000.tar"} <= set(names)
+    assert names == sorted(path.name for path in (settings.output_dir / "tasks").iterdir())
+
+
+def ending(worker):
+    """Read its messages until one is an error."""
+    while True:
+        worker.receive()
+
+
+def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_path):
+    settings, corpus, tasks = job
+    settings.output_dir.mkdir()
+    (settings.output_dir / "tasks").write_text("a file where a folder goes")
+    worker = working(tokenizer_path, settings, corpus)
+    worker.send(tasks[0])
+    with pytest.raises(FileExistsError):
+        ending(worker)
+    worker.stop()
+    corpus = type(corpus)(type(corpus.config)(path=corpus.config.path, text_field="body"))
+    worker = working(tokenizer_path, settings, corpus)
+    worker.send(tasks[0])
+    with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
+        ending(worker)
+    worker.stop()

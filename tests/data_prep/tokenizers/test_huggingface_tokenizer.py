@@ -1,0 +1,125 @@
+"""A Hugging Face `tokenizer.json`: no silent control symbols, one mask, the eos that is meant."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+from data_prep.tokenizers.load import HUGGINGFACE_MASK, load_tokenizer
+from tidar_common.errors import UserError
+
+SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|bos|>"]
+TEXT = "def f(x):\n    return 机器 🙂 <|endoftext|> <|im_end|> <|mask|>\0"
+
+
+@pytest.fixture
+def folder(texts, tmp_path):
+    """A byte-level BPE that adds a bos by itself, with a truncation and a padding set."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts[:20], trainer)
+    bos = ("<|bos|>", model.token_to_id("<|bos|>"))
+    model.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[bos])
+    model.enable_truncation(5)
+    model.enable_padding(length=64)
+    model.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_nothing_is_added_cut_or_padded(folder):
+    loaded = load_tokenizer(folder)
+    ids = loaded.encode(TEXT)
+    assert loaded._model.token_to_id("<|bos|>") not in ids
+    assert len(ids) > 5
+    assert loaded.decode(ids) == TEXT
+
+
+def test_spelled_out_symbols_are_text(folder):
+    loaded = load_tokenizer(folder)
+    control = {loaded.mask_id, *(loaded._model.token_to_id(name) for name in SPECIAL)}
+    assert not control & set(loaded.encode(TEXT))
+
+
+def test_a_batch_gives_what_single_texts_give(folder, texts):
+    loaded = load_tokenizer(folder)
+    loaded.encoder = "batch"
+    for ids, text in zip(loaded.encode_batch([TEXT, *texts]), [TEXT, *texts], strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == loaded.encode(text)
+
+
+def test_the_mask_is_appended_once(folder, tmp_path):
+    loaded = load_tokenizer(folder)
+    assert loaded.mask_id == 500
+    assert loaded.vocab_size == 501
+    assert loaded.pad_id == loaded.mask_id
+    (tmp_path / "again").mkdir()
+    path = loaded.save(tmp_path / "again")
+    again = load_tokenizer(path)
+    assert (again.mask_id, again.vocab_size) == (500, 501)
+    assert again.info(path) == loaded.info(path)
+    assert again.encode(TEXT) == loaded.encode(TEXT)
+    assert json.loads(path.read_text())["added_tokens"][-1]["content"] == HUGGINGFACE_MASK
+
+
+def test_gaps_among_added_ids_count(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    gapped = {**values["added_tokens"][0], "id": 700, "content": "<|late|>"}
+    values["added_tokens"].append(gapped)
+    path.write_text(json.dumps(values))
+    loaded = load_tokenizer(path)
+    highest = max(loaded._model.get_vocab(with_added_tokens=True).values())
+    assert loaded.vocab_size == highest + 1
+    assert loaded.mask_id <= highest
+
+
+@pytest.mark.parametrize("written", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
+def test_the_eos_comes_from_tokenizer_config(folder, written):
+    usual = load_tokenizer(folder)
+    assert usual.eos_id == usual._model.token_to_id("<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": written}))
+    loaded = load_tokenizer(folder)
+    assert loaded.eos_id == loaded._model.token_to_id("<|im_end|>")
+    named = load_tokenizer(folder, "<|bos|>")
+    assert named.eos_id == named._model.token_to_id("<|bos|>"), "the config key has the last word"
+    loaded.save(folder)
+    assert load_tokenizer(folder).eos_id == loaded.eos_id
+
+
+def test_transformers_reads_what_is_saved(folder):
+    transformers = pytest.importorskip("transformers")
+    loaded = load_tokenizer(folder, "<|im_end|>")
+    loaded.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.mask_token_id == loaded.mask_id
+    assert theirs.eos_token_id == loaded.eos_id
+
+
+def test_a_missing_eos_is_named(folder):
+    with pytest.raises(UserError, match=r"tokenizer\.eos_token: .* has none of <\|nope\|>"):
+        load_tokenizer(folder, "<|nope|>")
+
+
+def test_a_broken_tokenizer_config_is_named(folder):
+    (folder / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+        load_tokenizer(folder)
+
+
+def test_a_mask_of_its_own_is_used(folder):
+    path = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.add_special_tokens([AddedToken(HUGGINGFACE_MASK, special=True), "<|after|>"])
+    model.save(str(path))
+    loaded = load_tokenizer(path)
+    assert (loaded.mask_id, loaded.vocab_size) == (500, 502)

@@ -1,0 +1,1 @@
+"""What maintainers run: generators of docs, figures, plans and test vectors."""

@@ -1,0 +1,455 @@
+"""Writes docs/results.md out of bench/results: `python -m tools.results`.
+
+Figures come from the JSON files alone, words from tools/results_template.md. A test compares the
+page with what they say today.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "results.md"
+TEMPLATE = ROOT / "tools" / "results_template.md"
+Result = dict[str, Any]
+Results = dict[str, dict[int, Result]]
+"""Of one corpus, by run and seed."""
+
+
+def load(folder: Path, corpus: str, study: str = "experiments") -> Results:
+    """The results of a study on a corpus; an empty dict where there are none."""
+    found: Results = {}
+    for path in sorted((folder / study).glob(f"{corpus}-*-seed*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(result["run"], {})[result["seed"]] = result
+    return found
+
+
+def score(result: Result, block_size: int | None = None) -> Result:
+    """The figures at one block length; None takes the first."""
+    scores = result["scores"]
+    return next(s for s in scores if block_size in (None, s["block_size"]))
+
+
+def figure(name: str, temperature: str | None = None) -> Callable[[Result], float | None]:
+    """Reads a figure of a result, one of the likelihood or of a temperature's decoding; None where
+    an older result does not have it."""
+
+    def read(result: Result) -> float | None:
+        own = score(result)
+        value: float | None = own[name] if temperature is None else own[temperature].get(name)
+        return value
+
+    return read
+
+
+def spread(results: Iterable[Result], read: Callable[[Result], float | None], form: str) -> str:
+    """The mean over seeds, with the smallest and largest where there are several."""
+    values = [value for value in map(read, results) if value is not None]
+    if not values:
+        return "–"
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def ratio(
+    results: Results, over: str, under: str, read: Callable[[Result], float | None]
+) -> list[float]:
+    """The ratio of two runs' figures for every seed that both have."""
+    above, below = results.get(over, {}), results.get(under, {})
+    pairs = [(read(above[seed]), read(below[seed])) for seed in sorted(above.keys() & below.keys())]
+    return [a / b for a, b in pairs if a is not None and b]
+
+
+def ratio_text(values: list[float]) -> str:
+    if not values:
+        return "not measured"
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ({min(values):.3f} to {max(values):.3f} over {len(values)} seeds)"
+    return text + (" (one seed)" if len(values) == 1 else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def wanted(results: Results) -> str:
+    """The two figures that the experiments were set up for, and whether they were reached."""
+    bits, expected = (
+        figure("bits_per_byte"),
+        figure("expected_tokens_per_forward", "sampled"),
+    )
+    rows = []
+    for run, twins in TWINS.items():
+        for twin, what in zip(twins, ("equal clean tokens", "equal compute"), strict=True):
+            values = ratio(results, run, twin, bits)
+            rows.append(
+                [f"held-out bits per byte, `{run}` ÷ AR twin, {what}", "≤ 1.01",
+                 ratio_text(values), verdict(values, lambda v: v <= 1.01)]
+            )  # fmt: skip
+    values = ratio(results, RECIPE, "published", expected)
+    rows.append(
+        [f"expected tokens per forward, `{RECIPE}` ÷ `published`, equal compute", "≥ 1.15",
+         ratio_text(values), verdict(values, lambda v: v >= 1.15)]
+    )  # fmt: skip
+    return table(["figure", "wanted", "seen", ""], rows)
+
+
+def verdict(values: list[float], reached: Callable[[float], bool]) -> str:
+    if not values:
+        return ""
+    if all(map(reached, values)):
+        return "reached"
+    return "reached on average" if reached(statistics.mean(values)) else "missed"
+
+
+def headline(results: Results) -> str:
+    """Quality and speed of the twins, the published recipe and the one that does best."""
+    rows = []
+    twins = sorted({twin for pair in TWINS.values() for twin in pair}, key=list(BY_NAME).index)
+    for name in (*twins, *TWINS):
+        own = list(results.get(name, {}).values())
+        if own:
+            rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
+    return table(
+        ["run", "seeds", "bits/byte", "AR loss", "expected tokens/forward, T = 1",
+         "of a unigram draft", "of a bigram draft", "measured T = 0", "measured T = 1",
+         "distinct 4-grams T = 0 / 1", "tokens/s ÷ AR on a CPU, T = 0 / 1"],
+        rows,
+    )  # fmt: skip
+
+
+def quality_cells(own: list[Result]) -> list[str]:
+    return [
+        str(len(own)),
+        spread(own, figure("bits_per_byte"), ".3f"),
+        spread(own, figure("ar_loss"), ".3f"),
+    ]
+
+
+def speed_cells(own: list[Result]) -> list[str]:
+    distinct = " / ".join(
+        spread(own[:1], figure("distinct_4grams", t), ".2f") for t in ("greedy", "sampled")
+    )
+    return [
+        spread(own, figure("expected_tokens_per_forward", "sampled"), ".3f"),
+        spread(own, figure("unigram_expected_tokens_per_forward", "sampled"), ".2f"),
+        spread(own, figure("bigram_expected_tokens_per_forward", "sampled"), ".2f"),
+        spread(own, figure("tokens_per_forward", "greedy"), ".2f"),
+        spread(own, figure("tokens_per_forward", "sampled"), ".2f"),
+        distinct,
+        " / ".join(spread(own, figure("speedup_over_ar", t), ".2f") for t in ("greedy", "sampled")),
+    ]
+
+
+def gpu(folder: Path) -> str:
+    """What `bench/gpu_train.sh` found where it was run."""
+    path = folder / "gpu_train-cuda.json"
+    if not path.is_file():
+        return "It has not been run yet: no figure of this project comes from a GPU."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    bits = {name: own["bits_per_byte"] for name, own in found["likelihood"].items()}
+    rows = [
+        [row["method"], f"{row['temperature']:g}", f"{row['tokens_per_forward']:.2f}",
+         f"{row['speedup_over_ar']:.2f}", number(row["distinct_4grams"], ".2f"),
+         f"{row['ar_loss']:.3f}", number(row["unigram_expected_tokens_per_forward"], ".2f"),
+         number(row.get("bigram_expected_tokens_per_forward"), ".2f")]
+        for row in found["decode_speed"]
+    ]  # fmt: skip
+    quality = (
+        f"{found['machine']['gpu']}, torch {found['machine']['torch']}, {found['date'][:10]}: "
+        f"held-out bits per byte {bits['tidar']:.3f}, AR twin {bits['twin']:.3f}, ratio "
+        f"{found['bits_per_byte_over_twin']:.3f} (≤ 1.01 wanted)."
+    )
+    head = ["method", "T", "tokens/forward", "tokens/s ÷ AR", "distinct 4-grams", "AR loss",
+            "unigram T/F", "bigram T/F"]  # fmt: skip
+    return f"{quality}\n\n{table(head, rows)}"
+
+
+def recipes(results: Results) -> str:
+    """Every run of the first seed, and the same at each block length for mixed ones."""
+    seed = HEADLINE_SEEDS[0]
+    twin = results.get("ar_tokens", {}).get(seed)
+    rows = []
+    for run in RUNS:
+        result = results.get(run.name, {}).get(seed)
+        if result is None:
+            continue
+        for own in result["scores"]:
+            k = own["block_size"]
+            over = own["ar_loss"] / score(twin)["ar_loss"] if twin else None
+            sampled = own["sampled"]
+            rows.append(
+                [
+                    f"`{run.name}`",
+                    run.about + (f", decoded at K = {k}" if len(result["scores"]) > 1 else ""),
+                    f"{result['training_flops'] / 1e12:.1f}",
+                    f"{result['clean_tokens'] / 1e6:.2f}",
+                    f"{own['ar_loss']:.3f}",
+                    "–" if over is None else f"{over:.3f}",
+                    f"{own['bits_per_byte']:.3f}",
+                    number(own["diffusion_bits_per_byte"], ".3f"),
+                    number(sampled["expected_tokens_per_forward"], ".3f"),
+                    number(sampled["unigram_expected_tokens_per_forward"], ".2f"),
+                    number(sampled.get("bigram_expected_tokens_per_forward"), ".2f"),
+                    number(sampled["tokens_per_forward"], ".2f"),
+                    number(own["greedy"]["tokens_per_forward"], ".2f"),
+                    number(own["greedy"]["distinct_4grams"], ".2f"),
+                ]
+            )
+    return table(
+        ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte",
+         "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "bigram T/F", "T/F, T = 1",
+         "T/F, greedy", "distinct 4-grams, greedy"],
+        rows,
+    )  # fmt: skip
+
+
+PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
+"""The published objective at each block length."""
+
+
+def drafts(results: Results) -> str:
+    """Runs with a draft head beside the published objective at their block length: every figure
+    with its controls, and ratios seed by seed."""
+    read = figure("expected_tokens_per_forward", "sampled")
+    if not results:
+        return "Not run yet."
+    rows = []
+    for run in RUNS:
+        own = results.get(run.name, {})
+        head = any(word.startswith("model.draft_rank") for word in run.overrides)
+        if not own or not (head or run.name in PUBLISHED_AT.values()):
+            continue
+        size = score(next(iter(own.values())))["block_size"]
+        base = PUBLISHED_AT[size]
+        gains = ratio(results, run.name, base, read)
+        losses = ratio(results, run.name, base, figure("ar_loss"))
+        found = list(own.values())
+        rows.append(
+            [
+                f"`{run.name}`: {run.about}", str(size), str(len(found)),
+                spread(found, read, ".2f"),
+                spread(found, figure("expected_tokens_per_forward", "greedy"), ".2f"),
+                *(
+                    spread(found, figure(f"{name}_expected_tokens_per_forward", "sampled"), ".2f")
+                    for name in ("recurrent", "bigram", "unigram")
+                ),
+                "1" if run.name == base else ratio_text(gains),
+                "1" if run.name == base else ratio_text(losses),
+                spread(found[:1], figure("distinct_4grams", "sampled"), ".2f"),
+            ]
+        )  # fmt: skip
+    return table(
+        ["run", "K", "seeds", "expected tokens/forward, T = 1", "greedy agreement, chained",
+         "head without slots", "bigram table", "unigram", "÷ `published` at this K",
+         "AR loss ÷", "distinct 4-grams, T = 1"],
+        rows,
+    )  # fmt: skip
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def missing(results: Results) -> str:
+    """Which runs of `make experiments` have no result yet."""
+    absent = [
+        f"`{run.name}` with seed {seed}"
+        for seed in HEADLINE_SEEDS
+        for run in RUNS
+        if (run.headline or seed == HEADLINE_SEEDS[0]) and seed not in results.get(run.name, {})
+    ]
+    if not absent:
+        return "All runs of `make experiments` are here."
+    return f"Not run yet: {', '.join(absent)}."
+
+
+TEXTS = {
+    "stdlib": "the standard library of Python",
+    "installed": "the standard library and of the packages that this project installs, Python",
+}
+
+
+def origin(results: Results) -> str:
+    """Text, machine, versions and dates of the experiments."""
+    every = [result for by_seed in results.values() for result in by_seed.values()]
+    first = every[0]
+    machine = first["machine"]
+    dates = sorted(result["date"][:10] for result in every)
+    seconds = sum(result["training_seconds"] for result in every)
+    packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
+    loads = [result["machine"]["load_average"] for result in every]
+    return (
+        f"{text_of(first['corpus'])}\n\n"
+        f"Machine: {machine['cpu']}, {machine['cores']} cores of which a run had one thread, "
+        f"Python {machine['python']}, {packages}. {len(every)} runs, {seconds / 3600:.1f} hours "
+        f"of training, {dates[0]} to {dates[-1]}. Other work kept the cores busy (load average "
+        f"{min(loads):.0f} to {max(loads):.0f}), so times of these runs say nothing; tokens per "
+        "forward do not depend on them."
+    )
+
+
+def text_of(corpus: dict[str, Any]) -> str:
+    """Files, and what was held out of them."""
+    return (
+        f"Text: {corpus['documents']:,} files of {TEXTS[corpus['corpus']['name']]} "
+        f"{corpus['python']}; {corpus['heldout_documents']} of them held out, after "
+        f"{corpus['heldout_dropped']} more were dropped because over "
+        f"{corpus['most_shared']:.0%} of their {corpus['ngram']}-grams of words stand in training "
+        f"files. Of those that stayed, {corpus['heldout_ngrams_shared']:.1%} do."
+    )
+
+
+def larger(results: Results) -> str:
+    """The runs on the larger corpus, with the two ratios of the first table."""
+    if not results:
+        return "`python -m bench.experiments --corpus installed` has not been run yet."
+    bits = figure("bits_per_byte")
+    above = {
+        what: ratio_text(ratio(results, "published", twin, bits))
+        for twin, what in zip(
+            TWINS["published"], ("equal clean tokens", "equal compute"), strict=True
+        )
+    }
+    compared = ", ".join(f"{value} at {what}" for what, value in above.items())
+    first = next(iter(results["published"].values()))
+    command = f"python -m bench.experiments --corpus installed --scale {first['steps'] / STEPS:g}"
+    return (
+        f"{text_of(first['corpus'])} `published` has {first['steps']} steps here "
+        f"(`{command}`).\n\n"
+        f"Held-out bits per byte, `published` ÷ AR twin: {compared}.\n\n{recipes(results)}"
+    )
+
+
+def benchmarks(folder: Path) -> str:
+    """Ratios of the other benchmarks that have a target."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in content.get("ratios", {}).items():
+            if "at_most" not in value and "at_least" not in value:
+                continue
+            own = value["cpu" if path.stem.endswith("-cpu") else "wall"]
+            low, high = own["per_round"]["min"], own["per_round"]["max"]
+            most, least = value.get("at_most", float("inf")), value.get("at_least", 0.0)
+            reached = least <= own["of_medians"] <= most
+            target = f"≤ {most:g}" if "at_most" in value else f"≥ {least:g}"
+            rows.append(
+                [f"`{path.stem}`", name, target, f"{own['of_medians']:.3f}",
+                 f"{low:.3f} to {high:.3f}", "reached" if reached else "missed"]
+            )  # fmt: skip
+    return table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows)
+
+
+def reliability(folder: Path) -> str:
+    """What the runs that were killed on purpose showed."""
+    path = folder / "reliability-cpu.json"
+    if not path.is_file():
+        return "Not measured."
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    kills = found["kills survived"]
+    equal = "bit-equal" if found["bit-equal to the run left alone"] else "not equal"
+    return (
+        f"A run killed {kills} times at chosen moments came out {equal} to one left alone; "
+        f"{found['damaged files refused']} of {found['damaged files tried']} damaged checkpoint "
+        f"files and {found['bad inputs refused']} of {found['bad inputs tried']} malicious ones "
+        "were refused. [reliability.md](reliability.md) says what is promised."
+    )
+
+
+def conversion(folder: Path) -> str:
+    """How a real model learned to draft with its base frozen, and how it then decodes."""
+    path = folder / "conversion-cpu.json"
+    if not path.is_file():
+        return "Not measured."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kinds = ("slots", "alone", "bigram", "unigram")
+    rows = [
+        [f"{point['tokens']:,}", f"{point['minutes']:.0f}",
+         *(" / ".join(f"{point[t][kind]:.2f}" for t in ("sampled", "greedy")) for kind in kinds),
+         f"{point['ar_loss']:.4f}"]
+        for point in found["points"]
+    ]  # fmt: skip
+    head = ["tokens seen", "minutes", "slots and head", "head alone", "bigram", "unigram",
+            "AR loss"]  # fmt: skip
+    decoded = [
+        [row["method"], f"{row['temperature']:g}", f"{row['tokens_per_forward']:.2f}",
+         f"{row['speedup_over_ar']:.2f}",
+         "–" if row["temperature"] else f"{row['exact_match_ar']:.0%} of {row['prompts']}"]
+        for row in found["decoding"]
+    ]  # fmt: skip
+    machine = found["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores of which the run had one thread, Python "
+        f"{machine['python']}, torch {machine['torch']}, {found['date'][:10]}. Other work kept the "
+        "cores busy, so minutes and speeds are rough; tokens per forward do not depend on them."
+    )
+    commands = "\n".join(found["commands"])
+    decoding = table(
+        ["method", "T", "tokens/forward", "tokens/s ÷ AR", "text equal to AR's"], decoded
+    )
+    return f"```\n{commands}\n```\n\n{table(head, rows)}\n\n{decoding}\n\n{where}"
+
+
+def findings(results: Results) -> str:
+    """What each recipe changed against the published one, seed by seed, most first."""
+    read = figure("expected_tokens_per_forward", "sampled")
+    lines = []
+    for run in RUNS:
+        gains = ratio(results, run.name, "published", read)
+        losses = ratio(results, run.name, "published", figure("ar_loss"))
+        if run.name != "published" and gains and run.start and not run.score_at:
+            row = [
+                f"`{run.name}`: {run.about}", str(len(gains)), change(gains), change(losses)
+            ]  # fmt: skip
+            lines.append((statistics.mean(gains), row))
+    return table(
+        ["against `published`, equal compute", "seeds", "expected tokens per forward", "AR loss"],
+        [row for _, row in sorted(lines, reverse=True)],
+    )
+
+
+def change(ratios: list[float]) -> str:
+    """The mean of ratios as a change in percent, with its range where there are several."""
+    text = f"{statistics.mean(ratios) - 1:+.1%}"
+    if len(ratios) > 1:
+        text += f" ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
+    return text
+
+
+def page(folder: Path = RESULTS) -> str:
+    """The whole page."""
+    results = load(folder, "stdlib")
+    filled = {
+        "wanted": wanted(results),
+        "headline": headline(results),
+        "findings": findings(results),
+        "drafts": drafts(load(folder, "stdlib", "drafts")),
+        "recipes": recipes(results),
+        "missing": missing(results),
+        "larger": larger(load(folder, "installed")),
+        "origin": origin(results),
+        "benchmarks": benchmarks(folder),
+        "gpu": gpu(folder),
+        "conversion": conversion(folder),
+        "reliability": reliability(folder),
+    }
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for name, part in filled.items():
+        text = text.replace("{{" + name + "}}", part)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

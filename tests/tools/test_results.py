@@ -71,7 +71,7 @@ def test_runs_without_a_result_are_named():
     assert results.missing(every) == "All runs of `make experiments` are here."
     del every["published"][2], every["shift"]
     text = results.missing(every)
-    assert text == "Not run yet: `shift` with seed 0, `published` with seed 2."
+    assert text == "Not run yet, by seed: `shift` 0; `published` 2."
 
 
 def test_a_verdict_says_what_was_reached():

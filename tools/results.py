@@ -56,7 +56,7 @@ def spread(results: Iterable[Result], read: Callable[[Result], float | None], fo
         return "–"
     mean = format(statistics.mean(values), form)
     low, high = format(min(values), form), format(max(values), form)
-    return mean if low == high else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def ratio(
@@ -73,7 +73,7 @@ def ratio_text(values: list[float]) -> str:
         return "not measured"
     text = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
-        text += f" ({min(values):.3f} to {max(values):.3f} over {len(values)} seeds)"
+        text += f" ({min(values):.3f}–{max(values):.3f}, {len(values)} seeds)"
     return text + (" (one seed)" if len(values) == 1 else "")
 
 
@@ -120,8 +120,7 @@ def headline(results: Results) -> str:
         own = list(results.get(name, {}).values())
         if own:
             bits = spread(own, figure("bits_per_byte"), ".3f")
-            about = f"`{name}`: {own[0]['about']}"
-            rows.append([about, str(len(own)), bits, *speed_cells(own)])
+            rows.append([f"`{name}`", str(len(own)), bits, *speed_cells(own)])
     return table(
         ["run", "seeds", "bits/byte", "expected tokens/forward", "of a unigram draft",
          "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1",
@@ -244,16 +243,16 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def missing(results: Results) -> str:
-    """Which runs of `make experiments` have no result yet."""
+def missing(*studies: Results) -> str:
+    """Which runs have no result in any study yet."""
     absent: dict[str, list[str]] = {}
     for seed in HEADLINE_SEEDS:
         for run in RUNS:
             wanted_here = run.headline or seed == HEADLINE_SEEDS[0]
-            if wanted_here and seed not in results.get(run.name, {}):
+            if wanted_here and not any(seed in study.get(run.name, {}) for study in studies):
                 absent.setdefault(run.name, []).append(str(seed))
     if not absent:
-        return "All runs of `make experiments` are here."
+        return "All runs are here."
     runs = "; ".join(f"`{name}` {', '.join(seeds)}" for name, seeds in absent.items())
     return f"Not run yet, by seed: {runs}."
 
@@ -330,7 +329,7 @@ def benchmarks(folder: Path) -> str:
             target = f"≤ {most:g}" if "at_most" in value else f"≥ {least:g}"
             rows.append(
                 [f"`{path.stem}`", name, target, f"{own['of_medians']:.3f}",
-                 f"{low:.3f} to {high:.3f}", "reached" if reached else "missed"]
+                 f"{low:.3f}–{high:.3f}", "reached" if reached else "missed"]
             )  # fmt: skip
     return table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows)
 
@@ -393,12 +392,10 @@ def findings(results: Results) -> str:
         gains = ratio(results, run.name, "published", read)
         losses = ratio(results, run.name, "published", figure("ar_loss"))
         if run.name != "published" and gains and run.start and not run.score_at:
-            row = [
-                f"`{run.name}`: {run.about}", str(len(gains)), change(gains), change(losses)
-            ]  # fmt: skip
+            row = [f"`{run.name}`", str(len(gains)), change(gains), change(losses)]
             lines.append((statistics.mean(gains), row))
     return table(
-        ["against `published`, equal compute", "seeds", "expected tokens per forward", "AR loss"],
+        ["against `published`, equal compute", "seeds", "expected tokens/forward", "AR loss"],
         [row for _, row in sorted(lines, reverse=True)],
     )
 
@@ -407,20 +404,20 @@ def change(ratios: list[float]) -> str:
     """The mean of ratios as a change in percent, with its range where there are several."""
     text = f"{statistics.mean(ratios) - 1:+.1%}"
     if len(ratios) > 1:
-        text += f" ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
+        text += f" ({min(ratios) - 1:+.1%}, {max(ratios) - 1:+.1%})"
     return text
 
 
 def page(folder: Path = RESULTS) -> str:
     """The whole page."""
-    results = load(folder, "stdlib")
+    results, drafted = load(folder, "stdlib"), load(folder, "stdlib", "drafts")
     filled = {
         "wanted": wanted(results),
         "headline": headline(results),
         "findings": findings(results),
-        "drafts": drafts(load(folder, "stdlib", "drafts")),
+        "drafts": drafts(drafted),
         "recipes": recipes(results),
-        "missing": missing(results),
+        "missing": missing(results, drafted),
         "larger": larger(load(folder, "installed")),
         "origin": origin(results),
         "benchmarks": benchmarks(folder),

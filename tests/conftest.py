@@ -14,6 +14,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from commands import prepare_small, train_small
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true",
+        help="the first case of each test, and none that runs the project's commands",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast: what most changes break, in the time that one waits for (`make test-fast`)."""
+    if not config.getoption("fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if "trained_run" not in item.fixturenames and not _runs_commands(item):
+            kept.setdefault(item.nodeid.split("[")[0], item)
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept.values()])
+    items[:] = kept.values()
+
+
+def _runs_commands(item: pytest.Item) -> bool:
+    """Whether a test's own code calls what `commands` offers: processes of the entry points."""
+    names = item.function.__code__.co_names
+    used = [item.module.__dict__.get(name) for name in names]
+    return any(getattr(value, "__module__", None) == "commands" for value in used)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latency curves of test models do not go to the user's cache folder."""

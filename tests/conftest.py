@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pytest
 
@@ -34,10 +35,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _runs_commands(item: pytest.Item) -> bool:
-    """Whether a test's own code calls what `commands` offers: processes of the entry points."""
-    names = item.function.__code__.co_names
-    used = [item.module.__dict__.get(name) for name in names]
-    return any(getattr(value, "__module__", None) == "commands" for value in used)
+    """Whether a test, or a function of its file that it calls, starts the project's commands or
+    ranks: by what it takes from `commands` and `workers`."""
+    seen, left = set(), [item.function.__code__]
+    while left:
+        code = left.pop()
+        seen.add(code)
+        left += [part for part in code.co_consts if isinstance(part, CodeType)]
+        for name in code.co_names:
+            value = item.module.__dict__.get(name)
+            if getattr(value, "__module__", None) in ("commands", "workers"):
+                return True
+            if isinstance(value, FunctionType) and value.__code__ not in seen:
+                left.append(value.__code__)
+    return "run_workers" in item.module.__dict__
 
 
 @pytest.fixture(scope="session", autouse=True)

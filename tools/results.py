@@ -170,7 +170,6 @@ def gpu(folder: Path) -> str:
 def recipes(results: Results) -> str:
     """Every run of the first seed, and the same at each block length for mixed ones."""
     seed = HEADLINE_SEEDS[0]
-    twin = results.get("ar_tokens", {}).get(seed)
     rows = []
     for run in RUNS:
         result = results.get(run.name, {}).get(seed)
@@ -178,7 +177,6 @@ def recipes(results: Results) -> str:
             continue
         for own in result["scores"]:
             k = own["block_size"]
-            over = own["ar_loss"] / score(twin)["ar_loss"] if twin else None
             sampled = own["sampled"]
             rows.append(
                 [
@@ -186,14 +184,13 @@ def recipes(results: Results) -> str:
                     run.about + (f", decoded at K = {k}" if len(result["scores"]) > 1 else ""),
                     f"{result['clean_tokens'] / 1e6:.2f}",
                     f"{own['ar_loss']:.3f}",
-                    "–" if over is None else f"{over:.3f}",
                     f"{own['bits_per_byte']:.3f}",
                     number(sampled["expected_tokens_per_forward"], ".3f"),
                     number(sampled["unigram_expected_tokens_per_forward"], ".2f"),
                 ]
             )
     return table(
-        ["run", "what", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte", "T/F", "unigram T/F"],
+        ["run", "what", "M tokens", "AR loss", "bits/byte", "T/F", "unigram T/F"],
         rows,
     )  # fmt: skip
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from data_prep.corpora import Corpus, Document
 from data_prep.filters.screening import Removals
-from data_prep.formats.groups import npy_arrays, npy_form
 from data_prep.formats.manifest import SPLITS, ShardInfo
 from data_prep.layout import RESPONSE
 from data_prep.settings import PrepareSettings
@@ -195,17 +194,17 @@ def _save_rests(
         arrays.append(np.array(marks, dtype=np.int64).reshape(-1, 3))
     with written_atomically(path, sync_folder=False) as file:  # the record, next, syncs it
         for array in arrays:
-            for part in npy_form(array):
-                file.write(part)
+            np.save(file, array, allow_pickle=False)
 
 
 def load_rests(folder: Path, task: Task) -> tuple[dict[str, Iterable[Piece]], NDArray[np.int64]]:
     """What a finished task left to be packed, by split, and its count of each id."""
     rests: dict[str, Iterable[Piece]] = {}
-    arrays = npy_arrays(rests_path(folder, task).read_bytes())
-    token_counts = next(arrays).astype(np.int64)
-    for split in SPLITS:
-        ids, marks = next(arrays), next(arrays).astype(np.int64)
+    with rests_path(folder, task).open("rb") as file:
+        token_counts, *arrays = (
+            np.load(file, allow_pickle=False) for _ in range(1 + 2 * len(SPLITS))
+        )
+    for split, ids, marks in zip(SPLITS, arrays[::2], arrays[1::2], strict=True):
         parts = np.split(ids, np.cumsum(marks[:, 0]))[:-1]
         rests[split] = [
             Piece(part, bool(continued), prompt)

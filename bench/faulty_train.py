@@ -95,7 +95,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "kill_before_rename": lambda: strike_before(checkpoints.Checkpoints, "_publish", die),
     "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
     "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
-    "stop_eval": lambda: strike_before(decoding_runs.Decoder, "run", ask_to_stop),
+    "stop_eval": lambda: strike_before(decoding_runs.Runner, "run", ask_to_stop),
     "slow_step": lambda: strike_before(step, "head_loss", slow_down),
     "real_full_disk": lambda: strike_before(file_writer.FileWriter, "begin", fill_real_disk),
     "full_disk": lambda: strike_before(checkpoints.Checkpoints, "save", fill_disk),

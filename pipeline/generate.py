@@ -7,12 +7,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from pipeline.decoding import stream
+from pipeline.decoding.answers import generate_file
 from pipeline.decoding.choice import Choice
-from pipeline.decoding.many import ManyOptions, generate_file
-from pipeline.decoding.prompts import output_file, read_prompt
+from pipeline.decoding.prompts import Share, output_file, rank_device, read_prompt
 from pipeline.decoding.settings import GenerateConfig
-from pipeline.decoding.shares import Share, rank_device
-from pipeline.decoding.stops import StopStrings
 from pipeline.decoding.terminal import (
     EXIT_INTERRUPTED,
     histogram,
@@ -34,26 +32,13 @@ def generate_text(cfg: DictConfig) -> int:
     if config.has_many:
         return generate_many(config, checkpoint)
     colors = use_colors("true" if config.show else config.colors)
-    sampling, text = config.sampling(), read_prompt(config.prompt, config.prompt_file)
+    text = read_prompt(config.prompt, config.prompt_file)
     model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=config.device)
     # Documents were trained without a token in front, so a prompt gets none; where there is no
     # prompt at all, the end token of the document before has to do.
     prompt = tokenizer.encode(text) or [tokenizer.eos_id]
     choices: list[Choice] = []
-    steps = stream(
-        model,
-        prompt,
-        method=config.method,
-        block_size=config.block_size,
-        max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
-        eos_id=tokenizer.eos_id,
-        stop=StopStrings(tokenizer, tuple(config.stop)) if config.stop else None,
-        blocks=config.step_blocks(),
-        draft_model=config.smaller_model(tokenizer),
-        confidence=config.confidence,
-        on_choice=choices.append,
-    )
+    steps = stream(model, prompt, config.options(tokenizer, choices.append))
     counts: list[int] = []
     code, started = 0, time.perf_counter()
     with reader_may_leave():
@@ -72,28 +57,17 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
     model, tokenizer = load_model(checkpoint, dtype=config.dtype, device=rank_device(config.device))
     prompts = config.document_prompts(tokenizer, share) if rows is None else rows
     choices: list[Choice] = []
-    options = ManyOptions(
-        config.sampling(),
-        config.method,
-        config.block_size,
-        config.max_new_tokens,
-        tuple(config.stop),
-        config.batch_size,
-        config.step_blocks(),
-        config.smaller_model(tokenizer),
-        config.confidence,
-        choices.append,
-    )
+    options = config.options(tokenizer, choices.append)
     path, started = share.file(output), time.perf_counter()
     try:
         with prompts_progress(str(share)) as advance:
-            made = generate_file(model, tokenizer, prompts, path, options, share, advance)
+            summary = generate_file(model, tokenizer, prompts, path, options, share, advance)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
     seconds = time.perf_counter() - started
-    report(f"{share}{config.method}", made.tokens, made.forwards, seconds, choices)
-    print(f"{path}: {made.answers}", file=sys.stderr)
+    report(f"{share}{config.method}", summary.tokens, summary.forwards, seconds, choices)
+    print(f"{path}: {summary.answers}", file=sys.stderr)
     return 0
 
 

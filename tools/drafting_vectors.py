@@ -24,9 +24,8 @@ from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
 from pipeline.data.source import Sequence
 from pipeline.data.windows import draw_windows
-from pipeline.decoding import Sampling
+from pipeline.decoding import DecodeOptions, Sampling
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.methods import step_shape
 from pipeline.decoding.sampling import Uniforms
 from pipeline.model.attention import training_mask
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig, block_slots
@@ -148,7 +147,7 @@ def run(
 ) -> tuple[int, list[dict[str, Any]]]:
     """The decoder's own steps: d_0, and for each step the draft that it verified, the q of each of
     its tokens where they are drawn, and what it made final behind its d_0."""
-    shape = step_shape(model, "tidar", sampling, size, blocks)
+    shape = DecodeOptions(sampling=sampling, block_size=size, blocks=blocks).step_shape(model)
     engine = StepEngine(model, sampling, shape, capacity=len(prompt) + NEW + size)
     (first,), _ = engine.admit(0, torch.tensor(prompt), sampling.seed)
     steps, made = [], 1

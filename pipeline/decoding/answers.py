@@ -1,19 +1,30 @@
-"""The file of answers: JSON lines, appended to one by one, gone on with after any interruption."""
+"""Many prompts to a file of answers: JSON lines, appended one by one, resumable after any
+interruption."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from torch import Tensor
+
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.decoding.generate import Generation
-from pipeline.decoding.prompts import PromptRow
+from pipeline.decoding.batch import Generation
+from pipeline.decoding.generation import finish_each, open_engine, prompt_tensor
+from pipeline.decoding.options import DecodeOptions
+from pipeline.decoding.prompts import PromptRow, Prompts, Share
 from pipeline.decoding.text import INCOMPLETE, TextStream
+from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
+
+Advance = Callable[[int, int, int], None]
+"""Called with the prompts done, all of them, and the new tokens."""
 
 SKIPPED = "skipped"
 """`stopped_by` of a prompt that was too long."""
@@ -49,13 +60,13 @@ class Answers:
                 end += len(raw)
                 try:
                     line = json.loads(raw)
-                    own, identity, prompt = line["settings"], str(line["id"]), line["prompt"]
+                    settings, identity, prompt = line["settings"], str(line["id"]), line["prompt"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise UserError(
                         f"output: {path}:{number} is not a line of tidar-generate; give another "
                         "file"
                     ) from error
-                if own != self.settings:
+                if settings != self.settings:
                     raise UserError(
                         f"output: {path} holds texts of another model, other prompts or other "
                         "settings; give another file, or delete it"
@@ -110,8 +121,12 @@ def open_answers(
             raise UserError(
                 f"output: {path} is being written by another process; wait for it"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(
+                f"output: {path} cannot be locked ({error.strerror}); see to it that no other "
+                "process writes it",
+                file=sys.stderr,
+            )
         answers = Answers(settings, file)
         file.truncate(answers.read(path, text_of))
         yield answers
@@ -159,3 +174,136 @@ def _line(row: PromptRow, run: Generation, text: str, same_tokens: bool | None) 
         "stopped_by": run.stopped_by,
         "same_tokens": same_tokens,
     }
+
+
+@dataclass
+class Summary:
+    """What one run of `generate_file` did."""
+
+    tokens: int = 0
+    forwards: int = 0
+    answers: str = ""
+    """Of all lines of the file: how many, and what ended them."""
+
+
+def generate_file(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    output: Path,
+    options: DecodeOptions,
+    share: Share,
+    advance: Advance,
+) -> Summary:
+    """Append one line to `output` for each prompt that has none yet, in the order they finish.
+
+    A prompt's seed is the sampling's plus its number in the whole list, so an interrupted run and
+    a whole one write the same texts, in any number of shares. A last line cut short by an
+    interruption is dropped. Prompts are read twice, for their lengths and when a row is free.
+
+    Args:
+        model: what decodes.
+        tokenizer: its tokenizer.
+        prompts: this share's prompts. One that leaves no room for `max_new_tokens` gets a line
+            without text.
+        output: JSON lines (`answer_line`).
+        options: how they are continued.
+        share: which prompts of all these are.
+        advance: called with the numbers of prompts done and of all, and the new tokens.
+
+    Raises:
+        UserError: when `output` holds lines of other settings, or is no such file, or when no
+            prompt could have an answer of `max_new_tokens`.
+    """
+    room = model.config.max_positions - options.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens: {options.max_new_tokens} leave no room for a prompt in the model's "
+            f"{model.config.max_positions} positions; give fewer"
+        )
+    summary = Summary()
+    settings = fingerprint(options, model, prompts.settings)
+    with open_answers(output, settings, prompts.text_of) as answers:
+
+        def report() -> None:
+            advance(len(answers.done), len(prompts), summary.tokens)
+
+        waiting, longest = _waiting(tokenizer, prompts, answers, room)
+        report()
+        if waiting:
+            for line, run in _answered(model, tokenizer, prompts, options, share, waiting, longest):
+                answers.add(line)
+                summary.tokens += len(run.tokens)
+                summary.forwards += run.forwards
+                report()
+        summary.answers = str(answers)
+    return summary
+
+
+def _waiting(
+    tokenizer: Tokenizer, prompts: Prompts, answers: Answers, room: int
+) -> tuple[list[int], list[int]]:
+    """Places of the prompts to answer, and the ids of the longest; a prompt of more than `room`
+    tokens is skipped, with a line that says so."""
+    waiting: list[int] = []
+    longest: list[int] = []
+    for place in range(len(prompts)):
+        if prompts.id_of(place) in answers.done:
+            continue
+        row = prompts[place]
+        ids = _ids(tokenizer, row)
+        if len(ids) > room:
+            answers.add(skipped_line(row))
+            continue
+        waiting.append(place)
+        longest = max(longest, ids, key=len)
+    return waiting, longest
+
+
+def _ids(tokenizer: Tokenizer, row: PromptRow) -> list[int]:
+    return tokenizer.encode(row.prompt) or [tokenizer.eos_id]
+
+
+def _answered(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    options: DecodeOptions,
+    share: Share,
+    waiting: Sequence[int],
+    longest: Sequence[int],
+) -> Iterator[tuple[dict[str, Any], Generation]]:
+    """The line of each prompt and what it came from, as they finish."""
+    # Opened for the longest prompt in every row; they are read when a row is free.
+    rows = min(options.batch_size, len(waiting))
+    engine, _ = open_engine(model, [longest] * rows, options)
+    asked: dict[int, tuple[PromptRow, list[int]]] = {}
+
+    def read() -> Iterator[Tensor]:
+        for index, place in enumerate(waiting):
+            row = prompts[place]
+            asked[index] = row, _ids(tokenizer, row)
+            yield prompt_tensor(model, asked[index][1], options.max_new_tokens)
+
+    seeds = [options.sampling.seed + share.number(place) for place in waiting]
+    for index, run in finish_each(engine, read(), options, seeds=seeds):
+        yield answer_line(*asked.pop(index), run, tokenizer), run
+
+
+def fingerprint(options: DecodeOptions, model: Transformer, prompts: dict[str, Any]) -> str:
+    """Changes with everything that the texts depend on, but the weights; `prompts` are the settings
+    of the prompts."""
+    values: dict[str, Any] = {
+        "sampling": asdict(options.sampling),
+        "method": options.method,
+        "block_size": options.block_size,
+        "max_new_tokens": options.max_new_tokens,
+        "stop": () if options.stop is None else options.stop.strings,
+        "blocks": options.blocks,
+        "confidence": options.confidence,
+        "model": model.config.to_dict(),
+    }
+    values |= {"prompts": prompts} if prompts else {}
+    if options.draft_model is not None:
+        values["draft_model"] = options.draft_model.config.to_dict()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

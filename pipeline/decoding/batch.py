@@ -1,137 +1,239 @@
-"""Requests through a batch: a row that is done makes room for the next request at once."""
+"""Requests through the rows of an engine: one that is done makes room for the next at once."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pipeline.decoding.cache import KVCache
+from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
 from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.step import StepShape
-from pipeline.decoding.stops import Limit
+from pipeline.decoding.step import StepShape, prefill_mask
+from pipeline.decoding.text import Limit
+from pipeline.model.transformer import Transformer
 
 
-class Engine(Protocol):
-    """What decodes a batch of rows: a `StepEngine` or a `BlockDiffusionEngine`."""
+class Engine:
+    """A batch of rows, each decoding a request of its own; what a step is, the kinds of it say.
 
-    device: torch.device
-    batch_size: int
-    sampling: Sampling
-    shape: StepShape
-    proposer: Proposer | None
-    verified: list[int]
-    """Drafts that each row's last step had to verify."""
-    queries: int
-    """Query tokens of a row in the last step."""
+    Args:
+        model: in evaluation mode.
+        sampling: how tokens are drawn; each request has its own seed.
+        shape: a row's largest step.
+        batch_size: rows.
+        room: tokens of the longest row in the cache, a step's queries among them.
+        graphs: capture steps as CUDA graphs; only on a GPU.
+        prefill_chunk: most prompt tokens in one forward.
+    """
+
+    proposer: Proposer | None = None
+    """Where drafts come from, if from elsewhere than the model."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        shape: StepShape,
+        *,
+        batch_size: int,
+        room: int,
+        graphs: bool,
+        prefill_chunk: int,
+    ) -> None:
+        first = next(model.parameters())
+        self.model, self.sampling, self.shape = model, sampling, shape
+        self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
+        self._graphs: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
+        if graphs and self.device.type == "cuda":
+            self._graphs = GraphedSteps(self.device)
+        ragged = batch_size > 1 or self._graphs is not None
+        with torch.inference_mode():
+            self.cache = KVCache(
+                model.config, room, dtype=first.dtype, device=self.device,
+                batch_size=batch_size, ragged=ragged,
+            )  # fmt: skip
+        self.verified = [0] * batch_size
+        """Drafts that each row's last step had to verify."""
+        self.queries = 0
+        """Query tokens of a row in the last step."""
 
     def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
-        """Read a prompt into a row; tokens final at once, and the forwards it took."""
+        """Read a prompt, int64 [N], into `row`; the tokens that are final at once, and the forwards
+        it took."""
+        raise NotImplementedError
 
     def propose(self, text: Sequence[int]) -> None:
-        """Let a proposer draft what follows `text`; nothing without one."""
+        """Let the proposer draft what follows `text`, prompt included; nothing without one."""
 
     def step(self) -> list[list[int]]:
-        """One forward: the tokens that became final in each row."""
+        """One forward: the tokens that became final in each row, perhaps none."""
+        raise NotImplementedError
 
     def release(self, row: int) -> None:
-        """The row's request is done."""
+        """The row's request is done: it stays idle until the next is admitted."""
+
+    def _read(self, row: int, prompt: Tensor, slots: Tensor) -> tuple[Tensor, int]:
+        """Read a prompt, int64 [N], into `row`, in pieces; with the last go `slots`, int64 [1, M].
+
+        Returns:
+            Hidden states of the last token and the slots, [1, 1 + M, E], and the forwards it took.
+        """
+        self.cache.set_length(row, 0)
+        cache, pieces = self.cache.row(row), prompt.split(self.prefill_chunk)
+        for piece in pieces[:-1]:
+            where = cache.lengths[0] + torch.arange(len(piece), device=self.device)
+            self.model.hidden(piece[None], where, cache=cache)
+            cache.keep(len(piece))
+        kept, last = cache.lengths[0], len(pieces[-1])
+        queries = torch.cat([pieces[-1][None], slots], dim=1)
+        causal = self.model.config.causal_slots
+        mask = prefill_mask(kept, last, slots.shape[1], self.device, causal)
+        where = kept + torch.arange(queries.shape[1], device=self.device)
+        hidden = self.model.hidden(queries, where, mask, cache, clean=last)
+        self.cache.set_length(row, len(prompt))
+        return hidden[:, last - 1 :], len(pieces)
+
+    def _run(self, shape: StepShape, advance: Callable[[], Tensor]) -> Tensor:
+        """The result of `advance`, a forward of `shape`; captured where steps are."""
+        self.queries = shape.num_queries
+        if self._graphs is None:
+            self.cache.make_room(shape.num_queries)
+            return advance()
+        self.cache.make_room(shape.num_queries, WIDTH_STEP)
+        return self._graphs((shape, self.cache.width), advance)
 
 
-@dataclass(frozen=True)
+@dataclass
+class Generation:
+    """What came of one prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    """New token ids, the end token included when it was reached."""
+    forwards: int = 0
+    """Forward passes, those of the prompt included (one for each `prefill_chunk` tokens)."""
+    accepted: list[int] = field(default_factory=list)
+    """Tokens made final by each step after the prompt: drafts accepted, d_0 among them, 1 … K;
+    none for ar."""
+    drafts: list[int] = field(default_factory=list)
+    """Drafts that each of these steps had to verify, 0 … K - 1."""
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    """Query tokens and seconds of every forward after the prompt."""
+    forward_of_token: list[int] = field(default_factory=list)
+    """The forward, counted from 0, that made each token of `tokens` final."""
+    seconds: float = 0.0
+    """From reading the prompt to the last token; rows of a batch share the clock."""
+    prefill_seconds: float = 0.0
+    """The part of it in which the prompt was read and the first token made."""
+    prefill_forwards: int = 0
+    prefill_tokens: int = 0
+    """New tokens that came with the prompt's last forward."""
+    stopped_by: str = "length"
+    """`length`, `eos` or `stop` (a stop string)."""
+    text: str | None = None
+    """With stop strings: the new text, cut before the string that ended it."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """T/NFE, the prompt's forwards included."""
+        return len(self.tokens) / max(self.forwards, 1)
+
+
+@dataclass
 class Request:
-    """One prompt and how it is continued."""
+    """One prompt, how it is continued, and what came of it so far."""
 
+    number: int
+    """Among the requests."""
     prompt: Tensor
     """int64 [N]"""
     seed: int
     limit: Limit
+    counts_drafts: bool = True
+    result: Generation = field(default_factory=Generation)
+    _started: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.limit.reason is not None
+
+    @cached_property
+    def _prompt_ids(self) -> list[int]:
+        ids: list[int] = self.prompt.tolist()
+        return ids
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and new tokens."""
+        return [*self._prompt_ids, *self.result.tokens]
+
+    def begin(self, engine: Engine, row: int) -> list[int]:
+        """Read the prompt; the new tokens that count."""
+        self._started = clock(engine.device)
+        tokens, forwards = engine.admit(row, self.prompt, self.seed)
+        result = self.result
+        result.prefill_forwards = result.forwards = forwards
+        result.seconds = result.prefill_seconds = clock(engine.device) - self._started
+        counted = self._count(tokens)
+        result.prefill_tokens = len(counted)
+        return counted
+
+    def go_on(self, engine: Engine, row: int, tokens: list[int], now: float) -> list[int]:
+        """Count a step that made `tokens` final in its `row`; those that count."""
+        result, seconds = self.result, now - self._started
+        result.forwards += 1
+        result.steps.append((engine.queries, seconds - result.seconds))
+        result.seconds = seconds
+        if self.counts_drafts:
+            result.accepted.append(len(tokens))
+            result.drafts.append(engine.verified[row])
+        return self._count(tokens)
+
+    def _count(self, tokens: list[int]) -> list[int]:
+        counted = self.limit.cut(tokens)
+        self.result.forward_of_token += [self.result.forwards - 1] * len(counted)
+        self.result.tokens += counted
+        if self.limit.reason is not None:
+            self.result.stopped_by = self.limit.reason
+            self.result.text = self.limit.text()
+        return counted
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one forward did for one request."""
-
-    request: int
-    """Index among the requests."""
-    tokens: list[int]
-    """New tokens that count."""
-    made: int
-    """How many it made before the limits cut them."""
-    drafts: int
-    """Drafts that it had to verify; 0 for a prompt."""
-    queries: int
-    """Its query tokens; 0 for a prompt."""
-    forwards: int
-    """1, or the number of pieces in which the prompt was read."""
-    seconds: float
-    """Since the request was admitted."""
-    prefill: bool
-    done: bool
-
-
-@dataclass
-class _Admitted:
-    """A request that has a row."""
-
-    number: int
-    limit: Limit
-    text: list[int]
-    """Prompt and new tokens, where a proposer wants them."""
-    started: float
-
-
-def decode_requests(engine: Engine, requests: Iterable[Request]) -> Iterator[Progress]:
-    """Decode all requests, at most `engine.batch_size` at a time; progress as it comes.
+def decode_requests(
+    engine: Engine, requests: Iterable[Request]
+) -> Iterator[tuple[Request, list[int]]]:
+    """Decode all requests, at most `engine.batch_size` at a time; after each forward every request
+    in it, with its new tokens.
 
     Which requests stand beside a request does not change its tokens, but to rounding. A request
     is taken when a row is free for it, so that `requests` may be made on the way.
     """
-    waiting = enumerate(requests)
-    owner: dict[int, _Admitted] = {}
+    waiting = iter(requests)
+    running: dict[int, Request] = {}
     while True:
         for row in range(engine.batch_size):
-            while row not in owner and (new := next(waiting, None)) is not None:
-                number, request = new
-                started = clock(engine.device)
-                first, forwards = engine.admit(row, request.prompt, request.seed)
-                tokens = request.limit.cut(first)
-                done = request.limit.reason is not None
-                seconds = clock(engine.device) - started
-                if done:
+            while row not in running and (request := next(waiting, None)) is not None:
+                tokens = request.begin(engine, row)
+                if request.done:
                     engine.release(row)
                 else:
-                    text = [*request.prompt.tolist(), *first] if engine.proposer else []
-                    owner[row] = _Admitted(number, request.limit, text, started)
-                yield Progress(number, tokens, len(first), 0, 0, forwards, seconds, True, done)
-        if not owner:
+                    running[row] = request
+                yield request, tokens
+        if not running:
             return
         if engine.proposer is not None:
-            engine.propose(owner[0].text)
-        made, verified = engine.step(), engine.verified
+            engine.propose(running[0].ids)
+        final = engine.step()
         now = clock(engine.device)
-        for row, one in list(owner.items()):
-            if engine.proposer is not None:
-                one.text += made[row]
-            tokens = one.limit.cut(made[row])
-            done = one.limit.reason is not None
-            if done:
+        for row, request in list(running.items()):
+            tokens = request.go_on(engine, row, final[row], now)
+            if request.done:
                 engine.release(row)
-                del owner[row]
-            seconds = now - one.started
-            yield Progress(
-                one.number,
-                tokens,
-                len(made[row]),
-                verified[row],
-                engine.queries,
-                1,
-                seconds,
-                False,
-                done,
-            )
+                del running[row]
+            yield request, tokens
 
 
 def clock(device: torch.device) -> float:

@@ -10,27 +10,19 @@ decoding, Fast-dLLM (Wu et al., arXiv 2505.22618). Letters: N prompt tokens, n p
 block size, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pipeline.decoding.cache import Cache, KVCache, RaggedCache
-from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
-from pipeline.decoding.proposals import Proposer
+from pipeline.decoding.batch import Engine
 from pipeline.decoding.sampling import Sampling, Uniforms, draw
-from pipeline.decoding.step import StepRule, StepShape, prefill_mask
+from pipeline.decoding.step import StepRule, StepShape
 from pipeline.model.transformer import Transformer
 
 
-def block_diffusion_shape(block_size: int) -> StepShape:
-    """The forward that reads a finished block, and the token before it, and opens the next."""
-    return StepShape(block_size + 1, block_size, (block_size + 1,))
-
-
-class BlockDiffusionEngine:
-    """One row, with the interface of a `StepEngine`, on the same cache and kernels.
+class BlockDiffusionEngine(Engine):
+    """One row whose blocks are unmasked over several forwards.
 
     The text's last token is always pending, final but not cached, so a forward is a step of n
     pending tokens and block n: n = K + 1 where a finished block is read, else 1.
@@ -38,7 +30,7 @@ class BlockDiffusionEngine:
     Args:
         model: in evaluation mode, with a mask token.
         sampling: how a slot's token is drawn; its trust is not used.
-        block_size: K.
+        shape: the forward that reads a finished block and opens the next (`StepShape.unmasking`).
         capacity: cached tokens, prompt and new ones, without a step's queries.
         confidence: probability, after all settings of `sampling`, from which a token is kept.
         graphs: capture steps as CUDA graphs; only on a GPU.
@@ -49,99 +41,64 @@ class BlockDiffusionEngine:
         self,
         model: Transformer,
         sampling: Sampling,
-        block_size: int,
+        shape: StepShape,
         *,
         capacity: int,
         confidence: float,
         graphs: bool = False,
         prefill_chunk: int = 512,
     ) -> None:
-        first, config = next(model.parameters()), model.config
-        assert config.mask_token_id is not None, "checked where the method is chosen"
-        self.model, self.sampling, self.confidence = model, sampling, confidence
-        self.device, self.prefill_chunk, self.mask = (
-            first.device,
-            prefill_chunk,
-            config.mask_token_id,
-        )
-        self.batch_size, self.verified, self.queries = 1, [0], 0
-        self.proposer: Proposer | None = None
-        self.shape = block_diffusion_shape(block_size)
-        """The forward that reads a finished block and opens the next."""
-        size, device = (1, block_size), first.device
-        room = capacity + 3 * block_size + 1
-        use_graphs = graphs and device.type == "cuda"
+        assert model.config.mask_token_id is not None, "checked where the method is chosen"
+        room = capacity + 3 * shape.block_size + 1
+        super().__init__(
+            model, sampling, shape,
+            batch_size=1, room=room, graphs=graphs, prefill_chunk=prefill_chunk,
+        )  # fmt: skip
+        self.confidence, self.mask = confidence, model.config.mask_token_id
+        size, device = (1, shape.block_size), self.device
         with torch.inference_mode():
-            kind = RaggedCache if use_graphs else KVCache
-            self.cache: Cache = kind(config, room, dtype=first.dtype, device=device, batch_size=1)
-            self._pending = torch.zeros(1, block_size + 1, dtype=torch.int64, device=device)
+            self._pending = torch.zeros(1, shape.drafts, dtype=torch.int64, device=device)
             self._block = torch.full(size, self.mask, dtype=torch.int64, device=device)
             self._open = torch.ones(size, dtype=torch.bool, device=device)
             self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
-            self._places = torch.arange(block_size, device=device)
+            self._places = torch.arange(shape.block_size, device=device)
             self._seen: Tensor | None = None
             if sampling.repetition_penalty != 1:
-                self._seen = torch.zeros(1, config.num_embeddings, dtype=torch.bool, device=device)
+                tokens = (1, model.config.num_embeddings)
+                self._seen = torch.zeros(tokens, dtype=torch.bool, device=device)
             self._rules = {
-                shape: StepRule(shape, room, device, config.causal_slots)
-                for shape in (self.shape, self.shape.short)
+                step: StepRule(step, room, device, model.config.causal_slots)
+                for step in (shape, shape.short)
             }
         self._stream = Uniforms(sampling, 1)
-        self._next = self.shape.short
+        self._next = shape.short
         self._shown = 0
         """Tokens of the block, from its start, that were given out."""
-        self._length = 0
-        self._graphs = GraphedSteps(device) if use_graphs else None
 
     @torch.inference_mode()
     def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
         """Read a prompt, int64 [N]; the tokens that are final at once, and the forwards it took."""
         self._stream = Uniforms(replace(self.sampling, seed=seed), 1)
-        cache = self.cache.row(row) if isinstance(self.cache, RaggedCache) else self.cache
-        cache.length = 0
-        chunks = prompt.split(self.prefill_chunk)
-        for chunk in chunks[:-1]:
-            where = cache.length + torch.arange(len(chunk), device=self.device)
-            self.model.hidden(chunk[None], where, cache=cache)
-            cache.keep(len(chunk))
-        last = chunks[-1]
-        self._pending[0, -1] = last[-1]
+        self._pending[0, -1] = prompt[-1]
         if self._seen is not None:
             self._seen.zero_()
             self._seen[0, prompt] = True
         self._open_block()
-        queries = torch.cat([last[None], self._block], dim=1)
-        causal = self.model.config.causal_slots
-        mask = prefill_mask(cache.length, len(last), len(self._places), self.device, causal)
-        where = cache.length + torch.arange(queries.shape[1], device=self.device)
-        hidden = self.model.hidden(queries, where, mask, cache, clean=len(last))
-        self._set_length(len(prompt) - 1)
+        hidden, forwards = self._read(row, prompt, self._block)
+        self.cache.set_length(row, len(prompt) - 1)
         self._next = self.shape.short
         self._load_uniforms()
-        return self._settle(self._unmask(hidden[:, len(last) :])), len(chunks)
-
-    def release(self, row: int) -> None:
-        """The next `admit` starts anew; there is nothing to undo."""
-
-    def propose(self, text: Sequence[int]) -> None:
-        """The drafts of a `StepEngine` from elsewhere; there are none here."""
+        return self._settle(self._unmask(hidden[:, 1:])), forwards
 
     @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in order, perhaps none."""
         shape = self._next
-        self.queries = shape.num_queries
         self._load_uniforms()
-        if isinstance(self.cache, RaggedCache):
-            needed = -(-(self._length + shape.num_queries) // WIDTH_STEP) * WIDTH_STEP
-            self.cache.width = min(needed, self.cache.capacity)
-        if self._graphs is not None and isinstance(self.cache, RaggedCache):
-            made = self._graphs((shape, self.cache.width), lambda: self._advance(shape))
-        else:
-            made = self._advance(shape)
-        self._set_length(self._length + shape.drafts - 1)
+        result = self._run(shape, lambda: self._advance(shape))
+        self.cache.set_length(0, self.cache.lengths[0] + shape.drafts - 1)
         self._next = self.shape.short
-        return [self._settle(made)]
+        return [self._settle(result)]
 
     def _advance(self, shape: StepShape) -> Tensor:
         """The forward and its draws, on the device; as `_unmask` returns it."""
@@ -156,9 +113,9 @@ class BlockDiffusionEngine:
         """Draw for each slot and keep what is sure: int64 [2, K], tokens and slots still open."""
         logits, seen = self.model.lm_head(hidden), None
         if self._seen is not None:
-            own = torch.zeros_like(self._seen, dtype=torch.int32)
-            own.scatter_add_(1, self._block, (~self._open).int())
-            seen = (self._seen | (own > 0))[:, None]
+            filled = torch.zeros_like(self._seen, dtype=torch.int32)
+            filled.scatter_add_(1, self._block, (~self._open).int())
+            seen = (self._seen | (filled > 0))[:, None]
         if self.sampling.greedy:
             probabilities = torch.softmax(self.sampling.scores(logits, seen).float(), dim=-1)
             tokens = probabilities.argmax(-1)
@@ -172,9 +129,9 @@ class BlockDiffusionEngine:
         self._open.logical_and_(~kept)
         return torch.cat([self._block, self._open.long()])
 
-    def _settle(self, made: Tensor) -> list[int]:
+    def _settle(self, result: Tensor) -> list[int]:
         """The host's account of a forward: tokens up to the first open slot, given out once."""
-        tokens, still_open = made.tolist()
+        tokens, still_open = result.tolist()
         ready = still_open.index(1) if 1 in still_open else len(tokens)
         new, self._shown = tokens[self._shown : ready], ready
         if ready == len(tokens):
@@ -189,13 +146,6 @@ class BlockDiffusionEngine:
         self._block.fill_(self.mask)
         self._open.fill_(True)
         self._shown = 0
-
-    def _set_length(self, length: int) -> None:
-        self._length = length
-        if isinstance(self.cache, RaggedCache):
-            self.cache.lengths[0] = length
-        else:
-            self.cache.length = length
 
     def _load_uniforms(self) -> None:
         if not self.sampling.greedy:

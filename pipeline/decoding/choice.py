@@ -1,4 +1,10 @@
-"""Which step pays: block length and mask blocks from the latency curve and the acceptance.
+"""Which step pays, block length and mask blocks, and an engine that finds out while decoding.
+
+The engine's first steps draft with all K positions and the blocks that pay at a middling
+acceptance; a draft head then drafts as many without any block. Behind these trials the acceptance
+by position is known well enough, and the rest is decoded with the step that pays most by the
+machine's latency curve, plain steps where drafting does not pay; while it drafts, the choice is
+looked at again from time to time. Nothing decoded on trial is lost.
 
 With a_i the acceptance of draft position i where it is reached, a full step with K tokens in hand
 makes E = 1 + a_1 + a_1 a_2 + … tokens, and accepts exactly j of them with probability
@@ -18,14 +24,28 @@ slots as they come. The output is the same whatever is chosen. A batch of B rows
 row with B times the queries and drafts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.latency import LatencyCurve
+from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
+from pipeline.model.transformer import Transformer
 
 MARGIN = 1.05
 """By how much drafting must win: acceptance is known from a few steps only."""
+TRIAL_STEPS = 16
+"""Steps with a draft, of all rows together, in each trial."""
+REVIEW_STEPS = 64
+"""Steps with a draft between one look at the choice and the next."""
+BETTER = 1.05
+"""By how much another step must promise to be better for a change: each loses a draft."""
+PRIOR, PRIOR_STEPS = 0.7, 2
+"""The acceptance assumed at every position, and the number of steps that it counts for."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +131,12 @@ def expected(shape: StepShape, acceptance: Acceptance, conditions: Conditions) -
         assert acceptance.alone is not None, "a model with a head has both"
         without, appears = _outcome(shape, acceptance.alone[: size - 1])
         share = appears / (1 - present + appears) if appears else 0.0
-        made = share * tokens + (1 - share) * without
-        return Choice(shape, rows * made / seconds, made)
+        tokens = share * tokens + (1 - share) * without
+        return Choice(shape, rows * tokens / seconds, tokens)
     missing = 1.0 - present
-    made, forwards = tokens + missing, 1.0 + missing
+    tokens, forwards = tokens + missing, 1.0 + missing
     seconds += missing * conditions.seconds(shape.short)
-    return Choice(shape, rows * made / seconds, made / forwards)
+    return Choice(shape, rows * tokens / seconds, tokens / forwards)
 
 
 def _outcome(shape: StepShape, acceptance: Sequence[float]) -> tuple[float, float]:
@@ -170,3 +190,104 @@ def shapes(
         for count in range(size + 1 - least):
             blocks = sorted([*range(1, 1 + least), *order[:count]])
             yield StepShape(size, size, tuple(blocks), sequential)
+
+
+class ChoosingEngine(StepEngine):
+    """A `StepEngine` that chooses its own step; greedy text does not depend on the choice.
+
+    Text that is drawn keeps its distribution, but the draw itself depends on the step: the same
+    seed gives another text where another step is chosen.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        block_size: int,
+        curve: LatencyCurve,
+        *,
+        capacity: int,
+        on_choice: Callable[[Choice], None] = lambda choice: None,
+        **options: Any,
+    ) -> None:
+        """`on_choice` is called with the choice once it is made; the rest as for `StepEngine`."""
+        linear = model.config.linear_drafts
+        largest = StepShape.one_block if linear else StepShape.full
+        super().__init__(model, sampling, largest(block_size), capacity=capacity, **options)
+        self._conditions = Conditions(
+            curve, capacity // 2, self.batch_size, sampling.greedy, linear
+        )
+        self._on_choice = on_choice
+        self._size, self._headed = block_size, model.draft_head is not None
+        # Of drafts made with their block, and without: how many came to be verified by position,
+        # and how many of these were accepted.
+        self._counts = {with_block: Counts.of(block_size) for with_block in (True, False)}
+        self._left = TRIAL_STEPS if block_size > 1 else 0
+        self._trials = 1 + self._headed if block_size > 1 else 0
+        if self._trials:
+            self.reshape(self._choose(drafting=True).shape)
+
+    def acceptance(self) -> Acceptance:
+        """For positions 1 … K - 1: accepted of those reached, drawn towards the prior."""
+        alone = self._counts[False].rates() if self._headed else None
+        return Acceptance(self._counts[True].rates(), alone)
+
+    @torch.inference_mode()
+    def step(self) -> list[list[int]]:
+        """As in `StepEngine`; behind the last step of a trial the choice is made."""
+        with_block = list(self.with_block)
+        final = super().step()
+        for tokens, drafts, block in zip(final, self.verified, with_block, strict=True):
+            if drafts and tokens:
+                self._left -= 1
+                self._counts[block].add(len(tokens), drafts)
+        if self._left <= 0 and self.shape.drafting:
+            self._look()
+        return final
+
+    def _look(self) -> None:
+        """Behind so many drafts: the next trial, the choice, or a better one."""
+        self._left = TRIAL_STEPS if self._trials > 1 else REVIEW_STEPS
+        if self._trials == 2:
+            self._trials = 1
+            self.reshape(StepShape(self._size, self._size))
+            return
+        choice = self._choose(drafting=False)
+        if self._trials:
+            self._trials = 0
+            self._on_choice(choice)
+        elif not self._is_better(choice):
+            return
+        if choice.shape != self.shape:
+            self.reshape(choice.shape)
+
+    def _is_better(self, choice: Choice) -> bool:
+        now = expected(self.shape, self.acceptance(), self._conditions)
+        return choice.tokens_per_second > BETTER * now.tokens_per_second
+
+    def _choose(self, *, drafting: bool) -> Choice:
+        return choose(self.acceptance(), self._conditions, drafting=drafting)
+
+
+@dataclass
+class Counts:
+    """Of drafts by position 1 … K - 1."""
+
+    reached: list[int]
+    accepted: list[int]
+
+    @classmethod
+    def of(cls, block_size: int) -> "Counts":
+        return cls([0] * (block_size - 1), [0] * (block_size - 1))
+
+    def add(self, final: int, drafts: int) -> None:
+        """A step that made `final` tokens final came to verify as many drafts, if it had them."""
+        for place in range(min(final, drafts)):
+            self.reached[place] += 1
+            self.accepted[place] += place < final - 1
+
+    def rates(self) -> list[float]:
+        return [
+            (accepted + PRIOR * PRIOR_STEPS) / (reached + PRIOR_STEPS)
+            for accepted, reached in zip(self.accepted, self.reached, strict=True)
+        ]

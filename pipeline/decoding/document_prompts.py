@@ -13,8 +13,7 @@ from data_prep.formats.groups import PackedGroup, PackedSequence
 from data_prep.formats.manifest import SPLITS, Manifest
 from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
-from pipeline.decoding.prompts import PromptRow
-from pipeline.decoding.shares import Share
+from pipeline.decoding.prompts import PromptRow, Share
 from pipeline.decoding.text import INCOMPLETE
 from tidar_common.errors import UserError
 

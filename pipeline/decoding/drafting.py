@@ -34,14 +34,20 @@ class Draft:
 
 @dataclass(frozen=True)
 class Behind:
-    """The hidden states that a draft is made of."""
+    """What a step leaves of some rows, of which their drafts are made."""
 
     row: Tensor
-    """Of the row that drew d_0, [b, E]."""
+    """Hidden state of the row that drew d_0, [b, E]."""
     block: Tensor | None
-    """Of the block for it, [b, K, E]; None where no row has one."""
-    there: Tensor | None = None
+    """Those of the block for it, [b, K, E]; None where no row has one."""
+    there: Tensor | None
     """Which rows have one, bool [b]; None is all."""
+    current: Tensor
+    """d_0, int64 [b, 1]."""
+    seen: Tensor | None
+    """Tokens so far, d_0 among them, bool [b, V]; only for a repetition penalty."""
+    uniforms: Tensor | None
+    """fp64 [b, K - 1]; None is greedy."""
 
 
 class Drafter:
@@ -49,6 +55,7 @@ class Drafter:
 
     def __init__(self, model: Transformer, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
+        self.keeps_logits = sampling.trust < 1
         self._table: Tensor | None = None
         self._none: Tensor | None = None
         """What the cell adds up where there is no slot, [1, 1, P]."""
@@ -60,57 +67,32 @@ class Drafter:
             if embedding.shape[0] * width <= TABLE_ELEMENTS:
                 self._table = head.token_parts(embedding)
 
-    def draw(
-        self,
-        size: int,
-        current: Tensor,
-        behind: Behind,
-        seen: Tensor | None,
-        uniforms: Tensor | None,
-    ) -> Draft:
-        """The draft of some rows.
-
-        Args:
-            size: K.
-            current: d_0, int64 [b, 1].
-            behind: what the step left of each row.
-            seen: tokens so far, d_0 left out, bool [b, V]; only for a repetition penalty.
-            uniforms: fp64 [b, K - 1]; None is greedy.
-        """
-        if seen is not None:
-            seen = seen.scatter(1, current, True)
+    def draw(self, size: int, behind: Behind) -> Draft:
+        """The draft of K - 1 tokens, with K = `size`, for the rows of `behind`."""
         if self.model.draft_head is None:
             assert behind.block is not None, "without a head drafts come from blocks"
-            return self._at_once(behind.block, seen, uniforms)
-        return self._in_order(self.model.draft_head, size, current, behind, seen, uniforms)
+            return self._at_once(behind.block, behind)
+        return self._in_order(self.model.draft_head, size, behind)
 
-    def _at_once(self, block: Tensor, seen: Tensor | None, uniforms: Tensor | None) -> Draft:
+    def _at_once(self, block: Tensor, behind: Behind) -> Draft:
         """A block's first slot stands where the verifier's own token goes: nothing is drawn there.
         The penalty knows the tokens up to d_0, and not a draft's own neighbours."""
         logits = self.model.lm_head(block[:, 1:])
-        tokens, probabilities = self._choose(
-            logits, None if seen is None else seen[:, None], uniforms
-        )
-        return Draft(tokens, probabilities, self._kept(logits))
+        seen = None if behind.seen is None else behind.seen[:, None]
+        tokens, probabilities = self._choose(logits, seen, behind.uniforms)
+        return Draft(tokens, probabilities, logits if self.keeps_logits else None)
 
-    def _in_order(
-        self,
-        head: DraftHead,
-        size: int,
-        current: Tensor,
-        behind: Behind,
-        seen: Tensor | None,
-        uniforms: Tensor | None,
-    ) -> Draft:
+    def _in_order(self, head: DraftHead, size: int, behind: Behind) -> Draft:
         state, plain = head.first(behind.row)
         base, parts = self._bases(head, behind, plain)
-        base, parts = base.expand(-1, size - 1, -1), parts.expand(len(current), size - 1, -1)
+        base = base.expand(-1, size - 1, -1)
+        parts = parts.expand(len(behind.current), size - 1, -1)
         tokens, rows, kept = [], [], []
-        before = current[:, 0]
+        before, seen = behind.current[:, 0], behind.seen
         for place in range(size - 1):
-            z, state = head.cell.step(parts[:, place] + self._told(head, before), state)
+            z, state = head.cell.step(parts[:, place] + self._token_parts(head, before), state)
             logits = base[:, place] + head.up(z)
-            uniform = None if uniforms is None else uniforms[:, place]
+            uniform = None if behind.uniforms is None else behind.uniforms[:, place]
             before, probabilities = self._choose(logits, seen, uniform)
             tokens.append(before)
             kept.append(logits)
@@ -121,7 +103,7 @@ class Drafter:
         return Draft(
             torch.stack(tokens, 1),
             torch.stack(rows, 1) if rows else None,
-            self._kept(torch.stack(kept, 1)) if self.sampling.trust < 1 else None,
+            torch.stack(kept, 1) if self.keeps_logits else None,
         )
 
     def _bases(self, head: DraftHead, behind: Behind, plain: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +120,7 @@ class Drafter:
             slots, parts = torch.where(there, slots, plain), torch.where(there, parts, none)
         return self.model.lm_head(slots), parts
 
-    def _told(self, head: DraftHead, tokens: Tensor) -> Tensor:
+    def _token_parts(self, head: DraftHead, tokens: Tensor) -> Tensor:
         """The cell's inputs [b, P] from the tokens before a place [b]."""
         if self._table is not None:
             return self._table[tokens]
@@ -152,6 +134,3 @@ class Drafter:
             return self.sampling.scores(logits, seen).argmax(-1), None
         probabilities = self.sampling.probabilities(logits, seen)
         return draw(probabilities, uniforms), probabilities
-
-    def _kept(self, logits: Tensor) -> Tensor | None:
-        return logits if self.sampling.trust < 1 else None

@@ -12,19 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.decoding.cache import Cache, KVCache, RaggedCache
-from pipeline.decoding.drafting import Behind, Drafter
-from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
+from pipeline.decoding.batch import Engine
+from pipeline.decoding.drafting import Behind, Draft, Drafter
+from pipeline.decoding.graphs import GraphedSteps
 from pipeline.decoding.proposals import Proposer
-from pipeline.decoding.sampling import Sampling, draw
-from pipeline.decoding.state import RowState, RowStreams
-from pipeline.decoding.step import StepRule, StepShape, prefill_mask
+from pipeline.decoding.sampling import RowStreams, Sampling, draw
+from pipeline.decoding.step import StepRule, StepShape
 from pipeline.decoding.verify import verify, verify_greedy
 from pipeline.model.transformer import Transformer
 
 
-class StepEngine:
-    """A batch of rows, each decoding a request of its own; idle rows change nothing.
+class StepEngine(Engine):
+    """Rows whose tokens a verifier makes final; idle rows change nothing.
 
     Args:
         model: in evaluation mode; with a mask token where the shape has blocks.
@@ -49,42 +48,34 @@ class StepEngine:
         prefill_chunk: int = 512,
         proposer: Proposer | None = None,
     ) -> None:
-        first = next(model.parameters())
-        sequential = shape.drafting and model.draft_head is not None
-        self.model, self.sampling = model, sampling
-        self.shape = shape = replace(shape, sequential=sequential)
-        self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
-        self.proposer = proposer
         assert proposer is None or (batch_size == 1 and not shape.drafting), "one plain row only"
         spare = 0 if proposer is None else proposer.count
-        room = capacity + shape.num_queries + shape.block_size + spare
-        # Drafts from elsewhere differ in number from step to step.
-        use_graphs = graphs and proposer is None and self.device.type == "cuda"
+        super().__init__(
+            model,
+            sampling,
+            replace(shape, sequential=shape.drafting and model.draft_head is not None),
+            batch_size=batch_size,
+            room=capacity + shape.num_queries + shape.block_size + spare,
+            # Drafts from elsewhere differ in number from step to step.
+            graphs=graphs and proposer is None,
+            prefill_chunk=prefill_chunk,
+        )
+        self.proposer = proposer
         with torch.inference_mode():
             self.drafter = Drafter(model, sampling)
-            self.cache: Cache
-            if batch_size > 1 or use_graphs:
-                self.cache = RaggedCache(
-                    model.config, room, dtype=first.dtype, device=self.device, batch_size=batch_size
-                )
-            else:
-                self.cache = KVCache(model.config, room, dtype=first.dtype, device=self.device)
-            self.state = RowState(
-                shape, sampling, model.config.num_embeddings, batch_size, first.dtype, self.device
-            )
-        self.lengths = [0] * batch_size
-        """Tokens kept in each row, as the host knows them."""
+            self.state = self._new_state()
         self.streams = RowStreams(batch_size)
-        self.verified = [0] * batch_size
-        """Drafts that each row's last step had to verify."""
-        self.queries = 0
-        """Query tokens of a row in the last step."""
         self.with_block = [False] * batch_size
         """Whether each row's draft in hand was made with its mask block."""
         self._drafted = [False] * batch_size
-        self._active: list[bool] = [False] * batch_size
+        self._active = [False] * batch_size
         self._tables: dict[StepShape, _Tables] = {}
-        self._graphs = GraphedSteps(self.device) if use_graphs else None
+
+    def _new_state(self) -> "RowState":
+        first, vocabulary = next(self.model.parameters()), self.model.config.num_embeddings
+        return RowState(
+            self.shape, self.sampling, vocabulary, self.batch_size, first.dtype, self.device
+        )
 
     @property
     def _drafts_itself(self) -> bool:
@@ -98,15 +89,11 @@ class StepEngine:
             shape: at most as large as the one the engine was made with: the cache has room for it.
         """
         assert self.proposer is None, "drafts from elsewhere have no shape to change"
-        old = self.state
-        self.shape = shape = replace(
-            shape, sequential=shape.drafting and self.model.draft_head is not None
-        )
-        self.state = RowState(
-            shape, self.sampling, self.model.config.num_embeddings, self.batch_size,
-            next(self.model.parameters()).dtype, self.device,
-        )  # fmt: skip
-        self.state.current, self.state.active, self.state.seen = old.current, old.active, old.seen
+        headed = self.model.draft_head is not None
+        self.shape = replace(shape, sequential=shape.drafting and headed)
+        before, self.state = self.state, self._new_state()
+        self.state.current, self.state.active = before.current, before.active
+        self.state.seen = before.seen
         self._drafted = [False] * self.batch_size
         self._tables = {}
         if self._graphs is not None:  # those captured read the old state
@@ -121,33 +108,19 @@ class StepEngine:
         The prompt goes through the model in chunks; with the last one goes the block that drafts
         what follows the first token.
         """
-        state, model = self.state, self.model
+        state = self.state
         self.streams.start(row, replace(self.sampling, seed=seed))
         if self.proposer is not None:
             self.proposer.start(seed)
-        cache = self.cache.row(row) if isinstance(self.cache, RaggedCache) else self.cache
-        cache.length = 0
         slots = self._mask_slots(1, self.shape.prefill_slots)
-        chunks = prompt.split(self.prefill_chunk)
-        for chunk in chunks[:-1]:
-            where = cache.length + torch.arange(len(chunk), device=self.device)
-            model.hidden(chunk[None], where, cache=cache)
-            cache.keep(len(chunk))
-        last = chunks[-1]
-        queries = torch.cat([last[None], slots], dim=1)
-        causal = model.config.causal_slots
-        mask = prefill_mask(cache.length, len(last), slots.shape[1], self.device, causal)
-        where = cache.length + torch.arange(queries.shape[1], device=self.device)
-        hidden = model.hidden(queries, where, mask, cache, clean=len(last))
-        cache.keep(len(last))
+        hidden, forwards = self._read(row, prompt, slots)
         if state.seen is not None:
             state.seen[row] = False
             state.seen[row, prompt] = True
         uniforms = self._uniforms([row], 1) if not self.sampling.greedy else None
-        rows, place = slice(row, row + 1), len(last)
-        token = self._begin(rows, hidden[:, place - 1 : place], hidden[:, place:], uniforms)
+        token = self._begin(slice(row, row + 1), hidden[:, :1], hidden[:, 1:], uniforms)
         self._start_row(row, len(prompt))
-        return [int(token)], len(chunks)
+        return [int(token)], forwards
 
     def _begin(self, rows: slice, hidden: Tensor, block: Tensor, uniforms: Tensor | None) -> Tensor:
         """First tokens [b] and drafts of `rows`, from their prompts' last hidden states [b, 1, E]
@@ -155,8 +128,8 @@ class StepEngine:
         token = self._first_token(hidden, block, rows, uniforms)
         self.state.current[rows] = token[:, None]
         first = block[:, : self.shape.block_size]  # of a linear block, nothing is accepted yet
-        behind = Behind(hidden[:, 0], first if block.shape[1] else None)
-        self._draft_rows(rows, behind, None if uniforms is None else uniforms[:, 1:])
+        rest = None if uniforms is None else uniforms[:, 1:]
+        self._draft_rows(rows, hidden[:, 0], first if block.shape[1] else None, None, rest)
         return token
 
     def _first_token(
@@ -192,14 +165,10 @@ class StepEngine:
 
         `drafted` says that the row has a draft, or none, whatever the last step left it.
         """
-        self.lengths[row] = length
+        self.cache.set_length(row, length)
         if drafted is not None:
             self._drafted[row] = drafted
             self.state.limit[row] = self.shape.drafts - 1 if drafted else 0
-        if isinstance(self.cache, RaggedCache):
-            self.cache.lengths[row] = length
-        else:
-            self.cache.length = length
 
     @torch.inference_mode()
     def propose(self, text: Sequence[int]) -> None:
@@ -227,26 +196,16 @@ class StepEngine:
         """One forward: the tokens that became final in each row; idle rows give none."""
         shape = self.shape if any(self._drafted) else self.shape.short
         self.verified = [shape.drafts - 1 if drafted else 0 for drafted in self._drafted]
-        self.queries = shape.num_queries
         self._load_uniforms()
-        if isinstance(self.cache, RaggedCache):
-            self.cache.width = self._width(shape)
-        if self._graphs is not None and isinstance(self.cache, RaggedCache):
-            made = self._graphs(
-                (shape, self.cache.width), lambda: self._advance(shape, self._table(shape))
-            )
-        else:
-            made = self._advance(shape, self._table(shape))
-        return [self._settle(row, shape, values) for row, values in enumerate(made.tolist())]
+        result = self._run(shape, lambda: self._advance(shape, self._table(shape)))
+        return [self._settle(row, shape, values) for row, values in enumerate(result.tolist())]
 
     def _settle(self, row: int, shape: StepShape, values: list[int]) -> list[int]:
         """The host's account of a row after a step; `values` are accepted, drafts, token."""
         if not self._active[row]:
             return []
         accepted = values[0]
-        if isinstance(self.cache, KVCache):
-            self.cache.keep(accepted + 1)
-        self.lengths[row] += accepted + 1
+        self.cache.lengths[row] += accepted + 1
         self._drafted[row] = shape.drafted_after(accepted + 1)
         self.with_block[row] = shape.has_block(accepted + 1)
         return [*values[1 : 1 + accepted], values[-1]]
@@ -261,15 +220,14 @@ class StepEngine:
         hidden = self.model.hidden(queries, positions, mask, self.cache, clean=shape.drafts)
         seen = self._seen(torch.cat([state.current, drafts], dim=1))
         accepted, token = self._verify(shape, hidden, drafts, seen)
-        made = torch.cat([accepted[:, None], drafts, token[:, None]], dim=1)
-        if isinstance(self.cache, RaggedCache):
-            self.cache.keep((accepted + 1) * state.active)
+        result = torch.cat([accepted[:, None], drafts, token[:, None]], dim=1)
+        self.cache.advance(accepted, state.active)
         state.current.copy_(token[:, None])
         if seen is not None and state.seen is not None:
             state.seen.copy_(seen[table.rows, accepted])
         if shape.drafting:
             self._draft_after(shape, table, hidden, accepted)
-        return made
+        return result
 
     def _draft_after(
         self, shape: StepShape, table: "_Tables", hidden: Tensor, accepted: Tensor
@@ -288,9 +246,8 @@ class StepEngine:
         else:
             state.limit.zero_()
             return
-        own = None if state.uniforms is None else state.uniforms[:, self.shape.drafts :]
-        behind = Behind(hidden[table.rows, accepted], block, there)
-        self._draft_rows(slice(None), behind, own)
+        uniforms = None if state.uniforms is None else state.uniforms[:, self.shape.drafts :]
+        self._draft_rows(slice(None), hidden[table.rows, accepted], block, there, uniforms)
 
     def _verify(
         self, shape: StepShape, hidden: Tensor, drafts: Tensor, seen: Tensor | None
@@ -301,8 +258,8 @@ class StepEngine:
         if self.sampling.trust < 1:
             assert state.logits is not None, "kept where trust is below 1"
             behind = hidden[:, shape.block_rows(shape.drafts)][:, :1]
-            own = torch.cat([state.logits[:, :count], self.model.lm_head(behind)], dim=1)
-            logits = self._mix(logits, own)
+            drafted = torch.cat([state.logits[:, :count], self.model.lm_head(behind)], dim=1)
+            logits = self._mix(logits, drafted)
         limit = state.limit if self.batch_size > 1 and count else None
         if self.sampling.greedy:
             best = self.sampling.scores(logits, seen).argmax(-1)
@@ -316,24 +273,33 @@ class StepEngine:
         uniforms = state.uniforms[:, full - shape.drafts : full]
         return verify(drafts, state.probabilities[:, :count], target, uniforms, limit)
 
-    def _draft_rows(self, rows: slice, behind: Behind, uniforms: Tensor | None) -> None:
-        """Draw d_1 … d_{K-1} of `rows`."""
+    def _draft_rows(
+        self,
+        rows: slice,
+        hidden: Tensor,
+        block: Tensor | None,
+        there: Tensor | None,
+        uniforms: Tensor | None,
+    ) -> None:
+        """Draw d_1 … d_{K-1} of `rows`; what they are made of is as in `Behind`."""
         size = self.shape.block_size
         if size < 2:
             return
-        seen = None if self.state.seen is None else self.state.seen[rows]
-        current = self.state.current[rows]
-        self.state.set_draft(rows, self.drafter.draw(size, current, behind, seen, uniforms))
+        current, seen = self.state.current[rows], self.state.seen
+        if seen is not None:
+            seen = seen[rows].scatter(1, current, True)
+        behind = Behind(hidden, block, there, current, seen, uniforms)
+        self.state.set_draft(rows, self.drafter.draw(size, behind))
 
     def _seen(self, tokens: Tensor) -> Tensor | None:
         """For each of the step's `tokens` [B, n], those before it and itself: bool [B, n, V]."""
         if self.state.seen is None:
             return None
-        own = torch.zeros(
+        counts = torch.zeros(
             *tokens.shape, self.state.seen.shape[-1], dtype=torch.int32, device=self.device
         )
-        own.scatter_(2, tokens[..., None], 1)
-        return self.state.seen[:, None] | (own.cumsum(1) > 0)
+        counts.scatter_(2, tokens[..., None], 1)
+        return self.state.seen[:, None] | (counts.cumsum(1) > 0)
 
     def _mix(self, ar_logits: Tensor, diffusion_logits: Tensor) -> Tensor:
         trust = self.sampling.trust
@@ -351,12 +317,6 @@ class StepEngine:
         draft_count = max(self.shape.block_size - 1, 0) if self._drafts_itself else 0
         taken = [self.streams.take(row, verify_count, draft_count) for row in rows]
         return torch.stack(taken).to(self.device, non_blocking=True)
-
-    def _width(self, shape: StepShape) -> int:
-        needed = max(self.lengths) + shape.num_queries
-        if self._graphs is not None:
-            needed = -(-needed // WIDTH_STEP) * WIDTH_STEP
-        return min(needed, self.cache.capacity)
 
     def _mask_slots(self, batch_size: int, count: int) -> Tensor:
         mask = self.model.config.mask_token_id
@@ -385,3 +345,52 @@ class _Tables:
         """First row of the block for each number of accepted tokens, [n + 1]; -1 for none."""
         if shape.blocks:
             self.starts = torch.tensor(shape.block_starts(), device=device)
+
+
+class RowState:
+    """The tokens in hand of each row, and what verifying them needs."""
+
+    def __init__(
+        self,
+        shape: StepShape,
+        sampling: Sampling,
+        vocabulary: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        behind = shape.drafts - 1
+        self.current = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        """d_0, final but not yet cached, [B, 1]."""
+        self.drafts = torch.zeros(batch_size, behind, dtype=torch.int64, device=device)
+        """d_1 … d_{n-1}, [B, n - 1]."""
+        self.limit = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """How many of them count: n - 1, or 0 for a row without a draft, [B]."""
+        self.active = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """1 for rows that are decoding, 0 for idle ones, [B]."""
+        self.probabilities: Tensor | None = None
+        """q, what the drafts were drawn from, fp32 [B, n - 1, V]; None when greedy."""
+        self.logits: Tensor | None = None
+        """Diffusion logits of the drafts, [B, n - 1, V]; only where trust is below 1."""
+        self.seen: Tensor | None = None
+        """Tokens of each row so far, d_0 left out, bool [B, V]; only for a repetition penalty."""
+        self.uniforms: Tensor | None = None
+        """Random numbers of a step: n for the verifier, then K - 1 for the drafter; fp64."""
+        if not sampling.greedy:
+            self.probabilities = torch.zeros(batch_size, behind, vocabulary, device=device)
+            numbers = shape.drafts + max(shape.block_size - 1, 0)
+            self.uniforms = torch.zeros(batch_size, numbers, dtype=torch.float64, device=device)
+        if sampling.trust < 1:
+            self.logits = torch.zeros(batch_size, behind, vocabulary, dtype=dtype, device=device)
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(batch_size, vocabulary, dtype=torch.bool, device=device)
+
+    def set_draft(self, rows: slice, draft: Draft) -> None:
+        """Put a draft in the hands of `rows`."""
+        self.drafts[rows] = draft.tokens
+        if self.probabilities is not None:
+            assert draft.probabilities is not None, "drafts that are drawn have a distribution"
+            self.probabilities[rows] = draft.probabilities
+        if self.logits is not None:
+            assert draft.logits is not None, "kept where trust is below 1"
+            self.logits[rows] = draft.logits

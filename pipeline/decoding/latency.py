@@ -144,11 +144,11 @@ def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
     bare = LatencyCurve(QUERIES, cached, forward, (1,), (0.0,), (0.0,))
     rests: list[tuple[float, ...]] = []
     for temperature in (0.0, 1.0):
-        own = [
+        beyond = [
             medians[temperature, shape] - bare.step_seconds(shape.num_queries, 1, steps.cached)
             for shape in steps.shapes
         ]
-        rests.append(tuple(max(0.0, rest) for rest in own))
+        rests.append(tuple(max(0.0, rest) for rest in beyond))
     sizes = tuple(shape.drafts for shape in steps.shapes)
     return LatencyCurve(QUERIES, cached, forward, sizes, *rests)
 
@@ -169,7 +169,7 @@ class _Forwards:
             yield (length, queries), partial(self._run, queries, length)
 
     def _run(self, queries: int, length: int) -> None:
-        self.cache.length = length
+        self.cache.set_length(0, length)
         where = self.positions[length : length + queries]
         work = partial(self.model.hidden, self.ids[:, :queries], where, cache=self.cache)
         work() if self.graphs is None else self.graphs((length, queries), work)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.decoding.cache import KVCache
+from pipeline.decoding.methods import LOOKUP_TOKENS
+from pipeline.decoding.options import DecodeOptions
 from pipeline.decoding.sampling import Sampling, Uniforms, draw
 from pipeline.model.transformer import Transformer
 
@@ -28,6 +30,19 @@ class Proposer(Protocol):
 
     def propose(self, text: Sequence[int]) -> tuple[list[int], Tensor | None]:
         """What may follow `text`, prompt included; and q, fp32 [N, V], None for certain."""
+
+
+def proposer_of(options: DecodeOptions, model: Transformer, max_tokens: int) -> Proposer | None:
+    """Where the drafts of the method come from, for texts of `max_tokens`, prompts included; None
+    where the model drafts itself, or nobody does."""
+    if not options.traits.proposes:
+        return None
+    count = LOOKUP_TOKENS if options.block_size is None else options.block_size - 1
+    if options.draft_model is None or options.method != "speculative":
+        return PromptLookup(count)
+    return DraftModel(
+        options.draft_model, options.sampling, count, max_tokens, model.config.num_embeddings
+    )
 
 
 class PromptLookup:
@@ -83,7 +98,7 @@ class DraftModel:
 
     def start(self, seed: int) -> None:
         self._cached = []
-        self._cache.length = 0
+        self._cache.set_length(0, 0)
         self._uniforms = Uniforms(replace(self.sampling, seed=seed), 1)
 
     @torch.inference_mode()
@@ -92,7 +107,7 @@ class DraftModel:
         kept = 0
         while kept < min(len(self._cached), len(text) - 1) and self._cached[kept] == text[kept]:
             kept += 1
-        self._cache.length = kept
+        self._cache.set_length(0, kept)
         self._cached = self._cached[:kept]
         new = text[kept:]
         drafts: list[int] = []
@@ -109,7 +124,7 @@ class DraftModel:
         ids = torch.tensor([new], device=self._device).clamp_max_(
             self.model.config.num_embeddings - 1
         )
-        positions = self._cache.length + torch.arange(len(new), device=self._device)
+        positions = self._cache.lengths[0] + torch.arange(len(new), device=self._device)
         hidden = self.model.hidden(ids, positions, cache=self._cache)
         self._cache.keep(len(new))
         self._cached += new

@@ -111,6 +111,26 @@ class Uniforms:
         return taken
 
 
+class RowStreams:
+    """Random streams of a batch's rows: each row has two of its own, from its request's seed."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._verify: list[Uniforms | None] = [None] * batch_size
+        self._draft: list[Uniforms | None] = [None] * batch_size
+
+    def start(self, row: int, sampling: Sampling) -> None:
+        """Begin the streams of a new request in `row`."""
+        self._verify[row] = Uniforms(sampling, 0)
+        self._draft[row] = Uniforms(sampling, 1)
+
+    def take(self, row: int, verify: int, draft: int) -> Tensor:
+        """The row's next numbers, fp64 [verify + draft]; zeros for a row that never started."""
+        verifier, drafter = self._verify[row], self._draft[row]
+        if verifier is None or drafter is None:
+            return torch.zeros(verify + draft, dtype=torch.float64)
+        return torch.cat([verifier.take(verify), drafter.take(draft)])
+
+
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One token for each row of `weights` [..., V], in proportion; int64 [...].
 

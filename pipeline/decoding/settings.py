@@ -1,17 +1,20 @@
 """Settings of `tidar-generate`."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_prep.tokenizers.load import Tokenizer
+from pipeline.decoding.choice import Choice
 from pipeline.decoding.document_prompts import DocumentPrompts
 from pipeline.decoding.methods import CONFIDENCE
-from pipeline.decoding.prompts import FilePrompts, read_prompts
+from pipeline.decoding.options import DecodeOptions
+from pipeline.decoding.prompts import FilePrompts, Share, read_prompts
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.shares import Share
+from pipeline.decoding.text import StopStrings
 from pipeline.model.loading import load_model
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
@@ -19,7 +22,7 @@ from tidar_common.errors import UserError
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Keys of `conf/generate.yaml`; values are checked where they are used."""
+    """Keys of `conf/generate.yaml`; those of decoding are checked where they are used."""
 
     checkpoint: str
     prompt: str = ""
@@ -51,6 +54,7 @@ class GenerateConfig:
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
+        self.sampling()  # before a model is loaded
         for key in ("prompt_tokens", "prompts_limit"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key}: must be at least 1, got {value}")
@@ -91,34 +95,41 @@ class GenerateConfig:
             share=share,
         )
 
-    def step_blocks(self) -> tuple[int, ...] | str | None:
-        """What `generate` is told: `auto` also where nothing is said, but for drawn texts that go
-        to a file. There an interrupted run must write what a whole one does: greedy text is the
-        same with any blocks, drawn text is another draw."""
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(**{item.name: getattr(self, item.name) for item in fields(Sampling)})
+
+    def options(self, tokenizer: Tokenizer, on_choice: Callable[[Choice], None]) -> DecodeOptions:
+        """How each prompt is continued by a model with this `tokenizer`; loads the draft model."""
+        draft_model = None
+        if self.draft_model is not None:
+            draft_model = load_draft_model(
+                self.draft_model, tokenizer, "draft_model", dtype=self.dtype, device=self.device
+            )
+        return DecodeOptions(
+            method=self.method,
+            block_size=self.block_size,
+            blocks=self._step_blocks(),
+            sampling=self.sampling(),
+            max_new_tokens=self.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            stop=StopStrings(tokenizer, tuple(self.stop)) if self.stop else None,
+            batch_size=self.batch_size if self.has_many else 1,
+            draft_model=draft_model,
+            confidence=self.confidence,
+            on_choice=on_choice,
+        )
+
+    def _step_blocks(self) -> tuple[int, ...] | str | None:
+        """`auto` also where nothing is said, but for drawn texts that go to a file. There an
+        interrupted run must write what a whole one does: greedy text is the same with any blocks,
+        drawn text is another draw."""
         if self.blocks is None:
             repeatable = self.has_many and self.temperature > 0
             return "auto" if self.trust == 1 and not repeatable else None
         if isinstance(self.blocks, str):
             return None if self.blocks == "all" else self.blocks
         return tuple(self.blocks)
-
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.temperature,
-            self.trust,
-            self.seed,
-            self.top_k,
-            self.top_p,
-            self.repetition_penalty,
-        )
-
-    def smaller_model(self, tokenizer: Tokenizer) -> Transformer | None:
-        """The model that writes drafts for `method=speculative`, where one is named."""
-        if self.draft_model is None:
-            return None
-        return load_draft_model(
-            self.draft_model, tokenizer, "draft_model", dtype=self.dtype, device=self.device
-        )
 
 
 def load_draft_model(
@@ -130,8 +141,8 @@ def load_draft_model(
     device: torch.device | str | None,
 ) -> Transformer:
     """The model at `path`; raises UserError naming `key` unless it has the same `tokenizer`."""
-    model, own = load_model(path, dtype=dtype, device=device)
-    if own.content() != tokenizer.content():
+    model, its_tokenizer = load_model(path, dtype=dtype, device=device)
+    if its_tokenizer.content() != tokenizer.content():
         raise UserError(
             f"{key}: {path} was trained with another tokenizer; give a model with the same one"
         )

@@ -59,6 +59,12 @@ class StepShape:
         """The step of linear drafts."""
         return cls(block_size, block_size, (1,), sequential=True, linear=True)
 
+    @classmethod
+    def unmasking(cls, block_size: int) -> "StepShape":
+        """Of block diffusion: it reads a finished block, and the token before it, and opens the
+        next block."""
+        return cls(block_size + 1, block_size, (block_size + 1,))
+
     @property
     def drafting(self) -> bool:
         """Whether the model drafts itself, be it in the short step alone."""

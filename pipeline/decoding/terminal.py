@@ -52,12 +52,12 @@ def write_text(text: str, number: int, colors: bool) -> None:
 
 
 def show_steps(
-    steps: Iterable[tuple[list[int], int]], decoded: Decoded, counts: list[int], colors: bool
+    steps: Iterable[list[int]], decoded: Decoded, counts: list[int], colors: bool
 ) -> int:
     """Write the text as it comes, tokens of each forward into `counts`; the exit code."""
     code = 0
     try:
-        for new, _ in steps:
+        for new in steps:
             counts.append(len(new))
             write_text(decoded.add(new), len(counts), colors)
     except KeyboardInterrupt:

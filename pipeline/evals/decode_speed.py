@@ -6,14 +6,19 @@ and verifier agree because both are flat: so what a context-free draft would get
 every acceptance, and the AR loss with them.
 """
 
+import json
 import statistics
 from functools import reduce
 from operator import add
-from typing import Any
+from pathlib import Path
 
-from pipeline.decoding.methods import LOOKUP_TOKENS, PROPOSED
+from data_prep.tokenizers.load import Tokenizer
+from pipeline.decoding import generate
+from pipeline.decoding.methods import LOOKUP_TOKENS
 from pipeline.decoding.settings import load_draft_model
+from pipeline.decoding.text import token_texts
 from pipeline.distributed import World
+from pipeline.evals.decoders import COMPARED, Decoder
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
 from pipeline.evals.drafting import (
     describe_staleness,
@@ -22,11 +27,10 @@ from pipeline.evals.drafting import (
     score_heldout,
 )
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.interruption import Check, never
-from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.model.transformer import Transformer
-
-NEED_A_MASK = ("tidar", "tidar_chosen", "block_diffusion")
+from tidar_common.files import write_text_atomic
+from tidar_common.run_files import EvalRow, HeldOutRow
 
 
 def evaluate_decode_speed(
@@ -36,8 +40,8 @@ def evaluate_decode_speed(
     world: World,
     step: int | None,
     check: Check = never,
-) -> list[dict[str, Any]]:
-    """One row for each (method, temperature), equal on all ranks; keys as in `docs/evals.md`.
+) -> list[EvalRow]:
+    """One row for each decoder and temperature, equal on all ranks; keys as in `docs/evals.md`.
 
     Every rank must call it with the same full weights; each takes its share of prompts and
     sequences. But for clock times the rows do not depend on the number of ranks.
@@ -58,30 +62,29 @@ def evaluate_decode_speed(
     drafts = model.config.mask_token_id is not None
     block_size = (config.block_size or model.config.block_size or 1) if drafts else 1
     prompts, categories = heldout.prompts_for(config)
-    methods = methods_of(model, config)
+    decoders = decoders_for(model, config)
     measured = measure(
-        model, prompts, categories, methods, config, block_size, world,
+        model, prompts, categories, decoders, config, block_size, world,
         draft_model_of(model, heldout, config), check,
     )  # fmt: skip
-    sources = heldout.by_source()
-    entropies = {name: one.unigram().entropy for name, one in sources.items()}
-    entropy = heldout.unigram().entropy
-    scores = score_heldout(model, heldout, config, world, check)
-    by_source = {
-        name: score_heldout(model, one, config, world, check) for name, one in sources.items()
+    parts: dict[str | None, HeldOut] = {None: heldout, **heldout.by_source()}
+    scores = {
+        name: score_heldout(model, part, config, world, check) for name, part in parts.items()
     }
-    stale = score_by_staleness(model, heldout, config, world, scores, check)
+    entropies = {name: part.unigram().entropy for name, part in parts.items()}
+    stale = score_by_staleness(model, heldout, config, world, scores[None], check)
     rows = []
     for temperature in config.temperatures:
-        quality = describe_text(scores, temperature, drafts, entropy)
-        quality["expected_tokens_by_staleness"] = describe_staleness(stale, temperature)
-        quality["by_source"] = {
-            name: describe_text(own, temperature, drafts, entropies[name])
-            for name, own in by_source.items()
-        } or None
+        texts = {
+            name: describe_text(score, temperature, drafts, entropies[name])
+            for name, score in scores.items()
+        }
+        whole = texts.pop(None)
+        by_source = {str(name): text for name, text in texts.items()} or None
+        staleness = describe_staleness(stale, temperature)
         rows += [
-            {"step": step, **_decoding_part(method, temperature, measured), **quality}
-            for method in methods
+            _row(step, decoder, temperature, measured, whole, by_source, staleness)
+            for decoder in decoders
         ]
     return rows
 
@@ -103,52 +106,98 @@ def draft_model_of(
     )
 
 
-def methods_of(model: Transformer, config: DecodeSpeedConfig) -> tuple[str, ...]:
+def decoders_for(model: Transformer, config: DecodeSpeedConfig) -> list[Decoder]:
     """AR first, then the others asked for that the model can do."""
-    able = [
-        name
-        for name in config.methods
-        if (model.config.mask_token_id is not None or name not in NEED_A_MASK)
-        and (model.draft_head is not None or name != "recurrent")
-    ]
-    return ("ar", *(name for name in able if name != "ar"))
+    names = ["ar", *(name for name in config.methods if name != "ar")]
+    return [COMPARED[name] for name in names if COMPARED[name].fits(model)]
 
 
-def _decoding_part(
-    method: str, temperature: float, measured: dict[Key, Measured]
-) -> dict[str, Any]:
-    """What was measured while decoding."""
-    greedy = temperature == 0
-    own, ar = measured[method, temperature], measured["ar", temperature]
-    totals = own.totals
-    shape = own.shape
-    size = LOOKUP_TOKENS + 1 if method in PROPOSED else max(shape.block_size, 1)
-    ratios = [a / b for a, b in zip(own.speeds(), ar.speeds(), strict=True)]
-    speedup = statistics.median(own.speeds()) / statistics.median(ar.speeds())
-    return {
-        "method": method,
+def _row(
+    step: int | None,
+    decoder: Decoder,
+    temperature: float,
+    measured: dict[Key, Measured],
+    text: HeldOutRow,
+    by_source: dict[str, HeldOutRow] | None,
+    staleness: dict[str, float | None] | None,
+) -> EvalRow:
+    """What was measured while decoding, and on held-out text beside it."""
+    greedy, key = temperature == 0, (decoder.name, temperature)
+    run, ar = measured[key], measured["ar", temperature]
+    totals, shape = run.totals, run.shape
+    size = LOOKUP_TOKENS + 1 if decoder.traits.proposes else max(shape.block_size, 1)
+    blocks = list(shape.blocks) if shape.drafting and decoder.traits.verifies else None
+    ratios = [a / b for a, b in zip(run.speeds(), ar.speeds(), strict=True)]
+    speedup = statistics.median(run.speeds()) / statistics.median(ar.speeds())
+    return EvalRow(
+        step=step,
+        method=decoder.name,
+        temperature=temperature,
+        block_size=size,
+        blocks=blocks,
+        prompts=totals.answers,
+        tokens=totals.tokens,
+        forwards=totals.forwards,
+        tokens_per_forward=totals.tokens_per_forward,
+        tokens_per_decoding_forward=totals.tokens_per_decoding_forward,
+        queries_per_forward=shape.num_queries if shape.drafting else size,
+        seconds_per_decoding_forward=run.step_seconds(),
+        seconds_by_queries=reduce(add, run.repeats).seconds_by_queries(),
+        repeats=len(run.repeats),
+        tokens_per_second=statistics.median(run.speeds()),
+        tokens_per_second_range={"min": min(run.speeds()), "max": max(run.speeds())},
+        speedup_over_ar=speedup,
+        speedup_over_ar_range={"min": min(ratios), "max": max(ratios)},
+        conversion=speedup / totals.tokens_per_forward,
+        exact_match_ar=totals.matches / totals.answers if greedy else None,
+        divergences=len(run.gaps) if greedy else None,
+        largest_divergence_gap=max(run.gaps, default=0.0) if greedy else None,
+        acceptance_by_position=totals.acceptance(size) if totals.reached else None,
+        distinct_4grams=totals.distinct_4grams,
+        peak_memory_bytes=run.peak_bytes,
+        categories=by_category(measured, key),
+        **text,
+        expected_tokens_by_staleness=staleness,
+        by_source=by_source,
+    )
+
+
+def write_example(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: DecodeSpeedConfig,
+    step: int,
+    path: Path,
+) -> None:
+    """Continue one held-out prompt with TiDAR and write it to `path` (JSON).
+
+    At the eval's highest temperature: greedy text of a base model soon repeats itself, and shows
+    little. It runs twice as far as the eval's own generations, or to the model's last position.
+    """
+    temperature = max(config.temperatures)
+    prompt = heldout.prompts(1, config.prompt_tokens, config.seed)[0]
+    room = model.config.max_positions - len(prompt)
+    result = generate(
+        model,
+        prompt,
+        block_size=config.block_size,
+        temperature=temperature,
+        seed=config.seed,
+        max_new_tokens=min(2 * config.max_new_tokens, room),
+    )
+    content = {
+        "step": step,
+        "prompt": tokenizer.decode(prompt),
+        "method": "tidar",
         "temperature": temperature,
-        "block_size": size,
-        "blocks": list(shape.blocks) if shape.drafting and method != "block_diffusion" else None,
-        "prompts": totals.prompts,
-        "tokens": totals.tokens,
-        "forwards": totals.forwards,
-        "tokens_per_forward": totals.tokens_per_forward,
-        "tokens_per_decoding_forward": totals.tokens_per_decoding_forward,
-        "queries_per_forward": shape.num_queries if shape.drafting else size,
-        "seconds_per_decoding_forward": own.step_seconds(),
-        "seconds_by_queries": reduce(add, own.repeats).seconds_by_queries(),
-        "repeats": len(own.repeats),
-        "tokens_per_second": statistics.median(own.speeds()),
-        "tokens_per_second_range": {"min": min(own.speeds()), "max": max(own.speeds())},
-        "speedup_over_ar": speedup,
-        "speedup_over_ar_range": {"min": min(ratios), "max": max(ratios)},
-        "conversion": speedup / totals.tokens_per_forward,
-        "exact_match_ar": totals.matches / totals.prompts if greedy else None,
-        "divergences": len(own.gaps) if greedy else None,
-        "largest_divergence_gap": max(own.gaps, default=0.0) if greedy else None,
-        "acceptance_by_position": totals.acceptance(size) if totals.reached else None,
-        "distinct_4grams": totals.distinct_4grams,
-        "peak_memory_bytes": own.peak_bytes,
-        "categories": by_category(measured, (method, temperature)),
+        "block_size": config.block_size or model.config.block_size,
+        "tokens_per_forward": result.tokens_per_forward,
+        "tokens": [
+            {"text": text, "forward": forward}
+            for text, forward in zip(
+                token_texts(tokenizer, result.tokens), result.forward_of_token, strict=True
+            )
+        ],
     }
+    write_text_atomic(path, json.dumps(content, ensure_ascii=False))

@@ -1,16 +1,14 @@
-"""The three decoders that a table of quality and speed compares, as in the published results."""
+"""The decoders that evals compare: a method each, with the options that set it apart."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pipeline.evals.totals import fourgrams
+from pipeline.decoding.methods import METHODS, Method
 from tidar_common.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.model.transformer import Transformer
-
-DECODERS = ("ar", "tidar", "tidar_diffusion")
 
 
 @dataclass(frozen=True)
@@ -18,75 +16,62 @@ class Decoder:
     """How answers are generated."""
 
     name: str
+    """What rows call it."""
     method: str
-    """`tidar` or `ar`."""
-    trust: float
-    """Weight of the AR logits in the target: 1 is lossless."""
+    """One of `METHODS`."""
+    trust: float = 1.0
+    """Weight of the AR logits in the target; below 1 the text is not that of `ar`."""
+    chooses_step: bool = False
+    """Whether block length and blocks are those that pay on this machine, plain steps where none
+    do."""
+
+    @property
+    def traits(self) -> Method:
+        """What holds for the method."""
+        return METHODS[self.method]
+
+    @property
+    def label(self) -> str:
+        """For readers of tables."""
+        label = self.traits.label
+        label += ", chosen step" if self.chooses_step else ""
+        lossless = self.traits.lossless and self.trust == 1
+        return label if lossless else f"{label} (not lossless)"
+
+    def fits(self, model: "Transformer") -> bool:
+        """Whether `model` has what the method needs."""
+        has_mask, has_head = model.config.mask_token_id is not None, model.draft_head is not None
+        needs = self.traits
+        return has_mask >= needs.needs_mask and has_head >= needs.needs_head
 
 
-@dataclass
-class Cost:
-    """What the answers of one decoder cost on this rank; ranks' costs add up."""
-
-    answers: int = 0
-    tokens: int = 0
-    forwards: int = 0
-    seconds: float = 0.0
-    """Of decoding, one answer after the other."""
-    fourgrams: int = 0
-    distinct_fourgrams: int = 0
-    """Different ones within an answer, summed over answers."""
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
-    def add(self, tokens: Sequence[int], forwards: int, seconds: float) -> None:
-        """Count one answer."""
-        self.answers += 1
-        self.tokens += len(tokens)
-        self.forwards += forwards
-        self.seconds += seconds
-        count, distinct = fourgrams(tokens)
-        self.fourgrams += count
-        self.distinct_fourgrams += distinct
-
-    def rates(self) -> dict[str, float | None]:
-        """With tokens per forward and per second, prompts included, of one process; and the share
-        of distinct 4-grams, without which the first says little: repetition is easy to draft."""
-        sums = {f.name: getattr(self, f.name) for f in fields(self)}
-        count, distinct = sums.pop("fourgrams"), sums.pop("distinct_fourgrams")
-        return {
-            **sums,
-            "tokens_per_forward": self.tokens / max(self.forwards, 1),
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
-            "distinct_4grams": distinct / count if count else None,
-        }
+COMPARED = {
+    "ar": Decoder("ar", "ar"),
+    "tidar": Decoder("tidar", "tidar"),
+    "tidar_chosen": Decoder("tidar_chosen", "tidar", chooses_step=True),
+    **{name: Decoder(name, name) for name in METHODS if name not in ("ar", "tidar")},
+}
+"""Those of the decode-speed eval, by name."""
+ANSWERING = ("ar", "tidar", "tidar_diffusion")
+"""Those of tasks and code, as in the published results: `tidar_diffusion` is TiDAR with a trust
+below 1."""
 
 
-def check_decoders(names: Sequence[str]) -> None:
-    """Raises ValueError unless `names` are different ones of `DECODERS`, at least one."""
-    unknown = [name for name in names if name not in DECODERS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"decoders must be different ones of {', '.join(DECODERS)}, got {list(names)}"
-        )
+def check_names(key: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raises ValueError naming `key` unless `names` are different ones of `known`, at least one."""
+    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise ValueError(f"{key} must be different ones of {', '.join(known)}, got {list(names)}")
 
 
-def decoders_of(
+def answering_decoders(
     names: Sequence[str], trust: float, model: "Transformer", key: str
 ) -> list[Decoder]:
-    """The decoders called `names`; `trust` is that of `tidar_diffusion`.
+    """The decoders called `names`, of `ANSWERING`; `trust` is that of `tidar_diffusion`.
 
     Raises:
         UserError: naming `key`, when the model cannot draft and more than `ar` is asked for.
     """
     if model.config.mask_token_id is None and set(names) != {"ar"}:
         raise UserError(f"{key}: this model has no mask token, so it cannot draft; use {key}=[ar]")
-    make: dict[str, Callable[[], Decoder]] = {
-        "ar": lambda: Decoder("ar", "ar", 1.0),
-        "tidar": lambda: Decoder("tidar", "tidar", 1.0),
-        "tidar_diffusion": lambda: Decoder("tidar_diffusion", "tidar", trust),
-    }
-    return [make[name]() for name in names]
+    mixed = replace(COMPARED["tidar"], name="tidar_diffusion", trust=trust)
+    return [mixed if name == mixed.name else COMPARED[name] for name in names]

@@ -3,51 +3,51 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
 from operator import add
 
 import torch
 
-from pipeline.decoding import Generation, Sampling
+from pipeline.decoding import DecodeOptions, Generation, Sampling
 from pipeline.decoding.choice import Acceptance, Conditions, choose
-from pipeline.decoding.generate import open_engine, run_engine
+from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import latency_curve
-from pipeline.decoding.methods import step_shape
 from pipeline.decoding.step import StepShape
 from pipeline.distributed import World
-from pipeline.evals.divergence import divergence_gap
-from pipeline.evals.interruption import Check, never
-from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.evals.totals import MethodTotals
+from pipeline.evals.decoders import Decoder
+from pipeline.evals.settings import Check, DecodeSpeedConfig, never
+from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
+from tidar_common.run_files import CategoryRow
 
 WARM_UP_TOKENS = 8
 CHOICE_PROMPTS = 4
 """Prompts on which acceptance is measured before a step is chosen."""
 
 Key = tuple[str, float]
-"""Method and temperature."""
+"""A decoder's name and the temperature."""
 
 
 @dataclass
 class Measured:
-    """One method at one temperature, over all prompts."""
+    """One decoder at one temperature, over all prompts."""
 
-    repeats: list[MethodTotals]
+    shape: StepShape
+    """The step it decoded with."""
+    greedy: bool
+    repeats: list[Cost]
     """The sums of each repeat: equal but for the seconds."""
     gaps: list[float] = field(default_factory=list)
     """Logit gap at each prompt's first difference from greedy AR."""
-    categories: dict[str, MethodTotals] = field(default_factory=dict)
+    categories: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
     """The first repeat by category of prompt."""
     peak_bytes: int | None = None
     """Most memory held on the GPU, of the ranks; None on a CPU."""
-    shape: StepShape = StepShape(1)  # noqa: RUF009  (frozen)
-    """The step it decoded with."""
 
     @property
-    def totals(self) -> MethodTotals:
+    def totals(self) -> Cost:
         return self.repeats[0]
 
     def speeds(self) -> list[float]:
@@ -63,8 +63,10 @@ class Measured:
     def __add__(self, other: "Measured") -> "Measured":
         peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
         names = dict.fromkeys([*self.categories, *other.categories])
-        empty = MethodTotals()
+        empty = Cost()
         return Measured(
+            self.shape,
+            self.greedy,
             [a + b for a, b in zip(self.repeats, other.repeats, strict=True)],
             self.gaps + other.gaps,
             {
@@ -72,7 +74,6 @@ class Measured:
                 for name in names
             },
             max(peaks) if peaks else None,
-            self.shape,
         )
 
 
@@ -80,212 +81,215 @@ def measure(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     categories: Sequence[str | None],
-    methods: Sequence[str],
+    decoders: Sequence[Decoder],
     config: DecodeSpeedConfig,
     block_size: int,
     world: World,
     draft_model: Transformer | None = None,
     check: Check = never,
 ) -> dict[Key, Measured]:
-    """Decode this rank's prompts by every method at every temperature; sums over all ranks.
+    """Decode this rank's prompts by every decoder at every temperature; sums over all ranks.
 
-    Methods take turns at going first, prompt by prompt, and repeats go round all prompts, so that
+    Decoders take turns at going first, prompt by prompt, and repeats go round all prompts, so that
     a slow spell of the machine meets all alike. First calls are not timed. `check` is called
     before each generation, also by a rank that has no prompt left in the last round.
     """
     check()
-    own = range(world.rank, len(prompts), world.size)
-    keys = [(method, t) for t in config.temperatures for method in methods]
-    shapes = choose_shapes(model, prompts, methods, config, block_size, world)
-    found = {
-        key: Measured([MethodTotals() for _ in range(config.repeats)], shape=shapes[key])
-        for key in keys
+    numbers = range(world.rank, len(prompts), world.size)
+    options = options_of(model, prompts, decoders, config, block_size, world, draft_model)
+    results = {
+        key: Measured(value.step_shape(model), value.sampling.greedy, [Cost()] * config.repeats)
+        for key, value in options.items()
     }
-    decoders: dict[Key, Decoder] = {}
-    if own:
-        decoders = {
-            key: Decoder(model, key, [prompts[n] for n in own], config, shapes[key], draft_model)
-            for key in keys
-        }
-    for key in keys:
+    runners: dict[Key, Runner] = {}
+    if numbers:
+        share = [prompts[n] for n in numbers]
+        runners = {key: Runner(model, share, value) for key, value in options.items()}
+    for key in options:
         check()
-        if own:
-            decoders[key].run(0, own[0], min(WARM_UP_TOKENS, config.max_new_tokens))
+        if numbers:
+            runners[key].run(0, numbers[0], min(WARM_UP_TOKENS, config.max_new_tokens))
     rounds = -(-len(prompts) // world.size)
+    names = [decoder.name for decoder in decoders]
     for repeat, turn in product(range(config.repeats), range(rounds)):
-        order = methods if turn % 2 == 0 else methods[::-1]
+        order = names if turn % 2 == 0 else names[::-1]
         for temperature in config.temperatures:
             runs = {}
-            for method in order:
+            for name in order:
                 check()
-                if turn < len(own):
-                    runs[method] = decoders[method, temperature].run(turn, own[turn])
+                if turn < len(numbers):
+                    runs[name] = runners[name, temperature].run(turn, numbers[turn])
             if runs:
-                _add(found, model, runs, temperature, repeat, prompts[own[turn]])
-                category = categories[own[turn]]
-                if repeat == 0 and category is not None:
-                    _add_category(found, runs, temperature, category)
-    for key, decoder in decoders.items():
-        found[key].peak_bytes = decoder.peak_bytes
-    parts = world.gather(found)
-    return {key: reduce(add, (part[key] for part in parts)) for key in keys}
+                number = numbers[turn]
+                here = {name: results[name, temperature] for name in names}
+                _add(here, model, runs, repeat, prompts[number], categories[number])
+    for key, runner in runners.items():
+        results[key].peak_bytes = runner.peak_bytes
+    parts = world.gather(results)
+    return {key: reduce(add, (part[key] for part in parts)) for key in results}
 
 
-def _decoded_by(method: str, shape: StepShape) -> str:
-    """The decoder's own name for an eval's method."""
-    if method == "tidar_chosen":
-        return "tidar" if shape.drafting else "ar"
-    return method
-
-
-def choose_shapes(
+def options_of(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
-    methods: Sequence[str],
+    decoders: Sequence[Decoder],
     config: DecodeSpeedConfig,
     block_size: int,
     world: World,
-) -> dict[Key, StepShape]:
-    """The step of each method and temperature; what is chosen, rank 0 chooses for all.
+    draft_model: Transformer | None = None,
+) -> dict[Key, DecodeOptions]:
+    """How each decoder decodes at each temperature; what is chosen, rank 0 chooses for all.
 
-    The acceptance is that of the first prompts, decoded once with every block and not timed.
+    Args:
+        model: what decodes; its latency curve decides for a decoder that chooses its step.
+        prompts: the acceptance is that of the first ones, decoded once with every block and not
+            timed.
+        decoders: each gives one entry for each temperature.
+        config: what they have in common.
+        block_size: K of those that draft themselves.
+        world: the ranks.
+        draft_model: of `speculative`.
     """
+    options: dict[Key, DecodeOptions] = {}
+    for temperature, decoder in product(config.temperatures, decoders):
+        options[decoder.name, temperature] = DecodeOptions(
+            method=decoder.method,
+            block_size=None if decoder.traits.proposes else block_size,
+            blocks=None if decoder.chooses_step else config.blocks,
+            sampling=Sampling(temperature=temperature, seed=config.seed),
+            max_new_tokens=config.max_new_tokens,
+            draft_model=draft_model,
+            confidence=config.confidence,
+        )
+    choosing = [
+        (decoder.name, t)
+        for t in config.temperatures
+        for decoder in decoders
+        if decoder.chooses_step
+    ]
     shapes: dict[Key, StepShape] = {}
-    for temperature in config.temperatures:
-        for method in methods:
-            shape = StepShape(1)
-            if method in ("tidar", "tidar_chosen"):
-                blocks = config.blocks if method == "tidar" else None
-                shape = step_shape(model, "tidar", Sampling(), block_size, blocks)
-            elif method in ("recurrent", "block_diffusion"):
-                shape = step_shape(model, method, Sampling(), block_size)
-            shapes[method, temperature] = shape
-    if "tidar_chosen" in methods:
-        chosen: dict[float, StepShape] = {}
-        if world.is_main:
-            curve = latency_curve(model)
-            cached = len(prompts[0]) + config.max_new_tokens // 2
-            for temperature in config.temperatures:
-                conditions = Conditions(
-                    curve, cached, greedy=temperature == 0, linear=model.config.linear_drafts
-                )
-                sample = prompts[:CHOICE_PROMPTS]
-                acceptance = _acceptance(model, sample, temperature, config, block_size)
-                chosen[temperature] = choose(acceptance, conditions).shape
-        for temperature, shape in world.from_main(chosen).items():
-            shapes["tidar_chosen", temperature] = shape
-    return shapes
+    if choosing and world.is_main:
+        shapes = {key: _chosen_shape(model, prompts, options[key]) for key in choosing}
+    for key, shape in world.from_main(shapes).items() if choosing else ():
+        options[key] = replace(
+            options[key],
+            method="tidar" if shape.drafting else "ar",
+            block_size=shape.block_size or None,
+            blocks=shape.blocks,
+        )
+    return options
+
+
+def _chosen_shape(
+    model: Transformer, prompts: Sequence[Sequence[int]], options: DecodeOptions
+) -> StepShape:
+    """The step that pays here, at the acceptance of the first prompts."""
+    acceptance = _acceptance(model, prompts[:CHOICE_PROMPTS], options)
+    conditions = Conditions(
+        latency_curve(model),
+        len(prompts[0]) + options.max_new_tokens // 2,
+        greedy=options.sampling.greedy,
+        linear=model.config.linear_drafts,
+    )
+    return choose(acceptance, conditions).shape
 
 
 def _acceptance(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    temperature: float,
-    config: DecodeSpeedConfig,
-    block_size: int,
+    model: Transformer, prompts: Sequence[Sequence[int]], options: DecodeOptions
 ) -> Acceptance:
     """By position, of drafts with every block and, of a draft head, without any."""
 
-    def rates(method: str, shape: StepShape) -> list[float]:
-        decoder, totals = (
-            Decoder(model, (method, temperature), prompts, config, shape),
-            MethodTotals(),
-        )
+    def rates(method: str) -> list[float]:
+        runner, total = Runner(model, prompts, replace(options, method=method)), Cost()
         for number in range(len(prompts)):
-            totals += MethodTotals.of(decoder.run(number, number), matches=False)
-        return [rate or 0.0 for rate in totals.acceptance(block_size)]
+            total += Cost.of(runner.run(number, number))
+        return [rate or 0.0 for rate in total.acceptance(options.block_size or 1)]
 
-    block = rates("tidar", step_shape(model, "tidar", Sampling(), block_size))
-    if model.draft_head is None:
-        return Acceptance(block)
-    return Acceptance(
-        block, rates("recurrent", step_shape(model, "recurrent", Sampling(), block_size))
-    )
+    headed = model.draft_head is not None
+    return Acceptance(rates("tidar"), rates("recurrent") if headed else None)
 
 
 def _add(
-    found: dict[Key, Measured],
+    results: dict[str, Measured],
     model: Transformer,
     runs: dict[str, Generation],
-    temperature: float,
     repeat: int,
     prompt: Sequence[int],
+    category: str | None,
 ) -> None:
-    for method, run in runs.items():
-        measured = found[method, temperature]
-        matches = run.tokens == runs["ar"].tokens
-        measured.repeats[repeat] += MethodTotals.of(run, matches=matches)
-        if repeat == 0 and temperature == 0 and not matches:
-            gap = divergence_gap(model, prompt, runs["ar"].tokens, run.tokens)
+    """Count what every decoder made of one prompt, at one temperature; `results` by name."""
+    ar = runs["ar"].tokens
+    for name, run in runs.items():
+        measured, matches = results[name], run.tokens == ar
+        cost = Cost.of(run, matches=matches)
+        measured.repeats[repeat] += cost
+        if repeat > 0:
+            continue
+        if category is not None:
+            measured.categories[category] += cost
+        if measured.greedy and not matches:
+            gap = divergence_gap(model, prompt, ar, run.tokens)
             if gap is not None:
                 measured.gaps.append(gap)
 
 
-def _add_category(
-    found: dict[Key, Measured], runs: dict[str, Generation], temperature: float, category: str
-) -> None:
-    for method, run in runs.items():
-        sums = found[method, temperature].categories
-        known = sums.get(category, MethodTotals())
-        sums[category] = known + MethodTotals.of(run, matches=run.tokens == runs["ar"].tokens)
-
-
-class Decoder:
-    """One method at one temperature: cache and captured steps are made once for all prompts."""
+class Runner:
+    """One decoder at one temperature: cache and captured steps are made once for all prompts."""
 
     def __init__(
-        self,
-        model: Transformer,
-        key: Key,
-        prompts: Sequence[Sequence[int]],
-        config: DecodeSpeedConfig,
-        shape: StepShape,
-        draft_model: Transformer | None = None,
+        self, model: Transformer, prompts: Sequence[Sequence[int]], options: DecodeOptions
     ) -> None:
-        """`shape` says how a TiDAR method drafts; one that drafts nothing is plain decoding."""
-        self.method, temperature = key
-        self.config = config
-        method = _decoded_by(self.method, shape)
-        self.engine, self.prompts = open_engine(
-            model,
-            prompts,
-            method=method,
-            block_size=shape.block_size or None,
-            blocks=shape.blocks if shape.drafting else None,
-            max_new_tokens=config.max_new_tokens,
-            sampling=Sampling(temperature=temperature),
-            draft_model=draft_model,
-            confidence=config.confidence,
-        )
-        self.counts_drafts = method not in ("ar", "block_diffusion")
+        self.options = options
+        self.engine, self.prompts = open_engine(model, prompts, options)
         self.peak_bytes: int | None = None
 
     def run(self, index: int, number: int, tokens: int | None = None) -> Generation:
-        """Continue prompt `index` of this rank, which is `number` of all and seeds by that."""
-        device = self.engine.device
+        """Continue prompt `index` of this rank, which is `number` of all and seeds by that, by
+        `tokens` or as many as the options say."""
+        options, device = self.options, self.engine.device
+        if tokens is not None:
+            options = replace(options, max_new_tokens=tokens)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        (result,) = run_engine(
-            self.engine,
-            [self.prompts[index]],
-            seeds=[self.config.seed + number],
-            max_new_tokens=tokens or self.config.max_new_tokens,
-            count_accepted=self.counts_drafts,
-        )
+        seeds = [options.sampling.seed + number]
+        ((_, result),) = finish_each(self.engine, [self.prompts[index]], options, seeds=seeds)
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             self.peak_bytes = max(peak, self.peak_bytes or 0)
         return result
 
 
-def by_category(measured: dict[Key, Measured], key: Key) -> dict[str, dict[str, float]] | None:
+@torch.inference_mode()
+def divergence_gap(
+    model: Transformer, prompt: Sequence[int], ar: Sequence[int], other: Sequence[int]
+) -> float | None:
+    """The logit of AR's token less that of the other's where the two texts first differ.
+
+    In exact arithmetic greedy TiDAR and greedy AR never part. The two compute the same logits in
+    matrices of other shapes, so rounding can turn a near tie, above all in bf16; the gap shows
+    whether it was one. From one plain causal forward over the text that they share. None when they
+    are equal, or when one is the other's beginning.
+    """
+    pairs = zip(ar, other, strict=False)
+    place = next((n for n, (left, right) in enumerate(pairs) if left != right), None)
+    if place is None:
+        return None
+    text = [*prompt, *ar[:place]]
+    device = next(model.parameters()).device
+    hidden = model.hidden(torch.tensor([text], device=device))[0, -1]
+    logits = model.lm_head(hidden).float()
+    return float(logits[ar[place]] - logits[other[place]])
+
+
+def by_category(measured: dict[Key, Measured], key: Key) -> dict[str, CategoryRow] | None:
     """Tokens per forward and speed over AR of each category of prompts; None without categories."""
-    rows: dict[str, dict[str, float]] = defaultdict(dict)
     ar = measured["ar", key[1]].categories
-    for name, totals in sorted(measured[key].categories.items()):
-        rows[name] = {
-            "prompts": totals.prompts,
-            "tokens_per_forward": totals.tokens_per_forward,
-            "speedup_over_ar": totals.tokens_per_second / ar[name].tokens_per_second,
-        }
-    return dict(rows) or None
+    rows = {
+        name: CategoryRow(
+            prompts=cost.answers,
+            tokens_per_forward=cost.tokens_per_forward,
+            speedup_over_ar=cost.tokens_per_second / ar[name].tokens_per_second,
+        )
+        for name, cost in sorted(measured[key].categories.items())
+    }
+    return rows or None

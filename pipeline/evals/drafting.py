@@ -10,16 +10,14 @@ from torch import Tensor
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.interruption import Check, never
-from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import MODEL, RECURRENT, DraftScores, score_drafts
 from pipeline.objective.calibration import describe
+from tidar_common.run_files import DraftScoresRow, HeldOutRow
 
-CONTROLS = ("unigram", "bigram")
-"""Drafts that stand beside the model's own in every row; None where one was not scored."""
-
-
+DRAFTS = (MODEL, RECURRENT, "unigram", "bigram")
+"""Those of every row, the model's own and controls; None where one was not scored."""
 STALENESS = (0, 1, 2, 4, 7)
 """Numbers of tokens that a linear model's slots are scored without, as far as K allows."""
 
@@ -50,8 +48,8 @@ def score_heldout(
     checked = _checked(sequences, -(-total // world.size), check)
     # Beside stale slots there is no need for controls: theirs are those of place 0.
     controls = heldout.controls(world, drafts and first == 0)
-    own = score_drafts(model, checked, block_size, controls, first)
-    return reduce(add, world.gather(own))
+    scores = score_drafts(model, checked, block_size, controls, first)
+    return reduce(add, world.gather(scores))
 
 
 def score_by_staleness(
@@ -81,8 +79,10 @@ def describe_staleness(
     """Expected tokens per forward by staleness; None where that is not scored."""
     if not scores or temperature not in (0, 1):
         return None
-    key = "expected_tokens_per_forward"
-    return {str(first): _acceptance(own, temperature, True)[key] for first, own in scores.items()}
+    return {
+        str(first): _acceptance(score, temperature)["expected_tokens_per_forward"]
+        for first, score in scores.items()
+    }
 
 
 def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
@@ -96,51 +96,54 @@ def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterat
 
 def describe_text(
     scores: DraftScores, temperature: float, drafts: bool, unigram_entropy: float
-) -> dict[str, Any]:
+) -> HeldOutRow:
     """What was measured on held-out text, as keys of a decode-speed row at `temperature`.
 
     `drafts`: whether the model has a mask token. Without, what is about drafts is None.
     """
-    return {
-        "ar_loss": scores.ar_loss / max(scores.ar_tokens, 1),
-        "diffusion_loss": scores.diffusion_loss / scores.diffusion_tokens
-        if scores.diffusion_tokens
-        else None,
-        "unigram_loss": scores.unigram_loss / max(scores.ar_tokens, 1),
-        "unigram_entropy": unigram_entropy,
-        # Sampling is scored at temperature 1 only; at others the sum of minima differs.
-        **_acceptance(scores, temperature, drafts and temperature in (0, 1)),
+    # Sampling is scored at temperature 1 only; at others the sum of minima differs.
+    scored = drafts and temperature in (0, 1)
+    slots = scores.diffusion_tokens
+    return HeldOutRow(
+        ar_loss=scores.ar_loss / max(scores.ar_tokens, 1),
+        diffusion_loss=scores.diffusion_loss / slots if slots else None,
+        unigram_loss=scores.unigram_loss / max(scores.ar_tokens, 1),
+        unigram_entropy=unigram_entropy,
+        **_acceptance(scores, temperature if scored else None),
         **describe(scores.calibration),
-    }
+    )
 
 
 def describe_drafts(scores: DraftScores) -> dict[str, Any]:
     """The same of the drafts alone, at both temperatures that are scored."""
     return {
-        "temperature_0": _acceptance(scores, 0.0, True),
-        "temperature_1": _acceptance(scores, 1.0, True),
+        "temperature_0": _acceptance(scores, 0.0),
+        "temperature_1": _acceptance(scores, 1.0),
         **describe(scores.calibration),
     }
 
 
-def _acceptance(scores: DraftScores, temperature: float, scored: bool) -> dict[str, Any]:
-    row = 0 if temperature == 0 else 1
+def _acceptance(scores: DraftScores, temperature: float | None) -> DraftScoresRow:
+    """Of every draft at `temperature`, 0 or 1; all None where that is None."""
 
     def shares(sums: Mapping[str, Tensor], draft: str) -> list[float | None] | None:
-        return _shares(sums[draft][row], scores.drafts) if draft in sums else None
+        if temperature is None or draft not in sums:
+            return None
+        return _shares(sums[draft][int(temperature)], scores.drafts)
 
-    survival = shares(scores.survived, MODEL)
-    rates: dict[str, Any] = {
-        "teacher_forced_acceptance": shares(scores.accepted, MODEL),
-        "teacher_forced_survival": survival,
-        "expected_tokens_per_forward": _expected_tokens(survival),
-    }
-    for name in (RECURRENT, *CONTROLS):
-        rates[f"{name}_acceptance"] = shares(scores.accepted, name)
-        rates[f"{name}_expected_tokens_per_forward"] = _expected_tokens(
-            shares(scores.survived, name)
-        )
-    return rates if scored else dict.fromkeys(rates)
+    accepted = {name: shares(scores.accepted, name) for name in DRAFTS}
+    survived = {name: shares(scores.survived, name) for name in DRAFTS}
+    return DraftScoresRow(
+        teacher_forced_acceptance=accepted[MODEL],
+        teacher_forced_survival=survived[MODEL],
+        expected_tokens_per_forward=_expected_tokens(survived[MODEL]),
+        recurrent_acceptance=accepted[RECURRENT],
+        recurrent_expected_tokens_per_forward=_expected_tokens(survived[RECURRENT]),
+        unigram_acceptance=accepted["unigram"],
+        unigram_expected_tokens_per_forward=_expected_tokens(survived["unigram"]),
+        bigram_acceptance=accepted["bigram"],
+        bigram_expected_tokens_per_forward=_expected_tokens(survived["bigram"]),
+    )
 
 
 def _shares(sums: Tensor, counts: Tensor) -> list[float | None]:

@@ -1,5 +1,6 @@
 """Held-out text as evals need it: whole documents to continue, packed sequences to score."""
 
+import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
@@ -9,16 +10,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
+from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
+from pipeline.data.remote import local_shard
 from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
-from pipeline.evals.pairs import pair_counts
 from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.objective.controls import Controls
+from pipeline.objective.controls import Controls, PairCounts
 from tidar_common.errors import UserError
+
+PAIR_TOKENS = 4_000_000
+"""Tokens of the training split whose pairs are counted, at most."""
+PAIR_SHARDS = 16
+"""Shards that they come from, at most: those of a remote folder are copied whole."""
+_COUNTED: dict[str, PairCounts | None] = {}
+"""By the data's fingerprint: a run's evals count once."""
 
 
 class HeldOut:
@@ -34,7 +44,7 @@ class HeldOut:
             raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
         self.manifest = manifest
         self._data_dir = data_dir
-        self._mix = {one.name: HeldOut(one.dir, one.manifest) for one in mix}
+        self._mix = {part.name: HeldOut(part.dir, part.manifest) for part in mix}
 
     def by_source(self) -> dict[str, "HeldOut"]:
         """The held-out split of each set of the mix by its name, in the order of the names; empty
@@ -112,16 +122,13 @@ class HeldOut:
             UserError: when no document is long enough, or `prompts_file` holds something else.
         """
         if config.prompts_file is None:
-            found = self.prompts(config.prompts, config.prompt_tokens, config.seed)
-            return found, [None] * len(found)
+            prompts = self.prompts(config.prompts, config.prompt_tokens, config.seed)
+            return prompts, [None] * len(prompts)
         tokenizer = self.tokenizer
         rows = read_prompts(Path(config.prompts_file).expanduser(), "evals.decode_speed")
-        prompts, categories = [], []
-        for row in rows[: config.prompts]:
-            tokens = tokenizer.encode(row.prompt)[: config.prompt_tokens]
-            prompts.append(tokens or [tokenizer.eos_id])
-            categories.append(row.category)
-        return prompts, categories
+        rows = rows[: config.prompts]
+        texts = [tokenizer.encode(row.prompt)[: config.prompt_tokens] for row in rows]
+        return [text or [tokenizer.eos_id] for text in texts], [row.category for row in rows]
 
     def controls(self, world: World, drafts: bool = True) -> Controls:
         """The drafts of no model, from the training split; all ranks call it together.
@@ -132,8 +139,8 @@ class HeldOut:
         if not drafts:
             return Controls(unigram)
         # One rank reads the shards, so that all have the same table whatever their disks hold.
-        own = pair_counts(self._data_dir, self.manifest) if world.is_main else None
-        return Controls(unigram, world.from_main(own))
+        pairs = pair_counts(self._data_dir, self.manifest) if world.is_main else None
+        return Controls(unigram, world.from_main(pairs))
 
     def unigram(self) -> "Unigram":
         return Unigram.from_counts(self.manifest.token_counts(self._data_dir))
@@ -163,3 +170,63 @@ def documents(sequence: Sequence) -> list[NDArray[np.integer]]:
         sequence.tokens[end - length : end]
         for end, length in zip(ends, sequence.real_lengths, strict=True)
     ]
+
+
+def pair_counts(data_dir: Path, manifest: Manifest) -> PairCounts | None:
+    """How often each token follows which in the train split, within documents.
+
+    A part of a large split is counted, the same each time: whole groups spread evenly over it, or
+    the first sequences of groups that are larger than their share.
+
+    Returns:
+        PairCounts: None where no shard of the split can be read; those that cannot are left out,
+            with a line on stderr.
+    """
+    key = manifest.fingerprint()
+    if key not in _COUNTED:
+        keys = [_pair_keys(group, manifest) for group in _groups(data_dir, manifest)]
+        _COUNTED[key] = None
+        if keys:
+            joined = torch.from_numpy(np.concatenate(keys))
+            _COUNTED[key] = PairCounts.from_keys(joined, manifest.tokenizer.vocab_size)
+    return _COUNTED[key]
+
+
+def _pair_keys(group: ListOf[PackedSequence], manifest: Manifest) -> NDArray[np.int64]:
+    """`u · vocab_size + v` of each pair (u, v) that stands in a document of `group`."""
+    keys = []
+    for packed in group:
+        real = packed.real_tokens(manifest.tokenizer.pad_id)
+        tokens = packed.tokens[:real].astype(np.int64)
+        inside = np.ones(max(real - 1, 0), dtype=bool)
+        last = np.cumsum(packed.document_lengths) - 1
+        inside[last[last < len(inside)]] = False
+        keys.append((tokens[:-1] * manifest.tokenizer.vocab_size + tokens[1:])[inside])
+    return np.concatenate(keys)
+
+
+def _groups(data_dir: Path, manifest: Manifest) -> Iterator[ListOf[PackedSequence]]:
+    """The sequences that are counted, group by group."""
+    shards = manifest.train.shards
+    places = [
+        (shard, number)
+        for shard in _spread(len(shards), PAIR_SHARDS)
+        for number in range(manifest.groups(shards[shard]))
+    ]
+    size = manifest.group_size * manifest.sequence_length
+    chosen = [places[n] for n in _spread(len(places), max(PAIR_TOKENS // size, 1))]
+    rows = max(PAIR_TOKENS // max(len(chosen), 1) // manifest.sequence_length, 1)
+    index = manifest.shard_index(data_dir)
+    for shard in dict.fromkeys(shard for shard, _ in chosen):
+        try:
+            reader = ShardReader(local_shard(data_dir, shards[shard]), index[shard])
+            for number in (n for place, n in chosen if place == shard):
+                yield reader.read_group(number)[:rows]
+        except UserError as error:
+            print(f"{error}; its token pairs are not counted", file=sys.stderr, flush=True)
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    """Up to `wanted` of the numbers `0 … total - 1`, as evenly as can be."""
+    count = min(total, wanted)
+    return [number * total // count for number in range(count)]

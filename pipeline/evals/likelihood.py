@@ -5,27 +5,31 @@ full coverage, each document's grid at its start, so that every position is pred
 block that begins 0 … K - 1 positions before it. Letters: K block length.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.drafting import describe_drafts
 from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
-from pipeline.evals.texts import read_texts
 from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import DraftScores, drafts_of
 from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import score_sequence
 from tidar_common.errors import UserError
+
+TEXTS_KEY = "evals.likelihood.texts_file"
 
 
 @dataclass(frozen=True)
@@ -102,25 +106,25 @@ def _by_source(
 ) -> dict[str, Any] | None:
     """Figures of each set of a mix and of each source of `texts_file`; None without either."""
     drafts = model.config.mask_token_id is not None
-    found: dict[str, Any] = {}
-    for name, one in heldout.by_source().items():
-        total = _of_split(model, tokenizer, one, config, block_size, world)
-        found[name] = _figures(total, _text_bytes(total, one), drafts)
+    rows: dict[str, Any] = {}
+    for name, part in heldout.by_source().items():
+        total = _of_split(model, tokenizer, part, config, block_size, world)
+        rows[name] = _figures(total, _text_bytes(total, part), drafts)
     if config.texts_file is not None:
         longest = heldout.manifest.sequence_length
         texts = read_texts(Path(config.texts_file).expanduser(), tokenizer, longest, block_size)
         controls = heldout.controls(world, drafts)
         for source, sequences in texts.items():
-            if source in found:
+            if source in rows:
                 raise UserError(
-                    f"evals.likelihood.texts_file: the source {source!r} is also a set of "
+                    f"{TEXTS_KEY}: the source {source!r} is also a set of "
                     "data.mix; rename one of them"
                 )
-            own = sequences[world.rank :: world.size]
-            sums = sum_up(model, tokenizer, own, block_size, controls)
+            share = sequences[world.rank :: world.size]
+            sums = sum_up(model, tokenizer, share, block_size, controls)
             total = sum(world.gather(sums), LikelihoodSums.zero(block_size))
-            found[source] = _figures(total, total.text_bytes, drafts)
-    return found or None
+            rows[source] = _figures(total, total.text_bytes, drafts)
+    return rows or None
 
 
 def _of_split(
@@ -131,7 +135,7 @@ def _of_split(
     block_size: int,
     world: World,
 ) -> LikelihoodSums:
-    own = heldout.sequences(
+    share = heldout.sequences(
         config.sequences,
         config.seed,
         block_size,
@@ -141,7 +145,7 @@ def _of_split(
         world_size=world.size,
     )
     controls = heldout.controls(world, model.config.mask_token_id is not None)
-    sums = sum_up(model, tokenizer, own, block_size, controls)
+    sums = sum_up(model, tokenizer, share, block_size, controls)
     return sum(world.gather(sums), LikelihoodSums.zero(block_size))
 
 
@@ -215,3 +219,46 @@ def sum_up(
             drafts=drafts_of(model, sequence, scored, block_size, over_model),
         )
     return total
+
+
+def read_texts(
+    path: Path, tokenizer: Tokenizer, longest: int, block_size: int
+) -> dict[str, list[Sequence]]:
+    """The texts of a file of JSON lines, `{"text": "...", "source": "..."}`, by source.
+
+    Each text ends with the end token, as a document in training. One that is longer than `longest`
+    tokens is cut into pieces, each a sequence without padding, drafted in full on a grid from its
+    start. Without a "source" it is `text`.
+
+    Raises:
+        UserError: naming the file and the line that cannot be used.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{TEXTS_KEY}: {path} is not a file of UTF-8 text ({error})") from error
+    by_source: dict[str, list[Sequence]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, source = row["text"], str(row.get("source", "text"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f'{TEXTS_KEY}: {path}:{number}: not a JSON object with a "text" ({error!r})'
+            ) from error
+        if not isinstance(text, str):
+            raise UserError(f'{TEXTS_KEY}: {path}:{number}: "text" must be a text')
+        ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
+        pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+        sequences = by_source.setdefault(source, [])
+        sequences += [_sequence(piece, block_size) for piece in pieces]
+    if not by_source:
+        raise UserError(f"{TEXTS_KEY}: {path} holds no text")
+    return by_source
+
+
+def _sequence(tokens: np.ndarray, block_size: int) -> Sequence:
+    lengths = [len(tokens)]
+    return Sequence(tokens, np.array(lengths), 0, build_layout(lengths, block_size))

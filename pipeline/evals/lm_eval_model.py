@@ -16,11 +16,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.decoding import stream
-from pipeline.decoding.sampling import Sampling
+from pipeline.decoding import DecodeOptions, Generation, Sampling, stream
 from pipeline.distributed import World
-from pipeline.evals.decoders import Cost, Decoder
+from pipeline.evals.decoders import Decoder
 from pipeline.evals.settings import TasksConfig
+from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -124,13 +124,13 @@ class TidarLM(TemplateLM):
         """Log probability of whole texts, longer ones in windows that score each token once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            found = get_rolling_token_windows(
+            spans = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, target in map(make_disjoint_window, found):
+            for context, target in map(make_disjoint_window, spans):
                 windows.append((None, context, target))
                 owners.append(number)
         totals = [0.0] * len(requests)
@@ -144,11 +144,12 @@ class TidarLM(TemplateLM):
         for request in requests:
             context, options = request.args
             options = normalize_gen_kwargs(options, self.config.max_new_tokens)
-            cost = self.generated[request.task_name or ""]
-            answers.append(self._answer(context, options, cost))
+            text, cost = self._answer(context, options)
+            self.generated[request.task_name or ""] += cost
+            answers.append(text)
         return answers
 
-    def _answer(self, context: str, options: dict[str, Any], cost: Cost) -> str:
+    def _answer(self, context: str, options: dict[str, Any]) -> tuple[str, Cost]:
         limit, stops = options["max_gen_toks"], [stop for stop in options["until"] if stop]
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         if limit >= self.max_length:
@@ -157,25 +158,22 @@ class TidarLM(TemplateLM):
                 f"{self.max_length} positions; leave this task out"
             )
         started = time.perf_counter()
-        steps = stream(
-            self.model,
-            prompt[-(self.max_length - limit) :],
+        decoding = DecodeOptions(
             method=self.decoder.method,
             block_size=self.config.block_size,
-            max_new_tokens=limit,
             sampling=self._sampling(options),
+            max_new_tokens=limit,
             eos_id=self.eot_token_id,
         )
-        tokens: list[int] = []
-        text, forwards = "", 0
-        for new, _ in steps:
-            tokens += new
-            forwards += 1
-            text = self.tidar_tokenizer.decode(tokens)
+        run, text = Generation(), ""
+        for tokens in stream(self.model, prompt[-(self.max_length - limit) :], decoding):
+            run.tokens += tokens
+            run.forwards += 1
+            text = self.tidar_tokenizer.decode(run.tokens)
             if any(stop in text for stop in stops):
                 break
-        cost.add(tokens, forwards, time.perf_counter() - started)
-        return postprocess_generated_text(text, stops, None)
+        run.seconds = time.perf_counter() - started
+        return postprocess_generated_text(text, stops, None), Cost.of(run)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         temperature = float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0

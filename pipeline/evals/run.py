@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.formats.manifest import Manifest
@@ -16,7 +17,6 @@ from pipeline.data.place import DataConfig, open_place
 from pipeline.data.remote import is_remote
 from pipeline.data.source import LayoutChoice
 from pipeline.distributed import World
-from pipeline.evals.checkpoint import Origin
 from pipeline.evals.code.evaluate import evaluate_code
 from pipeline.evals.code.table import code_rows
 from pipeline.evals.decode_speed import evaluate_decode_speed
@@ -29,7 +29,7 @@ from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
-from tidar_common.files import write_text_atomic
+from tidar_common.files import read_text_checked, write_text_atomic
 
 SCHEMAS = {
     "decode_speed": DecodeSpeedConfig,
@@ -47,8 +47,43 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a model comes from; None where its folder does not say, as in an export."""
+
+    step: int | None
+    """Optimizer steps it was trained for."""
+    data: dict[str, Any]
+    """The section `data` of its run's config; empty where the folder has no config."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Origin":
+        """Read `path`: a checkpoint, a run directory (its latest checkpoint), or any other model.
+
+        Raises:
+            UserError: when a file that is there cannot be read.
+        """
+        latest = path / "checkpoints" / "latest"
+        if latest.is_file():
+            path = latest.parent / latest.read_text(encoding="utf-8").strip()
+        state = _read_part(path / "state.json", json.loads)
+        config = _read_part(path / "config.yaml", yaml.safe_load)
+        data = config.get("data")
+        return cls(state.get("step"), data if isinstance(data, dict) else {})
+
+
+def _read_part(path: Path, parse: Any) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = parse(read_text_checked(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged ({error}); use another checkpoint") from error
+    return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
-    """Everything `tidar-evaluate` is told."""
+    """The whole config of `tidar-evaluate`, checked."""
 
     checkpoint: Path
     origin: Origin
@@ -176,8 +211,7 @@ def describe(results: dict[str, Any]) -> str:
     parts = []
     for name in SCHEMAS:
         if name in results:
-            found = results[name]
-            columns = ROWS[name](found) if name in ROWS else found
+            columns = ROWS[name](results[name]) if name in ROWS else results[name]
             columns = columns if isinstance(columns, list) else [columns]
             parts.append(f"{name}\n{text_table(columns)}")
         if name == "decode_speed" and name in results:
@@ -196,13 +230,13 @@ def _open_data(cfg: DictConfig, origin: Origin) -> tuple[DataConfig, Path]:
     if given.dir is not None:
         return given, open_place(given.dir, given, "data.dir")
     known = {f.name for f in fields(DataConfig)}
-    own = {key: value for key, value in origin.data.items() if key in known}
-    if own.get("dir") is None:
+    trained_on = {key: value for key, value in origin.data.items() if key in known}
+    if trained_on.get("dir") is None:
         raise UserError(
             "data.dir: has no value, and the checkpoint does not name its data; set data.dir=... "
             "on the command line"
         )
-    data = parse(DataConfig, OmegaConf.create(own), "data")
+    data = parse(DataConfig, OmegaConf.create(trained_on), "data")
     asked = {name: getattr(given, name) for name in known}
     data = replace(data, **{name: value for name, value in asked.items() if value})
     assert data.dir is not None, "looked at above"

@@ -1,16 +1,25 @@
 """Settings of the evals; those of decode speed are shared by training and `tidar-evaluate`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.decoding.methods import CONFIDENCE
 from pipeline.evals.code.sandbox import Limits
-from pipeline.evals.decoders import check_decoders
+from pipeline.evals.decoders import ANSWERING, COMPARED, check_names
 
 BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
-EVAL_METHODS = (
-    "ar", "tidar", "tidar_chosen", "recurrent", "block_diffusion", "prompt_lookup", "speculative",
-)  # fmt: skip
+
+Check = Callable[[], None]
+"""Called by all ranks together, equally often; raises on all of them alike, or on none."""
+
+
+class EvalInterruptedError(RuntimeError):
+    """The eval was left before its end; it has no result and has to be repeated."""
+
+
+def never() -> None:
+    """The check of an eval that runs to its end."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,9 @@ class DecodeSpeedConfig:
             raise ValueError("temperatures must be a list of numbers, each 0 or above")
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"temperatures must differ from each other, got {self.temperatures}")
-        unknown = [name for name in self.methods if name not in EVAL_METHODS]
-        if unknown or "ar" not in self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(
-                f"methods must be different ones of {', '.join(EVAL_METHODS)} with ar among them, "
-                f"got {self.methods}"
-            )
+        check_names("methods", self.methods, COMPARED)
+        if "ar" not in self.methods:
+            raise ValueError(f"methods must have ar among them, got {self.methods}")
         if ("speculative" in self.methods) != (self.draft_checkpoint is not None):
             raise ValueError("draft_checkpoint and the method speculative need each other")
         if (
@@ -125,7 +131,7 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, for example tasks=[hellaswag]")
-        check_decoders(self.decoders)
+        check_names("decoders", self.decoders, ANSWERING)
         if not 0.0 <= self.trust < 1.0:
             raise ValueError(f"trust must be in [0, 1), got {self.trust}")
         if self.tasks_dir is not None and not Path(self.tasks_dir).expanduser().is_dir():
@@ -166,7 +172,7 @@ class CodeConfig:
         if unknown or not self.benchmarks:
             known = ", ".join(BENCHMARKS)
             raise ValueError(f"benchmarks must be some of {known}, got {self.benchmarks}")
-        check_decoders(self.decoders)
+        check_names("decoders", self.decoders, ANSWERING)
         if not 0.0 <= self.trust < 1.0:
             raise ValueError(f"trust must be in [0, 1), got {self.trust}")
         if self.temperature < 0:

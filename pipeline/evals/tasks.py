@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.distributed import World
-from pipeline.evals.decoders import Cost, decoders_of
+from pipeline.evals.decoders import answering_decoders
 from pipeline.evals.settings import TasksConfig
+from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.config import first_line
 from tidar_common.errors import UserError
@@ -31,7 +32,7 @@ def evaluate_tasks(
     Raises:
         UserError: when lm-eval is not installed, a task is not known, or the model cannot draft.
     """
-    decoders = decoders_of(config.decoders, config.trust, model, "evals.tasks.decoders")
+    decoders = answering_decoders(config.decoders, config.trust, model, "evals.tasks.decoders")
     try:
         import lm_eval
 
@@ -46,12 +47,12 @@ def evaluate_tasks(
     by_decoder: dict[str, Any] = {}
     for decoder in decoders:
         adapter = TidarLM(model, tokenizer, config, decoder, world)
-        found = world.from_main(_evaluate(adapter, tasks, manager))
+        scores = world.from_main(_evaluate(adapter, tasks, manager))
         costs = _costs(adapter, world)
-        first = first or found
+        first = first or scores
         by_decoder[decoder.name] = {
             "trust": decoder.trust,
-            "results": {task: found["results"][task] for task in costs},
+            "results": {task: scores["results"][task] for task in costs},
             "generation": costs,
         }
         tasks = list(costs)
@@ -103,10 +104,10 @@ def _task_manager(config: TasksConfig) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    own = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
+    folder = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
     unknown = config.tasks
-    for with_library in (False, True) if own else (True,):
-        manager = TaskManager(include_path=own, include_defaults=with_library)
+    for with_library in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder, include_defaults=with_library)
         unknown = [name for name in config.tasks if not manager.match_tasks([name])]
         if not unknown:
             return manager
@@ -130,20 +131,18 @@ def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     tokens per forward and second that they were made with, with the share of distinct 4-grams."""
     rows = []
     for task, scores in results["results"].items():
-        made = {
-            name: found for name, found in results["decoders"].items() if task in found["results"]
+        generated = {
+            name: part for name, part in results["decoders"].items() if task in part["results"]
         }
-        if not made:
+        if not generated:
             rows.append({"task": task, **_numbers(scores)})
-        for name, found in made.items():
-            cost = found["generation"][task]
+        for name, part in generated.items():
+            cost = part["generation"][task]
             speed = {
                 key: cost[key]
                 for key in ("tokens_per_forward", "tokens_per_second", "distinct_4grams")
             }
-            rows.append(
-                {"task": task, "decoder": name, **_numbers(found["results"][task]), **speed}
-            )
+            rows.append({"task": task, "decoder": name, **_numbers(part["results"][task]), **speed})
     return rows
 
 

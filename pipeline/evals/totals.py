@@ -1,10 +1,11 @@
-"""Sums over generations, from which the rates of the decode-speed eval are made."""
+"""What answers cost: sums over generations, from which the rates of all evals are made."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-from pipeline.decoding import Generation
+from pipeline.decoding.batch import Generation
 
 
 def fourgrams(tokens: Sequence[int]) -> tuple[int, int]:
@@ -14,10 +15,10 @@ def fourgrams(tokens: Sequence[int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class MethodTotals:
-    """Sums over the prompts of one (method, temperature); add the ranks' with `+`."""
+class Cost:
+    """Sums over the answers of one decoder; those of several prompts, or ranks, add up with `+`."""
 
-    prompts: int = 0
+    answers: int = 0
     tokens: int = 0
     forwards: int = 0
     prefill_forwards: int = 0
@@ -26,7 +27,7 @@ class MethodTotals:
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     matches: int = 0
-    """Prompts whose tokens equal those of AR decoding."""
+    """Answers whose tokens equal those of AR decoding."""
     fourgrams: int = 0
     distinct_fourgrams: int = 0
     """Different 4-grams within a generation, summed over generations."""
@@ -40,7 +41,7 @@ class MethodTotals:
     """Their seconds, likewise."""
 
     @classmethod
-    def of(cls, run: Generation, *, matches: bool) -> "MethodTotals":
+    def of(cls, run: Generation, *, matches: bool = False) -> "Cost":
         """The sums of one generation."""
         grams, distinct = fourgrams(run.tokens)
         reached: Counter[int] = Counter()
@@ -58,7 +59,7 @@ class MethodTotals:
         return cls(
             steps=steps,
             step_seconds=step_seconds,
-            prompts=1,
+            answers=1,
             tokens=len(run.tokens),
             forwards=run.forwards,
             prefill_forwards=run.prefill_forwards,
@@ -72,14 +73,15 @@ class MethodTotals:
             accepted=accepted,
         )
 
-    def __add__(self, other: "MethodTotals") -> "MethodTotals":
-        return MethodTotals(
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
             **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
 
     @property
     def tokens_per_forward(self) -> float:
-        return self.tokens / self.forwards
+        """T/NFE, the prompts' forwards included."""
+        return self.tokens / max(self.forwards, 1)
 
     @property
     def tokens_per_decoding_forward(self) -> float | None:
@@ -96,12 +98,21 @@ class MethodTotals:
     @property
     def tokens_per_second(self) -> float:
         """Of one process: where ranks decode side by side, their seconds add up."""
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def distinct_4grams(self) -> float | None:
         """Share of 4-grams that are the first of their kind; None for texts under 4 tokens."""
         return self.distinct_fourgrams / self.fourgrams if self.fourgrams else None
+
+    def rates(self) -> dict[str, Any]:
+        """Sums, tokens per forward and per second, prompts included; and the share of distinct
+        4-grams, without which tokens per forward say little: repetition is easy to draft."""
+        names = (
+            "answers", "tokens", "forwards", "seconds",
+            "tokens_per_forward", "tokens_per_second", "distinct_4grams",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def seconds_by_queries(self) -> dict[str, float] | None:
         """Mean time of a forward after the prompt, by its query tokens; None without any."""

@@ -4,10 +4,10 @@ Confidence is the probability that a mask slot gives its likeliest token. Source
 Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from tidar_common.run_files import CalibrationRow
 
 BINS = 10
 """Equal parts of [0, 1]."""
@@ -28,20 +28,19 @@ def binned(confidence: Tensor, right: Tensor, verified: Tensor) -> Tensor:
     return empty_bins().index_add_(1, number, values)
 
 
-def describe(bins: Tensor) -> dict[str, Any]:
+def describe(bins: Tensor) -> CalibrationRow:
     """Shares by bin, None where a bin has no draft, and the expected calibration error; the keys
     of `docs/evals.md`. None for no drafts at all."""
     drafts, confidence, right, _ = bins
     total = float(drafts.sum())
     if not total:
-        return {"draft_calibration": None, "draft_calibration_error": None}
+        return CalibrationRow(draft_calibration=None, draft_calibration_error=None)
     counts = [int(count) for count in drafts.tolist()]
     shares = {
         name: [s / n if n else None for s, n in zip(sums.tolist(), counts, strict=True)]
         for name, sums in zip(ROWS[1:], bins[1:], strict=True)
     }
     error = float((confidence - right).abs().sum()) / total
-    return {
-        "draft_calibration": {"drafts": counts, **shares},
-        "draft_calibration_error": error,
-    }
+    return CalibrationRow(
+        draft_calibration={"drafts": list(counts), **shares}, draft_calibration_error=error
+    )

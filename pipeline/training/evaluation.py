@@ -6,17 +6,17 @@ from typing import Any
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.retention import eval_losses
 from pipeline.distributed import World
-from pipeline.evals.decode_speed import evaluate_decode_speed
+from pipeline.evals.decode_speed import evaluate_decode_speed, write_example
 from pipeline.evals.drafting import score_heldout
-from pipeline.evals.example import write_example
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.interruption import Check, EvalInterruptedError
+from pipeline.evals.settings import Check, EvalInterruptedError
 from pipeline.model.config import ModelConfig
 from pipeline.training.guards.ar_guard import write_base
 from pipeline.training.launch.signals import StopRequest
 from pipeline.training.settings import TrainSettings
 from pipeline.training.weights import full_copy
 from tidar_common.errors import UserError
+from tidar_common.run_files import EvalRow
 
 
 class PeriodicEval:
@@ -71,7 +71,7 @@ class PeriodicEval:
             write_base(self.run_dir, scores.ar_loss / max(scores.ar_tokens, 1))
         self.world.barrier()
 
-    def run(self, engine: Any, step: int, stop: StopRequest) -> list[dict[str, Any]]:
+    def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow]:
         """Rows as in `evals/decode_speed.jsonl`, equal on all ranks.
 
         Raises:

@@ -10,7 +10,7 @@ from pipeline.checkpoint.write import Checkpoints, Failed, Saved
 from pipeline.data.batch import Batch
 from pipeline.data.order import numbers_after
 from pipeline.distributed import World
-from pipeline.evals.interruption import EvalInterruptedError
+from pipeline.evals.settings import EvalInterruptedError
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.guards.anomalies import ROLLBACK, Anomalies
 from pipeline.training.guards.left_out import LeftOut, LeftOutFile

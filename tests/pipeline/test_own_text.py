@@ -22,7 +22,7 @@ from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.decoding.document_prompts import DocumentPrompts
-from pipeline.decoding.shares import Share
+from pipeline.decoding.prompts import Share
 
 PROMPTS = 240
 

@@ -1,20 +1,20 @@
 """`evals=code`: answers to code benchmarks by each decoder, run in the sandbox; pass@k."""
 
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.decoding import generate
-from pipeline.decoding.stops import StopStrings
+from pipeline.decoding import Generation, generate
+from pipeline.decoding.text import StopStrings
 from pipeline.distributed import World
 from pipeline.evals.code.problems import Benchmark, Problem, read_benchmark
 from pipeline.evals.code.sandbox import Limits, run_answer
-from pipeline.evals.decoders import Cost, Decoder, decoders_of
+from pipeline.evals.decoders import Decoder, answering_decoders
 from pipeline.evals.settings import CodeConfig
+from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -46,7 +46,7 @@ def evaluate_code(
             "evals.code.confirm_run_unsafe_code: is false; true lets code that the model wrote "
             "run in the sandbox that docs/evals.md describes"
         )
-    decoders = decoders_of(config.decoders, config.trust, model, "evals.code.decoders")
+    decoders = answering_decoders(config.decoders, config.trust, model, "evals.code.decoders")
     rows, guards = [], set()
     for name in config.benchmarks:
         benchmark = read_benchmark(name, config.file_of(name), config.limit)
@@ -90,10 +90,12 @@ def _answer_all(
             problem = benchmark.problems[number]
             for sample in range(config.samples):
                 seed = config.seed + number * config.samples + sample
-                text = _answer(model, tokenizer, problem, decoder, config, seed, cost)
+                run = _answer(model, tokenizer, problem, decoder, config, seed)
+                cost += Cost.of(run)
+                text = run.text or ""
                 pending.append(pool.submit(_check, problem, number, text, config.limits))
-        own = [future.result() for future in pending]
-    parts = world.gather((own, cost))
+        checked = [future.result() for future in pending]
+    parts = world.gather((checked, cost))
     answers = sorted((a for part, _ in parts for a in part), key=lambda a: a.problem)
     return answers, sum((part for _, part in parts), Cost())
 
@@ -105,9 +107,8 @@ def _answer(
     decoder: Decoder,
     config: CodeConfig,
     seed: int,
-    cost: Cost,
-) -> str:
-    """The model's text after the prompt, before its first stop string; adds to `cost`."""
+) -> Generation:
+    """What the model writes after the prompt, before its first stop string."""
     room = model.config.max_positions - config.max_new_tokens
     prompt = tokenizer.encode(problem.prompt)
     if len(prompt) > room:
@@ -116,14 +117,11 @@ def _answer(
             f"with {config.max_new_tokens} new ones it exceeds the model's "
             f"{model.config.max_positions} positions"
         )
-    started = time.perf_counter()
-    made = generate(
+    return generate(
         model, prompt, method=decoder.method, block_size=config.block_size,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed,
         trust=decoder.trust, eos_id=tokenizer.eos_id, stop=StopStrings(tokenizer, problem.stops),
     )  # fmt: skip
-    cost.add(made.tokens, made.forwards, time.perf_counter() - started)
-    return made.text or ""
 
 
 def _check(problem: Problem, number: int, text: str, limits: Limits) -> Answered:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 
-from pipeline.decoding import Sampling, generate, generate_batch
+from pipeline.decoding import DecodeOptions, Sampling, generate, generate_batch
 from pipeline.decoding.block_diffusion import BlockDiffusionEngine
-from pipeline.decoding.cache import RaggedCache
-from pipeline.decoding.generate import finish_each, stream
-from pipeline.decoding.step import prefill_mask
+from pipeline.decoding.cache import KVCache
+from pipeline.decoding.generation import finish_each, stream
+from pipeline.decoding.step import StepShape, prefill_mask
 from tidar_common.errors import UserError
 
 
@@ -78,9 +78,16 @@ def test_drawn_tokens_follow_the_blocks_own_distribution():
         logits = model(ids, torch.arange(5), prefill_mask(0, 3, 2, CPU))[0, 3:]
     law = torch.softmax(logits.double(), -1)
     runs = generate_batch(
-        model, [[1, 7, 2]] * draws, method="block_diffusion", block_size=2, confidence=1e-9,
-        max_new_tokens=2, sampling=Sampling(temperature=1.0),
-    )  # fmt: skip
+        model,
+        [[1, 7, 2]] * draws,
+        DecodeOptions(
+            method="block_diffusion",
+            block_size=2,
+            confidence=1e-9,
+            max_new_tokens=2,
+            sampling=Sampling(temperature=1.0),
+        ),
+    )
     for place in range(2):
         seen = torch.bincount(torch.tensor([run.tokens[place] for run in runs]), minlength=13)
         spread = (law[place] * (1 - law[place]) / draws).sqrt()
@@ -97,8 +104,8 @@ def test_it_stops_and_streams_inside_a_block():
     for limit in range(1, 12):
         cut = generate(model, [1, 2], max_new_tokens=limit, **options)
         assert cut.tokens == long.tokens[:limit]
-    steps = list(stream(model, [1, 2], max_new_tokens=30, **options))
-    assert [token for tokens, _ in steps for token in tokens] == long.tokens
+    steps = list(stream(model, [1, 2], DecodeOptions(max_new_tokens=30, **options)))
+    assert [token for tokens in steps for token in tokens] == long.tokens
     assert len(steps) == long.forwards
     assert (long.accepted, long.drafts) == ([], [])
 
@@ -109,17 +116,17 @@ def test_steps_of_fixed_width_give_the_same_tokens():
     prompts = random_prompts(0, (3, 250, 9), VOCABULARY - 1)
     sampling = Sampling(temperature=1.0, repetition_penalty=1.2)
     options = {"capacity": 300, "confidence": 0.5}
-    plain = BlockDiffusionEngine(model, sampling, 4, **options)
-    static = BlockDiffusionEngine(model, sampling, 4, **options)
-    static.cache = RaggedCache(model.config, 312, dtype=torch.float32, device=CPU, batch_size=1)
+    plain = BlockDiffusionEngine(model, sampling, StepShape.unmasking(4), **options)
+    static = BlockDiffusionEngine(model, sampling, StepShape.unmasking(4), **options)
+    static.cache = KVCache(model.config, 312, dtype=torch.float32, device=CPU, ragged=True)
 
     def run_each(key, run):
         keys.append(key)
         return run()
 
     static._graphs = run_each
-    expected = dict(finish_each(plain, prompts, max_new_tokens=40))
-    got = dict(finish_each(static, prompts, max_new_tokens=40))
+    expected = dict(finish_each(plain, prompts, DecodeOptions(max_new_tokens=40)))
+    got = dict(finish_each(static, prompts, DecodeOptions(max_new_tokens=40)))
     assert [got[n].tokens for n in range(3)] == [expected[n].tokens for n in range(3)]
     assert {width for _, width in keys} == {256, 312}
 

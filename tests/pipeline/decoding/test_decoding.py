@@ -5,12 +5,12 @@ import torch
 from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 from small_models import sentencepiece_tokenizer
 
-from pipeline.decoding import Sampling, generate, generate_batch, stream
-from pipeline.decoding.cache import KVCache, RaggedCache
+from pipeline.decoding import DecodeOptions, Sampling, generate, generate_batch, stream
+from pipeline.decoding.cache import KVCache
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.generate import finish_each, open_engine
+from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.step import StepShape, prefill_mask
-from pipeline.decoding.stops import StopStrings
+from pipeline.decoding.text import StopStrings
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -28,12 +28,12 @@ def test_a_prompt_is_taken_when_a_row_is_free_for_it(model):
             taken.append(len(taken))
             yield prompt
 
-    engine, _ = open_engine(model, [prompts[1]] * 3, batch_size=3, max_new_tokens=9)
+    engine, _ = open_engine(model, [prompts[1]] * 3, DecodeOptions(batch_size=3, max_new_tokens=9))
     found = {}
-    for number, run in finish_each(engine, one_by_one(), max_new_tokens=9, eos_id=2):
+    for number, run in finish_each(engine, one_by_one(), DecodeOptions(max_new_tokens=9, eos_id=2)):
         found[number] = run.tokens
         assert len(taken) < len(found) + 3
-    alone = generate_batch(model, prompts, max_new_tokens=9, eos_id=2)
+    alone = generate_batch(model, prompts, DecodeOptions(max_new_tokens=9, eos_id=2))
     assert [found[number] for number in range(len(prompts))] == [run.tokens for run in alone]
 
 
@@ -43,12 +43,21 @@ def test_greedy_tidar_equals_greedy_ar(block_size):
     for tied in (True, False):
         model = make_model(block_size, vocabulary=40, tie_embeddings=tied)
         prompts = random_prompts(block_size, (1, 2, 3, 5, 9, 14, 17, 30), 40)
-        expected = generate_batch(model, prompts, batch_size=6, method="ar", max_new_tokens=24)
+        expected = generate_batch(
+            model, prompts, DecodeOptions(batch_size=6, method="ar", max_new_tokens=24)
+        )
         for blocks, batch_size in ((None, 1), ([], 1), ([block_size], 1), ([1], 4), (None, 4)):
             got = generate_batch(
-                model, prompts, block_size=block_size, blocks=blocks, max_new_tokens=24,
-                prefill_chunk=7, batch_size=batch_size,
-            )  # fmt: skip
+                model,
+                prompts,
+                DecodeOptions(
+                    block_size=block_size,
+                    blocks=blocks,
+                    max_new_tokens=24,
+                    prefill_chunk=7,
+                    batch_size=batch_size,
+                ),
+            )
             assert [run.tokens for run in got] == [run.tokens for run in expected]
             for run in got:
                 assert sum(run.accepted) >= 23
@@ -80,8 +89,8 @@ def test_slots_are_decoded_by_the_rule_of_the_model(batch_size):
         model = make_model(2, vocabulary=40, causal_slots=causal_slots, tie_embeddings=False)
         prompts = random_prompts(5, (1, 5, 9, 14, 3, 20), VOCABULARY)
         options = {"max_new_tokens": 40, "batch_size": batch_size}
-        expected = generate_batch(model, prompts, method="ar", **options)
-        got = generate_batch(model, prompts, **options)
+        expected = generate_batch(model, prompts, DecodeOptions(method="ar", **options))
+        got = generate_batch(model, prompts, DecodeOptions(**options))
         for run, own, prompt in zip(got, expected, prompts, strict=True):
             assert run.tokens == own.tokens
             steps = accepted_by_full_forwards(model, prompt.tolist(), own.tokens)
@@ -95,11 +104,11 @@ def test_greedy_equality_holds_under_a_repetition_penalty():
     model = make_model(2, vocabulary=40)
     prompts = random_prompts(0, (3, 8, 11, 20), 40)
     options = {"sampling": Sampling(repetition_penalty=1.5), "max_new_tokens": 30}
-    expected = generate_batch(model, prompts, method="ar", **options)
-    plain = generate_batch(model, prompts, method="ar", max_new_tokens=30)
+    expected = generate_batch(model, prompts, DecodeOptions(method="ar", **options))
+    plain = generate_batch(model, prompts, DecodeOptions(method="ar", max_new_tokens=30))
     assert [run.tokens for run in expected] != [run.tokens for run in plain]
     for batch_size in (1, 3):
-        got = generate_batch(model, prompts, batch_size=batch_size, **options)
+        got = generate_batch(model, prompts, DecodeOptions(batch_size=batch_size, **options))
         assert [run.tokens for run in got] == [run.tokens for run in expected]
 
 
@@ -126,12 +135,16 @@ def test_rows_of_a_batch_do_not_influence_each_other(temperature):
     prompts = random_prompts(3, (4, 19, 1, 11, 7, 26, 2), 40)
     sampling = Sampling(temperature=temperature, top_k=20, repetition_penalty=1.1)
     alone = [
-        generate_batch(model, [prompt], sampling=sampling, seeds=[n], max_new_tokens=5 * n + 1)[0]
+        generate_batch(
+            model, [prompt], DecodeOptions(sampling=sampling, max_new_tokens=5 * n + 1), seeds=[n]
+        )[0]
         for n, prompt in enumerate(prompts)
     ]
     eos = alone[6].tokens[3]
     together = generate_batch(
-        model, prompts, batch_size=3, sampling=sampling, max_new_tokens=31, eos_id=eos
+        model,
+        prompts,
+        DecodeOptions(batch_size=3, sampling=sampling, max_new_tokens=31, eos_id=eos),
     )
     for run, own in zip(together, alone, strict=True):
         shared = min(len(run.tokens), len(own.tokens))
@@ -169,10 +182,8 @@ def test_the_cache_holds_what_plain_decoding_would(shape, batch_size, temperatur
                 text += new
             for row, text in enumerate(texts):
                 kept = len(text) - 1  # the last token is not cached yet
-                assert engine.lengths[row] == kept
-                cache = engine.cache
-                own = cache.row(row, kept) if isinstance(cache, RaggedCache) else cache
-                assert own.length == kept
+                own = engine.cache.row(row)
+                assert own.lengths == [kept]
                 fresh = fresh_cache(model, text[:-1])
                 for layer in range(model.config.num_layers):
                     for got, expected in zip(own.kept(layer), fresh.kept(layer), strict=True):
@@ -195,9 +206,11 @@ def test_a_prompt_in_pieces_gives_the_same_text(model, method, chunk):
     assert pieces.prefill_forwards == -(-17 // chunk)
     assert pieces.forwards == whole.forwards + pieces.prefill_forwards - 1
     assert pieces.forward_of_token[0] == pieces.prefill_forwards - 1
-    steps = list(stream(model, prompt, method=method, max_new_tokens=12, prefill_chunk=chunk))
+    steps = list(
+        stream(model, prompt, DecodeOptions(method=method, max_new_tokens=12, prefill_chunk=chunk))
+    )
     assert len(steps) == pieces.forwards
-    assert [token for tokens, _ in steps for token in tokens] == whole.tokens
+    assert [token for tokens in steps for token in tokens] == whole.tokens
 
 
 def test_trust_below_one_follows_the_mixture(model):
@@ -280,14 +293,16 @@ def test_bad_arguments_name_themselves(model, arguments, message):
 
 def test_bad_batches_name_themselves(model):
     with pytest.raises(UserError, match="batch_size: must be at least 1"):
-        generate_batch(model, [[1]], batch_size=0)
+        generate_batch(model, [[1]], DecodeOptions(batch_size=0))
     with pytest.raises(UserError, match="blocks: a batch needs block 1"):
-        generate_batch(make_model(), [[1], [2]], batch_size=2, blocks=[2])
+        generate_batch(make_model(), [[1], [2]], DecodeOptions(batch_size=2, blocks=[2]))
     with pytest.raises(UserError, match="method=block_diffusion decodes one prompt at a time"):
-        generate_batch(make_model(), [[1], [2]], batch_size=2, method="block_diffusion")
+        generate_batch(
+            make_model(), [[1], [2]], DecodeOptions(batch_size=2, method="block_diffusion")
+        )
     with pytest.raises(UserError, match="stop: holds an empty string"):
         StopStrings(sentencepiece_tokenizer(), ("",))
-    assert generate_batch(model, []) == []
+    assert generate_batch(model, [], DecodeOptions()) == []
 
 
 def test_a_model_without_mask_token_cannot_draft():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from decoding_models import MASK, make_model, random_prompts
 
-from pipeline.decoding import Sampling, generate, generate_batch
+from pipeline.decoding import DecodeOptions, Sampling, generate, generate_batch
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.model.draft_head import unit
@@ -118,15 +118,23 @@ def test_greedy_text_is_that_of_plain_decoding(block_size, penalty):
     model = make_model(block_size, vocabulary=40, draft_rank=6, tie_embeddings=False)
     prompts = random_prompts(block_size, (1, 2, 9, 17, 30), 40)
     options = {"sampling": Sampling(repetition_penalty=penalty), "max_new_tokens": 24}
-    expected = generate_batch(model, prompts, batch_size=5, method="ar", **options)
+    expected = generate_batch(model, prompts, DecodeOptions(batch_size=5, method="ar", **options))
     for method, blocks, batch_size in (
         ("tidar", None, 1), ("tidar", [], 3), ("tidar", [block_size], 2), ("recurrent", None, 1),
         ("recurrent", None, 4),
     ):  # fmt: skip
         got = generate_batch(
-            model, prompts, method=method, block_size=block_size, blocks=blocks, prefill_chunk=7,
-            batch_size=batch_size, **options,
-        )  # fmt: skip
+            model,
+            prompts,
+            DecodeOptions(
+                method=method,
+                block_size=block_size,
+                blocks=blocks,
+                prefill_chunk=7,
+                batch_size=batch_size,
+                **options,
+            ),
+        )
         assert [run.tokens for run in got] == [run.tokens for run in expected]
 
 
@@ -135,14 +143,22 @@ def test_greedy_text_of_linear_drafts_is_that_of_plain_decoding(block_size):
     model = make_model(block_size, vocabulary=40, draft_rank=6, linear_drafts=True)
     prompts = random_prompts(block_size, (1, 2, 9, 17), 40)
     options = {"sampling": Sampling(repetition_penalty=1.5), "max_new_tokens": 24}
-    expected = generate_batch(model, prompts, batch_size=4, method="ar", **options)
+    expected = generate_batch(model, prompts, DecodeOptions(batch_size=4, method="ar", **options))
     for method, blocks, batch_size in (
         ("tidar", None, 1), ("tidar", None, 3), ("tidar", [], 3), ("recurrent", None, 2)
     ):  # fmt: skip
         got = generate_batch(
-            model, prompts, method=method, block_size=block_size, blocks=blocks, prefill_chunk=7,
-            batch_size=batch_size, **options,
-        )  # fmt: skip
+            model,
+            prompts,
+            DecodeOptions(
+                method=method,
+                block_size=block_size,
+                blocks=blocks,
+                prefill_chunk=7,
+                batch_size=batch_size,
+                **options,
+            ),
+        )
         assert [run.tokens for run in got] == [run.tokens for run in expected]
         slots = 2 * block_size - 1 if (method, blocks) == ("tidar", None) else 0
         assert {queries for run in got for queries, _ in run.steps} == {block_size + slots}
@@ -173,7 +189,9 @@ def test_tables_of_tokens_change_nothing(monkeypatch):
     texts = []
     for elements in (0, 2**24):
         monkeypatch.setattr("pipeline.decoding.drafting.TABLE_ELEMENTS", elements)
-        texts.append(generate_batch(model, [[1, 2]], sampling=sampling, max_new_tokens=40)[0])
+        texts.append(
+            generate_batch(model, [[1, 2]], DecodeOptions(sampling=sampling, max_new_tokens=40))[0]
+        )
     assert texts[0].tokens == texts[1].tokens
     assert texts[0].accepted == texts[1].accepted
 

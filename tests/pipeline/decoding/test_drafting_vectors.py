@@ -8,9 +8,8 @@ import pytest
 import torch
 from export_reader import Decoder, Export, Settings
 
-from pipeline.decoding import Sampling, generate
+from pipeline.decoding import DecodeOptions, Sampling, generate
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.methods import step_shape
 from pipeline.model.loading import open_source, read_model
 
 DATA = Path(__file__).parents[2] / "data"
@@ -54,10 +53,10 @@ def models():
 def test_this_decoder(models, name, number):
     model, run = models[name], VECTORS[name][number]
     sampling = Sampling(seed=run["seed"], **run["sampling"])
-    shape = step_shape(model, "tidar", sampling, run["block_size"], run["blocks"])
+    options = DecodeOptions(sampling=sampling, block_size=run["block_size"], blocks=run["blocks"])
     tokens = [run["first"], *(token for step in run["steps"] for token in step["made"])]
     room = len(run["prompt"]) + len(tokens)
-    engine = StepEngine(model, sampling, shape, capacity=room)
+    engine = StepEngine(model, sampling, options.step_shape(model), capacity=room)
     assert engine.admit(0, torch.tensor(run["prompt"]), run["seed"])[0] == [run["first"]]
     for step in run["steps"]:
         assert engine.state.drafts[0].tolist() == step["draft"]

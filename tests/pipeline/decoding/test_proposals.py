@@ -5,7 +5,7 @@ import torch
 from decoding_models import VOCABULARY, make_model, random_prompts
 from test_sampling_exact import expected_pairs, p_value
 
-from pipeline.decoding import Sampling, generate, generate_batch
+from pipeline.decoding import DecodeOptions, Sampling, generate, generate_batch
 from pipeline.decoding.proposals import DraftModel, PromptLookup
 from tidar_common.errors import UserError
 
@@ -26,12 +26,22 @@ def test_greedy_output_is_that_of_ar(method, penalty):
     model, small = make_model(1, vocabulary=40), make_model(2, vocabulary=40, num_layers=1)
     prompts = random_prompts(1, (1, 4, 12, 25), 40)
     sampling = Sampling(repetition_penalty=penalty)
-    expected = generate_batch(model, prompts, method="ar", max_new_tokens=30, sampling=sampling)
+    expected = generate_batch(
+        model, prompts, DecodeOptions(method="ar", max_new_tokens=30, sampling=sampling)
+    )
     for block_size in (2, 5):
         got = generate_batch(
-            model, prompts, method=method, block_size=block_size, max_new_tokens=30,
-            sampling=sampling, draft_model=small, prefill_chunk=6,
-        )  # fmt: skip
+            model,
+            prompts,
+            DecodeOptions(
+                method=method,
+                block_size=block_size,
+                max_new_tokens=30,
+                sampling=sampling,
+                draft_model=small,
+                prefill_chunk=6,
+            ),
+        )
         assert [run.tokens for run in got] == [run.tokens for run in expected]
 
 
@@ -80,9 +90,12 @@ def test_sampled_output_has_the_distribution_of_ar(method):
     sampling = Sampling(temperature=1.0, top_k=9)
     pairs = torch.zeros(VOCABULARY, VOCABULARY)
     runs = generate_batch(
-        model, [[1, 7, 2]] * 700, method=method, block_size=3, max_new_tokens=3,
-        sampling=sampling, draft_model=small,
-    )  # fmt: skip
+        model,
+        [[1, 7, 2]] * 700,
+        DecodeOptions(
+            method=method, block_size=3, max_new_tokens=3, sampling=sampling, draft_model=small
+        ),
+    )
     for run in runs:
         pairs[run.tokens[1], run.tokens[2]] += 1
     assert p_value(pairs, expected_pairs(model, sampling)) > 1e-3
@@ -98,4 +111,4 @@ def test_what_cannot_be_used_is_named():
         with pytest.raises(UserError, match=message):
             generate(model, [1], **options)
     with pytest.raises(UserError, match="decodes one prompt at a time"):
-        generate_batch(model, [[1], [2]], batch_size=2, method="prompt_lookup")
+        generate_batch(model, [[1], [2]], DecodeOptions(batch_size=2, method="prompt_lookup"))

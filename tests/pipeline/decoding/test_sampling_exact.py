@@ -76,7 +76,7 @@ def sampled_texts(model, sampling: Sampling, shape: StepShape, same_stream=False
     prompt, size = torch.tensor(PROMPT), engine.shape.prefill_slots
     engine.admit(0, prompt, 0)
     for layer in range(model.config.num_layers):
-        for tensors in (engine.cache._all._keys, engine.cache._all._values):
+        for tensors in (engine.cache._keys, engine.cache._values):
             tensors[layer][1:] = tensors[layer][:1]
     if engine.state.seen is not None:
         engine.state.seen[:] = engine.state.seen[:1]

@@ -9,10 +9,10 @@ import torch
 from decoding_models import VOCABULARY, make_model, random_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.decoding import Sampling, generate_batch
-from pipeline.decoding.cache import RaggedCache
-from pipeline.decoding.engine import WIDTH_STEP, StepEngine
-from pipeline.decoding.generate import finish_each
+from pipeline.decoding import DecodeOptions, Sampling, generate_batch
+from pipeline.decoding.engine import StepEngine
+from pipeline.decoding.generation import finish_each
+from pipeline.decoding.graphs import WIDTH_STEP
 from pipeline.decoding.step import StepShape
 
 ASKING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
@@ -61,9 +61,11 @@ def test_steps_of_fixed_width_give_the_same_tokens(sampling, changes):
     model, keys = make_model(**changes), []
     prompts = random_prompts(0, (3, 245, 9, 30), VOCABULARY)
     engine = static_engine(model, sampling, 2, keys)
-    runs = dict(finish_each(engine, prompts, max_new_tokens=30))
+    runs = dict(finish_each(engine, prompts, DecodeOptions(max_new_tokens=30)))
     blocks = None if sampling.trust < 1 or "linear_drafts" in changes else [1, 2, 4]
-    expected = generate_batch(model, prompts, sampling=sampling, blocks=blocks, max_new_tokens=30)
+    expected = generate_batch(
+        model, prompts, DecodeOptions(sampling=sampling, blocks=blocks, max_new_tokens=30)
+    )
     assert [runs[n].tokens for n in range(4)] == [run.tokens for run in expected]
     widths = {width for _, width in keys}
     assert WIDTH_STEP in widths
@@ -81,10 +83,10 @@ def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling, changes,
     for row, prompt in enumerate(random_prompts(0, (5, 11), VOCABULARY)):
         engine.admit(row, prompt, row)
     engine.step()  # builds its tables
-    assert isinstance(engine.cache, RaggedCache)
     state = {name: x for name, x in vars(engine.state).items() if isinstance(x, torch.Tensor)}
     places = {name: x.data_ptr() for name, x in state.items()}
-    lengths = engine.cache.lengths
+    lengths = engine.cache.device_lengths
+    assert lengths is not None
     with torch.inference_mode(), Recorded() as recorded:
         engine._advance(engine.shape, engine._table(engine.shape))
     assert "index_put_" in recorded.names  # the recorder sees what runs
@@ -92,7 +94,7 @@ def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling, changes,
     assert "_local_scalar_dense" not in recorded.names
     for name, place in places.items():
         assert getattr(engine.state, name).data_ptr() == place, name
-    assert engine.cache.lengths is lengths
+    assert engine.cache.device_lengths is lengths
 
 
 def test_idle_rows_stay_as_they_are():
@@ -104,6 +106,5 @@ def test_idle_rows_stay_as_they_are():
         made = engine.step()
         assert made[0] == made[2] == []
         assert made[1]
-    assert engine.lengths[0] == engine.lengths[2] == 0
-    assert engine.cache.lengths[[0, 2]].tolist() == [0, 0]
-    assert int(engine.cache.lengths[1]) == engine.lengths[1] > 6
+    assert engine.cache.lengths[0] == engine.cache.lengths[2] == 0 < 6 < engine.cache.lengths[1]
+    assert engine.cache.device_lengths.tolist() == engine.cache.lengths

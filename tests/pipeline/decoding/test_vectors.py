@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import load_model
-from pipeline.decoding import generate, generate_batch
+from pipeline.decoding import DecodeOptions, generate, generate_batch
 from pipeline.decoding.verify import verify
 
 FOLDER = Path(__file__).parents[2] / "data" / "decoding"
@@ -43,7 +43,7 @@ def test_a_trained_model_drafts_and_a_batch_changes_nothing(exported):
     model, _ = exported
     cases = VECTORS["greedy"]
     prompts = [case["prompt_ids"] for case in cases]
-    runs = generate_batch(model, prompts, batch_size=3, max_new_tokens=40)
+    runs = generate_batch(model, prompts, DecodeOptions(batch_size=3, max_new_tokens=40))
     assert [run.tokens for run in runs] == [case["tokens"] for case in cases]
     assert [run.accepted for run in runs] == [case["steps"][0]["accepted"] for case in cases]
     assert max(run.tokens_per_forward for run in runs) > 3

@@ -17,11 +17,11 @@ from evals_data import (
 from small_models import huggingface_tokenizer, write_checkpoint
 
 from pipeline.decoding import generate
-from pipeline.decoding.generate import run_engine
+from pipeline.decoding.generation import finish_each
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.evals import decoding_runs
 from pipeline.evals.decode_speed import evaluate_decode_speed
-from pipeline.evals.divergence import divergence_gap
+from pipeline.evals.decoding_runs import divergence_gap
 from pipeline.evals.markdown import comparison_table
 from pipeline.objective.acceptance import score_drafts
 from tidar_common.errors import UserError
@@ -175,12 +175,11 @@ def test_block_size_may_differ_from_the_trained_one(data, model):
 def test_methods_take_turns_and_warm_up_is_not_counted(data, model, monkeypatch):
     calls = []
 
-    def spy(engine, prompts, **options):
-        method = "ar" if engine.shape.drafts == 1 else "tidar"
-        calls.append((method, engine.sampling.temperature, options["max_new_tokens"]))
-        return run_engine(engine, prompts, **options)
+    def spy(engine, prompts, options, **seeds):
+        calls.append((options.method, options.sampling.temperature, options.max_new_tokens))
+        return finish_each(engine, prompts, options, **seeds)
 
-    monkeypatch.setattr(decoding_runs, "run_engine", spy)
+    monkeypatch.setattr(decoding_runs, "finish_each", spy)
     rows_of(model, data, replace(CONFIG, prompts=2, temperatures=[0.0, 1.0], repeats=2))
     warm_up = [("ar", 0.0, 8), ("tidar", 0.0, 8), ("ar", 1.0, 8), ("tidar", 1.0, 8)]
     first = [("ar", 0.0, 13), ("tidar", 0.0, 13), ("ar", 1.0, 13), ("tidar", 1.0, 13)]
@@ -191,12 +190,12 @@ def test_methods_take_turns_and_warm_up_is_not_counted(data, model, monkeypatch)
 def test_speeds_are_medians_over_repeats_with_their_range(data, model, monkeypatch):
     seconds = iter([1.0] * 2 + [2.0, 4.0, 3.0, 9.0, 5.0, 6.0])  # warm-up, then ar, tidar in turn
 
-    def timed(engine, prompts, **options):
-        (run,) = run_engine(engine, prompts, **options)
+    def timed(*arguments, **seeds):
+        ((number, run),) = finish_each(*arguments, **seeds)
         run.seconds, run.prefill_seconds = next(seconds), 0.5
-        return [run]
+        return [(number, run)]
 
-    monkeypatch.setattr(decoding_runs, "run_engine", timed)
+    monkeypatch.setattr(decoding_runs, "finish_each", timed)
     rows = rows_of(model, data, replace(CONFIG, prompts=1, temperatures=[0.0], repeats=3))
     ar, tidar = rows["ar", 0.0], rows["tidar", 0.0]
     assert ar["tokens_per_second"] == 13 / 3
@@ -336,8 +335,8 @@ def test_a_continuation_beyond_the_models_positions_is_refused(data, model):
         ({"temperatures": [0.0, -1.0]}, "temperatures must be a list"),
         ({"temperatures": [1.0, 1.0]}, "must differ"),
         ({"repeats": 0}, "repeats must be at least 1"),
-        ({"methods": ["tidar"]}, "methods must be different ones of ar, tidar, tidar_chosen"),
-        ({"methods": ["ar", "beam"]}, "methods must be different ones"),
+        ({"methods": ["tidar"]}, "methods must have ar among them"),
+        ({"methods": ["ar", "beam"]}, "methods must be different ones of ar, tidar, tidar_chosen"),
         ({"prompts_file": "/nowhere"}, "prompts_file: /nowhere is not a file"),
         ({"confidence": 0.0}, "confidence must be above 0"),
         ({"methods": ["ar", "speculative"]}, "draft_checkpoint and the method speculative need"),

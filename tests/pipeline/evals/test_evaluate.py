@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 
 from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import sequence_digest
-from pipeline.evals.checkpoint import Origin
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.run import (
     SCHEMAS,
     EvaluateSettings,
+    Origin,
     describe,
     open_heldout,
     run_evals,

@@ -7,7 +7,8 @@ import pytest
 from evals_data import CONFIG, make_model, model_config
 
 from pipeline.decoding import generate
-from pipeline.evals.example import token_texts, write_example
+from pipeline.decoding.text import token_texts
+from pipeline.evals.decode_speed import write_example
 
 
 @pytest.fixture(scope="module")

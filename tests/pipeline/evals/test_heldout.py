@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
-from pipeline.evals import pairs
+from pipeline.evals import heldout
 from pipeline.evals.heldout import HeldOut, Unigram, documents
 from pipeline.objective.controls import PairCounts
 from tidar_common.errors import UserError
@@ -103,7 +103,7 @@ def test_pairs_are_those_of_the_training_split_within_documents(data):
         for piece in pieces(ids):
             for one, other in pairwise(piece):
                 expected[one, other] += 1
-    assert np.array_equal(dense(pairs.pair_counts(data.folder, data.manifest)), expected)
+    assert np.array_equal(dense(heldout.pair_counts(data.folder, data.manifest)), expected)
 
 
 def dense(counts: PairCounts) -> np.ndarray:
@@ -119,17 +119,17 @@ def dense(counts: PairCounts) -> np.ndarray:
 @pytest.mark.parametrize(("tokens", "groups"), [(4 * SEQUENCE_LENGTH * 3, 3), (60, 1)])
 def test_of_a_large_split_a_part_is_counted_evenly(data, monkeypatch, tokens, groups):
     """Groups of four sequences; below one group, the beginning of one."""
-    read, real = [], pairs.ShardReader.read_group
+    read, real = [], heldout.ShardReader.read_group
 
     def spy(reader, number):
         group = real(reader, number)
         read.append((reader.path.name, number, group))
         return group
 
-    monkeypatch.setattr(pairs.ShardReader, "read_group", spy)
-    monkeypatch.setattr(pairs, "PAIR_TOKENS", tokens)
-    monkeypatch.setattr(pairs, "_COUNTED", {})
-    counts = pairs.pair_counts(data.folder, data.manifest)
+    monkeypatch.setattr(heldout.ShardReader, "read_group", spy)
+    monkeypatch.setattr(heldout, "PAIR_TOKENS", tokens)
+    monkeypatch.setattr(heldout, "_COUNTED", {})
+    counts = heldout.pair_counts(data.folder, data.manifest)
     assert len(read) == len({place[:2] for place in read}) == groups
     rows = [packed for *_, group in read for packed in group]
     wanted = rows if groups > 1 else rows[:1]
@@ -139,7 +139,7 @@ def test_of_a_large_split_a_part_is_counted_evenly(data, monkeypatch, tokens, gr
         lengths = packed.document_lengths if last else packed.document_lengths[:-1]
         real_pairs += int(lengths.sum()) - len(lengths)
     assert int(counts.counts.sum()) == real_pairs <= tokens
-    again = pairs.pair_counts(data.folder, data.manifest)
+    again = heldout.pair_counts(data.folder, data.manifest)
     assert again is counts
     assert len(read) == groups
 
@@ -147,18 +147,18 @@ def test_of_a_large_split_a_part_is_counted_evenly(data, monkeypatch, tokens, gr
 def test_shards_that_cannot_be_read_are_left_out(data, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     shutil.copytree(data.folder, folder)
-    whole = int(pairs.pair_counts(data.folder, data.manifest).counts.sum())
+    whole = int(heldout.pair_counts(data.folder, data.manifest).counts.sum())
     shards = data.manifest.train.shards
     assert len(shards) > 1
-    monkeypatch.setattr(pairs, "_COUNTED", {})
+    monkeypatch.setattr(heldout, "_COUNTED", {})
     (folder / shards[0].name).write_bytes(b"")
-    left = pairs.pair_counts(folder, data.manifest)
+    left = heldout.pair_counts(folder, data.manifest)
     assert 0 < int(left.counts.sum()) < whole
     assert "its token pairs are not counted" in capsys.readouterr().err
-    monkeypatch.setattr(pairs, "_COUNTED", {})
+    monkeypatch.setattr(heldout, "_COUNTED", {})
     for shard in shards[1:]:
         (folder / shard.name).unlink()
-    assert pairs.pair_counts(folder, data.manifest) is None
+    assert heldout.pair_counts(folder, data.manifest) is None
     assert HeldOut(folder, data.manifest).controls(OneRank()).names == ("unigram",)
 
 

@@ -10,9 +10,8 @@ from data_prep.formats.manifest import Manifest
 from pipeline.data.mix import MixedSet
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.likelihood import evaluate_likelihood
+from pipeline.evals.likelihood import evaluate_likelihood, read_texts
 from pipeline.evals.settings import LikelihoodConfig
-from pipeline.evals.texts import read_texts
 from pipeline.objective.acceptance import score_drafts
 from tidar_common.errors import UserError
 

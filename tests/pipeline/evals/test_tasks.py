@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from evals_data import HAS_LM_EVAL, OneRank, local_tasks, make_model, model_config
 
 from pipeline.decoding import generate
-from pipeline.evals.decoders import Cost, Decoder
+from pipeline.evals.decoders import Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.evals.tasks import evaluate_tasks, task_rows
+from pipeline.evals.totals import Cost
 from tidar_common.errors import UserError
 
 CONFIG = TasksConfig(tasks=["local_choice"], batch_size=3, max_new_tokens=12)
@@ -55,6 +57,7 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_rows_for_the_table():
+    cost = partial(Cost, answers=1, tokens=6)
     results = {
         "results": {
             "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A"},
@@ -63,11 +66,13 @@ def test_rows_for_the_table():
         "decoders": {
             "ar": {
                 "results": {"b": {"exact_match,strict": 0.25}},
-                "generation": {"b": Cost(1, 6, 6, 2.0, 3, 2).rates()},
+                "generation": {
+                    "b": cost(forwards=6, seconds=2.0, fourgrams=3, distinct_fourgrams=2).rates()
+                },
             },
             "tidar_diffusion": {
                 "results": {"b": {"exact_match,strict": 0.5}},
-                "generation": {"b": Cost(1, 6, 3, 1.5).rates()},
+                "generation": {"b": cost(forwards=3, seconds=1.5).rates()},
             },
         },
     }

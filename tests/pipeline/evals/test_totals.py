@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.decoding import Generation
-from pipeline.evals.totals import MethodTotals
+from pipeline.evals.totals import Cost
 
 
 def generation(tokens: list[int], accepted: list[int], seconds: float = 1.0) -> Generation:
@@ -20,50 +20,50 @@ def test_acceptance_by_position():
     Position 1 was looked at in all five and accepted in four, position 2 looked at in four and
     accepted in three, position 3 looked at in three and accepted in two.
     """
-    totals = MethodTotals.of(generation(list(range(15)), [1, 2, 4, 4, 3]), matches=True)
+    totals = Cost.of(generation(list(range(15)), [1, 2, 4, 4, 3]), matches=True)
     assert totals.acceptance(4) == [4 / 5, 3 / 4, 2 / 3]
     assert totals.tokens_per_forward == 15 / 6
 
 
 def test_positions_that_no_step_reached_have_no_rate():
-    totals = MethodTotals.of(generation([1, 2, 3], [1, 1]), matches=True)
+    totals = Cost.of(generation([1, 2, 3], [1, 1]), matches=True)
     assert totals.acceptance(4) == [0.0, None, None]
-    assert MethodTotals.of(generation([1, 2, 3], []), matches=True).acceptance(2) == [None]
+    assert Cost.of(generation([1, 2, 3], []), matches=True).acceptance(2) == [None]
     assert totals.acceptance(1) == []
 
 
 def test_steps_without_a_draft_count_for_no_position():
     run = generation([1, 2, 3, 4, 5], [2, 1, 1])
     run.drafts = [3, 0, 1]
-    assert MethodTotals.of(run, matches=True).acceptance(4) == [1 / 2, 0.0, None]
+    assert Cost.of(run, matches=True).acceptance(4) == [1 / 2, 0.0, None]
 
 
 def test_time_is_counted_by_query_tokens():
     run = generation([1, 2, 3], [1, 1, 1])
     run.steps = [(20, 1.0), (5, 0.25), (20, 2.0)]
-    totals = MethodTotals.of(run, matches=True)
+    totals = Cost.of(run, matches=True)
     assert (totals + totals).seconds_by_queries() == {"5": 0.25, "20": 1.5}
-    assert MethodTotals().seconds_by_queries() is None
+    assert Cost().seconds_by_queries() is None
 
 
 def test_distinct_fourgrams():
-    loop = MethodTotals.of(generation([7, 8] * 6, []), matches=True)
+    loop = Cost.of(generation([7, 8] * 6, []), matches=True)
     assert (loop.fourgrams, loop.distinct_fourgrams) == (9, 2)
     assert loop.distinct_4grams == pytest.approx(2 / 9)
-    assert MethodTotals.of(generation(list(range(9)), []), matches=True).distinct_4grams == 1.0
-    assert MethodTotals.of(generation([1, 2, 3], []), matches=True).distinct_4grams is None
+    assert Cost.of(generation(list(range(9)), []), matches=True).distinct_4grams == 1.0
+    assert Cost.of(generation([1, 2, 3], []), matches=True).distinct_4grams is None
 
 
 def test_the_same_text_after_two_prompts_is_not_repetition():
-    totals = MethodTotals.of(generation([1, 2, 3, 4, 5], []), matches=True)
+    totals = Cost.of(generation([1, 2, 3, 4, 5], []), matches=True)
     assert (totals + totals).distinct_4grams == 1.0
 
 
 def test_sums_weigh_by_tokens_forwards_and_seconds():
-    short = MethodTotals.of(generation([1] * 4, [3], seconds=1.0), matches=True)
-    long = MethodTotals.of(generation([1] * 20, [1] * 7, seconds=3.0), matches=False)
-    total = MethodTotals() + short + long
-    assert (total.prompts, total.tokens, total.forwards, total.matches) == (2, 24, 10, 1)
+    short = Cost.of(generation([1] * 4, [3], seconds=1.0), matches=True)
+    long = Cost.of(generation([1] * 20, [1] * 7, seconds=3.0), matches=False)
+    total = Cost() + short + long
+    assert (total.answers, total.tokens, total.forwards, total.matches) == (2, 24, 10, 1)
     assert total.tokens_per_forward == 2.4
     assert total.tokens_per_second == 6.0
     assert total.acceptance(4) == [1 / 8, 1.0, 0.0]

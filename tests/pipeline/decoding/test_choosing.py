@@ -1,19 +1,15 @@
 """The step chosen while decoding: what it follows, and that the text does not."""
 
-import sys
-
 import pytest
 import torch
 from decoding_models import VOCABULARY, make_model, random_prompts
 from test_sampling_exact import expected_pairs, p_value, pair_counts
 
-from pipeline.decoding import Sampling, automatic, generate, generate_batch
-from pipeline.decoding.automatic import PRIOR, AutomaticEngine
-from pipeline.decoding.generate import finish_each, open_engine
+from pipeline.decoding import DecodeOptions, Sampling, choice, generate, generate_batch, generation
+from pipeline.decoding.choice import PRIOR, ChoosingEngine
+from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.decoding.step import StepShape
-
-GENERATE = sys.modules["pipeline.decoding.generate"]
 
 
 def curve(per_query: float) -> LatencyCurve:
@@ -28,10 +24,10 @@ def flat_model():
     return model
 
 
-def engine_of(model, per_query: float, choices: list, **options) -> AutomaticEngine:
-    return AutomaticEngine(
+def engine_of(model, per_query: float, choices: list, **options) -> ChoosingEngine:
+    return ChoosingEngine(
         model, options.pop("sampling", Sampling()), 4, curve(per_query), capacity=200,
-        chosen=choices.append, **options,
+        on_choice=choices.append, **options,
     )  # fmt: skip
 
 
@@ -47,7 +43,7 @@ def test_the_choice_follows_acceptance_and_curve(per_query, shape):
     choices: list = []
     engine = engine_of(flat_model(), per_query, choices)
     assert engine.shape.block_size == 4  # on trial in any case
-    ((_, run),) = finish_each(engine, [torch.tensor([1, 2])], max_new_tokens=150)
+    ((_, run),) = finish_each(engine, [torch.tensor([1, 2])], DecodeOptions(max_new_tokens=150))
     assert run.tokens == [0] * 150
     assert [choice.shape for choice in choices] == [shape]
     assert engine.shape == shape
@@ -59,13 +55,13 @@ def test_acceptance_counts_only_what_was_verified():
     choices: list = []
     engine = engine_of(make_model(tie_embeddings=False), 0.01, choices)
     assert engine.acceptance().block == pytest.approx([PRIOR] * 3)
-    ((_, run),) = finish_each(engine, [torch.tensor([1, 2])], max_new_tokens=60)
+    ((_, run),) = finish_each(engine, [torch.tensor([1, 2])], DecodeOptions(max_new_tokens=60))
     steps = [
         (final, drafts) for final, drafts in zip(run.accepted, run.drafts, strict=True) if drafts
     ]
     reached = sum(1 for _ in steps)
     accepted = sum(final > 1 for final, _ in steps)
-    assert reached >= automatic.TRIAL_STEPS
+    assert reached >= choice.TRIAL_STEPS
     first = engine.acceptance().block[0]
     assert first == pytest.approx((accepted + 2 * PRIOR) / (reached + 2))
     assert 0 in run.drafts  # the short steps in between say nothing about drafts
@@ -81,12 +77,14 @@ def test_acceptance_counts_only_what_was_verified():
 def test_greedy_text_does_not_depend_on_the_choice(
     monkeypatch, batch_size, per_query, penalty, changes
 ):
-    monkeypatch.setattr(GENERATE, "latency_curve", lambda model: curve(per_query))
+    monkeypatch.setattr(generation, "latency_curve", lambda model: curve(per_query))
     model = make_model(1, vocabulary=40, **changes)
     prompts = random_prompts(2, (3, 8, 1, 20, 5), 40)
     options = {"max_new_tokens": 50, "sampling": Sampling(repetition_penalty=penalty)}
-    expected = generate_batch(model, prompts, method="ar", **options)
-    got = generate_batch(model, prompts, blocks="auto", batch_size=batch_size, **options)
+    expected = generate_batch(model, prompts, DecodeOptions(method="ar", **options))
+    got = generate_batch(
+        model, prompts, DecodeOptions(blocks="auto", batch_size=batch_size, **options)
+    )
     assert [run.tokens for run in got] == [run.tokens for run in expected]
 
 
@@ -140,12 +138,14 @@ def finish_steps(engine, tokens: int):
 
 def test_drawn_text_keeps_its_distribution_across_the_change(monkeypatch):
     """The change comes after one step; pairs of the tokens around it."""
-    monkeypatch.setattr(automatic, "TRIAL_STEPS", 1)
+    monkeypatch.setattr(choice, "TRIAL_STEPS", 1)
     model, sampling, count = make_model(seed=3, scale=3.0), Sampling(temperature=1.0), 400
     texts = []
     for seed in range(count):
         engine = engine_of(model, 0.1, [], sampling=sampling)
-        ((_, run),) = finish_each(engine, [torch.tensor([1, 7, 2])], seeds=[seed], max_new_tokens=3)
+        ((_, run),) = finish_each(
+            engine, [torch.tensor([1, 7, 2])], DecodeOptions(max_new_tokens=3), seeds=[seed]
+        )
         texts.append(run.tokens)
     drawn = torch.tensor(texts)
     observed = pair_counts(drawn[:, 1], drawn[:, 2])
@@ -154,12 +154,13 @@ def test_drawn_text_keeps_its_distribution_across_the_change(monkeypatch):
 
 
 def test_a_block_of_one_has_nothing_to_choose(monkeypatch):
-    monkeypatch.setattr(GENERATE, "latency_curve", lambda model: curve(1.0))
+    monkeypatch.setattr(generation, "latency_curve", lambda model: curve(1.0))
     choices: list = []
     engine, prompts = open_engine(
-        make_model(), [[1, 2]], block_size=1, blocks="auto", max_new_tokens=30,
-        on_choice=choices.append,
-    )  # fmt: skip
-    ((_, run),) = finish_each(engine, prompts, max_new_tokens=30)
+        make_model(),
+        [[1, 2]],
+        DecodeOptions(block_size=1, blocks="auto", max_new_tokens=30, on_choice=choices.append),
+    )
+    ((_, run),) = finish_each(engine, prompts, DecodeOptions(max_new_tokens=30))
     assert choices == []
     assert run.tokens == generate(make_model(), [1, 2], method="ar", max_new_tokens=30).tokens

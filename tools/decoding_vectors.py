@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from small_models import TEXT, sentencepiece_tokenizer, small_config, write_checkpoint
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.decoding import generate
 from pipeline.decoding.sampling import draw
 from pipeline.decoding.verify import verify
@@ -64,10 +64,10 @@ def train(tokenizer: Tokenizer) -> Transformer:
     return model.eval()
 
 
-def sequence(text: list[int], rng: np.random.Generator) -> Sequence:
+def sequence(text: list[int], rng: np.random.Generator) -> PackedSequence:
     start = int(rng.integers(len(text) - LENGTH))
     layout = build_layout([LENGTH], BLOCK_SIZE, shift=True, rng=rng)
-    return Sequence(np.array(text[start : start + LENGTH]), np.array([LENGTH]), 0, layout)
+    return PackedSequence(np.array(text[start : start + LENGTH]), np.array([LENGTH]), layout)
 
 
 @torch.inference_mode()

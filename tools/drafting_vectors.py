@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from export_reader import Decoder, Export, Settings
 from small_models import TEXT, sentencepiece_tokenizer, small_config, write_checkpoint
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.data.windows import draw_windows
 from pipeline.decoding import Sampling
 from pipeline.decoding.engine import StepEngine
@@ -109,13 +109,13 @@ def logits_of(model: Transformer, batch: Batch) -> torch.Tensor:
     return model.draft_logits(model.drafts(hidden.flatten(0, 1), batch.blocks), batch.rows)
 
 
-def sequence(text: np.ndarray, config: ModelConfig, rng: np.random.Generator) -> Sequence:
+def sequence(text: np.ndarray, config: ModelConfig, rng: np.random.Generator) -> PackedSequence:
     start = int(rng.integers(len(text) - LENGTH))
     slots = block_slots(BLOCK_SIZE, config.linear_drafts)
     layout = build_layout([LENGTH], slots, shift=True, rng=rng)
     windows = draw_windows(layout, BLOCK_SIZE, rng) if config.linear_drafts else None
     tokens = text[start : start + LENGTH]
-    return Sequence(tokens, np.array([LENGTH]), 0, layout, windows=windows)
+    return PackedSequence(tokens, np.array([LENGTH]), layout, windows=windows)
 
 
 def export(name: str) -> Path:

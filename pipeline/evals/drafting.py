@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.source import Sequence
+from data_prep.formats.groups import PackedSequence
 from pipeline.distributed import World
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
@@ -85,7 +85,9 @@ def describe_staleness(
     return {str(first): _acceptance(own, temperature, True)[key] for first, own in scores.items()}
 
 
-def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
+def _checked(
+    sequences: Iterator[PackedSequence], rounds: int, check: Check
+) -> Iterator[PackedSequence]:
     """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
     for _ in range(rounds):
         check()

@@ -1,7 +1,6 @@
 """Held-out text as evals need it: whole documents to continue, packed sequences to score."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
-from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
+from pipeline.data.source import LayoutChoice, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
 from pipeline.evals.pairs import pair_counts
@@ -24,7 +24,7 @@ from tidar_common.errors import UserError
 class HeldOut:
     """The held-out split of a prepared data folder, and those of the sets of a `data.mix`."""
 
-    def __init__(self, data_dir: Path, manifest: Manifest, mix: ListOf[MixedSet] = ()) -> None:
+    def __init__(self, data_dir: Path, manifest: Manifest, mix: Sequence[MixedSet] = ()) -> None:
         """`mix` are the sets that the model was trained on together, if there were several.
 
         Raises:
@@ -59,7 +59,7 @@ class HeldOut:
         loss_span: str | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Iterator[Sequence]:
+    ) -> Iterator[PackedSequence]:
         """This rank's share of `count` different packed sequences, laid out with full coverage.
 
         The shares of all ranks together are the same sequences, with the same layouts, for any
@@ -156,7 +156,7 @@ class Unigram:
         return cls(smoothed / smoothed.sum(), entropy)
 
 
-def documents(sequence: Sequence) -> list[NDArray[np.integer]]:
+def documents(sequence: PackedSequence) -> list[NDArray[np.integer]]:
     """The tokens of each document of a packed sequence, end tokens included, padding left out."""
     ends = np.cumsum(sequence.real_lengths)
     return [

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.drafting import describe_drafts
 from pipeline.evals.heldout import HeldOut, documents
@@ -181,7 +181,7 @@ def _figures(total: LikelihoodSums, text_bytes: int, drafts: bool) -> dict[str, 
 def sum_up(
     model: Transformer,
     tokenizer: Tokenizer,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[PackedSequence],
     block_size: int,
     controls: Controls,
 ) -> LikelihoodSums:
@@ -212,6 +212,6 @@ def sum_up(
             first_loss=float(costs[first].sum()),
             diffusion_tokens=tokens,
             diffusion_loss=losses,
-            drafts=drafts_of(model, sequence, scored, block_size, over_model),
+            drafts=drafts_of(model, scored, block_size, over_model),
         )
     return total

@@ -1,8 +1,7 @@
 """Pairs of neighbouring tokens of a training split, counted once in a process."""
 
 import sys
-from collections.abc import Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def pair_counts(data_dir: Path, manifest: Manifest) -> PairCounts | None:
     return _COUNTED[key]
 
 
-def _pair_keys(group: ListOf[PackedSequence], manifest: Manifest) -> NDArray[np.int64]:
+def _pair_keys(group: Sequence[PackedSequence], manifest: Manifest) -> NDArray[np.int64]:
     """`u · vocab_size + v` of each pair (u, v) that stands in a document of `group`."""
     found = []
     for packed in group:
@@ -57,7 +56,7 @@ def _pair_keys(group: ListOf[PackedSequence], manifest: Manifest) -> NDArray[np.
     return np.concatenate(found)
 
 
-def _groups(data_dir: Path, manifest: Manifest) -> Iterator[ListOf[PackedSequence]]:
+def _groups(data_dir: Path, manifest: Manifest) -> Iterator[Sequence[PackedSequence]]:
     """The sequences that are counted, group by group."""
     shards = manifest.train.shards
     places = [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.data.source import Sequence
 from tidar_common.errors import UserError
 
 KEY = "evals.likelihood.texts_file"
@@ -15,7 +15,7 @@ KEY = "evals.likelihood.texts_file"
 
 def read_texts(
     path: Path, tokenizer: Tokenizer, longest: int, block_size: int
-) -> dict[str, list[Sequence]]:
+) -> dict[str, list[PackedSequence]]:
     """The texts of a file of JSON lines, `{"text": "...", "source": "..."}`, by source.
 
     Each text ends with the end token, as a document in training. One that is longer than `longest`
@@ -29,7 +29,7 @@ def read_texts(
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{KEY}: {path} is not a file of UTF-8 text ({error})") from error
-    found: dict[str, list[Sequence]] = {}
+    found: dict[str, list[PackedSequence]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -50,6 +50,6 @@ def read_texts(
     return found
 
 
-def _sequence(tokens: np.ndarray, block_size: int) -> Sequence:
+def _sequence(tokens: np.ndarray, block_size: int) -> PackedSequence:
     lengths = [len(tokens)]
-    return Sequence(tokens, np.array(lengths), 0, build_layout(lengths, block_size))
+    return PackedSequence(tokens, np.array(lengths), build_layout(lengths, block_size))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch
-from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
 from pipeline.objective.calibration import binned, empty_bins
 from pipeline.objective.controls import Controls
@@ -67,7 +67,7 @@ def _added(one: Any, other: Any) -> Any:
 @torch.inference_mode()
 def score_drafts(
     model: Transformer,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[PackedSequence],
     block_size: int,
     controls: Controls,
     first: int = 0,
@@ -85,19 +85,17 @@ def score_drafts(
     total = DraftScores.zero(block_size)
     for sequence in sequences:
         scored = score_sequence(model, sequence, block_size, first)
-        total = total + drafts_of(model, sequence, scored, block_size, controls)
+        total = total + drafts_of(model, scored, block_size, controls)
     return total
 
 
 @torch.inference_mode()
 def drafts_of(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
+    model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> DraftScores:
     """The sums of one sequence whose joint forward is `scored`; `controls` as `on` gives them."""
     batch = scored.batch
-    drafts, accepted, survived, calibration = _acceptance(
-        model, sequence, scored, block_size, controls
-    )
+    drafts, accepted, survived, calibration = _acceptance(model, scored, block_size, controls)
     labels = batch.labels[: batch.ar_labels]
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
@@ -113,7 +111,7 @@ def drafts_of(
 
 
 def _acceptance(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
+    model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
     """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
     own = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
-from pipeline.data.source import Sequence
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective import scoring
@@ -62,7 +62,7 @@ def table(controls: Controls) -> list[list[float]]:
     return rows
 
 
-def sequences(block_size: int) -> list[Sequence]:
+def sequences(block_size: int) -> list[PackedSequence]:
     """Several documents with padding, one whole document, documents of one token."""
     made = []
     for seed, (lengths, padding) in enumerate([([7, 2, 4], 3), ([16], 0), ([1, 1, 9], 5)]):
@@ -70,7 +70,7 @@ def sequences(block_size: int) -> list[Sequence]:
         tokens = rng.integers(0, UNIGRAM_IDS, size=16)
         documents = np.array([*lengths, padding] if padding else lengths)
         layout = build_layout(lengths, block_size, shift=True, rng=rng)
-        made.append(Sequence(tokens, documents, padding, layout))
+        made.append(PackedSequence(tokens, documents, layout, padding=padding))
     return made
 
 
@@ -90,7 +90,7 @@ def drafted(model: Transformer, prefix: list[int], count: int) -> torch.Tensor:
     return torch.softmax(logits, -1)
 
 
-def blocks_of(sequence: Sequence) -> list[tuple[list[int], int, int]]:
+def blocks_of(sequence: PackedSequence) -> list[tuple[list[int], int, int]]:
     """(its document's tokens, block start, block end) of each block; places in the document."""
     layout = sequence.layout
     ends = np.cumsum(sequence.real_lengths)
@@ -104,7 +104,9 @@ def blocks_of(sequence: Sequence) -> list[tuple[list[int], int, int]]:
 
 
 @torch.no_grad()
-def oracle(model: Transformer, chosen: list[Sequence], block_size: int, controls: Controls) -> dict:
+def oracle(
+    model: Transformer, chosen: list[PackedSequence], block_size: int, controls: Controls
+) -> dict:
     """All sums of `DraftScores` by loops over documents, blocks, positions and tokens."""
     sums = {
         "ar_loss": 0.0, "ar_tokens": 0, "unigram_loss": 0.0, "diffusion_loss": 0.0,

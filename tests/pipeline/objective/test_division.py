@@ -7,9 +7,9 @@ import pytest
 import torch
 from dense_objective import dense_loss
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.objective.joint import ObjectiveConfig
 from pipeline.training.step import accumulate, count_globally
 
@@ -32,7 +32,9 @@ def sequence(number):
     padding = LENGTH - sum(lengths)
     layout = build_layout(lengths, K, shift=True, rng=rng)
     documents = np.array([*lengths, padding] if padding else lengths)
-    return Sequence(rng.integers(0, VOCABULARY, size=LENGTH), documents, padding, layout)
+    return PackedSequence(
+        rng.integers(0, VOCABULARY, size=LENGTH), documents, layout, padding=padding
+    )
 
 
 class Engine:

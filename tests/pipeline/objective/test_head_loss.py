@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from dense_objective import dense_loss
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.objective import head_loss as module
 from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
 from pipeline.objective.joint import MEASURED, ObjectiveConfig, joint_loss, loss_sums
@@ -53,7 +53,7 @@ def made_batch(slots, alone_share=0.0):
         layout = build_layout(lengths, 4, shift=True, rng=rng)
         documents = np.array([*lengths, padding] if padding else lengths)
         tokens = rng.integers(0, VOCABULARY, size=16)
-        sequences.append(Sequence(tokens, documents, padding, layout))
+        sequences.append(PackedSequence(tokens, documents, layout, padding=padding))
     return make_batch(sequences, 0, slots, alone_share=alone_share)
 
 

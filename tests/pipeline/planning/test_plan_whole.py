@@ -12,10 +12,10 @@ import pytest
 from workers import run_workers
 
 from bench.measure import peak_bytes
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.checkpoint.read import DTYPES
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
@@ -42,7 +42,7 @@ def full_batch() -> Batch:
     rng = np.random.default_rng(0)
     layout = build_layout([LENGTH], 8)
     tokens = [rng.integers(5, 512, size=LENGTH) for _ in range(SEQUENCES)]
-    sequences = [Sequence(own, np.array([LENGTH]), 0, layout) for own in tokens]
+    sequences = [PackedSequence(own, np.array([LENGTH]), layout) for own in tokens]
     return make_batch(sequences, 4, LENGTH)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from workers import run_workers
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
@@ -37,13 +37,14 @@ STAGES = (0, 1, 2, 3)
 LENGTH = 16
 
 
-def sequence(number: int) -> Sequence:
+def sequence(number: int) -> PackedSequence:
     """Some full, some mostly padding, some of many documents."""
     rng = np.random.default_rng(number)
     lengths, padding = [([16], 0), ([3], 13), ([1] * 8, 8), ([7, 2, 7], 0)][number % 4]
     tokens = rng.integers(1, 18, size=LENGTH)
     documents = np.array([*lengths, padding] if padding else lengths)
-    return Sequence(tokens, documents, padding, build_layout(lengths, 3, shift=True, rng=rng))
+    layout = build_layout(lengths, 3, shift=True, rng=rng)
+    return PackedSequence(tokens, documents, layout, padding=padding)
 
 
 def batches_of(numbers: list[int]) -> list[Batch]:

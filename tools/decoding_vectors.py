@@ -25,7 +25,7 @@ from pipeline.decoding.sampling import draw
 from pipeline.decoding.verify import verify
 from pipeline.model.attention import training_mask
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
 
@@ -122,7 +122,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(write_checkpoint(Path(folder) / "step", train(tokenizer), tokenizer))
+        source = open_model(write_checkpoint(Path(folder) / "step", train(tokenizer), tokenizer))
         model = read_model(source, device="cpu")
         write_export(model, tokenizer, source, FOLDER / "model")
     vectors = {

@@ -31,7 +31,7 @@ from pipeline.decoding.sampling import Uniforms
 from pipeline.model.attention import training_mask
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig, block_slots
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
 
 FOLDER = Path(__file__).parent / "drafting"
@@ -127,7 +127,7 @@ def export(name: str) -> Path:
     }  # fmt: skip
     model = train(small_config(**{**sizes, **SHAPES[name]}))
     with tempfile.TemporaryDirectory() as temporary:
-        source = open_source(write_checkpoint(Path(temporary) / "step", model, tokenizer))
+        source = open_model(write_checkpoint(Path(temporary) / "step", model, tokenizer))
         write_export(model, tokenizer, source, folder)
     for path in folder.iterdir():
         if path.name not in FILES:
@@ -207,7 +207,7 @@ def main() -> None:
     FOLDER.mkdir()
     for name, runs in RUNS.items():
         folder = export(name)
-        model = read_model(open_source(folder), device="cpu")
+        model = read_model(open_model(folder), device="cpu")
         cases = [case(model, folder, n, *given) for n, given in enumerate(runs)]
         lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in cases)
         (folder / "vectors.json").write_text(f"[{lines}]\n")

@@ -23,7 +23,7 @@ from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.files import verify_file_list
 from pipeline.checkpoint.safe_load import load_checked
 from pipeline.model.config import ModelConfig
-from pipeline.model.source import NamedWeight, Source
+from pipeline.model.source import NamedWeight, SavedModel
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
 
@@ -47,7 +47,7 @@ def newest_checkpoint(folder: Path) -> Path:
     return folder / name
 
 
-def open_checkpoint(folder: Path) -> Source:
+def open_checkpoint(folder: Path) -> SavedModel:
     """The checkpoint in `folder`, after all its files were found to be what was saved.
 
     Raises:
@@ -68,7 +68,7 @@ def open_checkpoint(folder: Path) -> Source:
             return _read_masters(whole, partitions)
         return _read_module(whole)
 
-    return Source(
+    return SavedModel(
         folder=folder,
         config=config,
         dtype=dtype,

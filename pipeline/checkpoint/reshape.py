@@ -24,8 +24,7 @@ from pipeline.checkpoint.read import unique_names
 from pipeline.checkpoint.safe_load import load_checked
 from pipeline.model.adapters import is_drafting
 from pipeline.model.opening import full_shape
-from pipeline.training.engine import divide
-from pipeline.training.guards.discard import is_plain
+from pipeline.training.engine import divide, is_plain
 from tidar_common.errors import UserError
 
 WEIGHT = "weight"

@@ -13,7 +13,7 @@ from pipeline.model.adapters import MASK_EMBEDDING, is_adapter, is_of_head
 from pipeline.model.config import ModelConfig
 from pipeline.model.huggingface import CONFIG_FILE, open_folder
 from pipeline.model.opening import Opening, whole
-from pipeline.model.source import EMBEDDING, HEAD, Source, fill
+from pipeline.model.source import EMBEDDING, HEAD, SavedModel, fill
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -54,12 +54,12 @@ def load_model(
     Raises:
         UserError: naming the file, and the tensor or field in it, that cannot be used.
     """
-    source = open_source(path)
+    source = open_model(path)
     return read_model(source, dtype=dtype, device=device), source.tokenizer()
 
 
 def read_model(
-    source: Source,
+    source: SavedModel,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -79,7 +79,7 @@ def initialize_from(
     Raises:
         UserError: as `load_model`, or naming the key whose value contradicts the weights.
     """
-    source = open_source(path)
+    source = open_model(path)
     check_shape(source, config)
     model = Transformer.empty(config, torch.device("cpu"), dtype or source.dtype)
     load_into(model, source)
@@ -99,7 +99,7 @@ class MaskEmbedding:
 
 
 def load_into(
-    model: Transformer, source: Source, opened: Opening = whole, seed: int = 0
+    model: Transformer, source: SavedModel, opened: Opening = whole, seed: int = 0
 ) -> MaskEmbedding | None:
     """Fill `model` with the weights of `source`, whose shape has been checked.
 
@@ -172,7 +172,7 @@ def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
     return [n for n in names if any(kind(n) and not has for kind, has in there.items())]
 
 
-def open_source(path: str | Path) -> Source:
+def open_model(path: str | Path) -> SavedModel:
     """Find out what `path` is, and read everything but its weights."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -214,7 +214,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def check_shape(source: Source, config: ModelConfig) -> None:
+def check_shape(source: SavedModel, config: ModelConfig) -> None:
     """Whether training can go on from `source` with `config`; raises UserError with the key."""
     may_differ = {*MAY_DIFFER, *_new_kinds(source.config, config)}
     for name in (field.name for field in fields(ModelConfig) if field.name not in may_differ):

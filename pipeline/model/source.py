@@ -34,7 +34,7 @@ class NamedWeight:
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedModel:
     """A folder that holds a model: a training checkpoint, an export or a Hugging Face folder."""
 
     folder: Path
@@ -51,7 +51,7 @@ class Source:
 
 
 def fill(
-    model: Transformer, source: Source, opened: Opening = whole, fresh: Collection[str] = ()
+    model: Transformer, source: SavedModel, opened: Opening = whole, fresh: Collection[str] = ()
 ) -> None:
     """Copy `source`'s weights into `model`, one tensor at a time; it need not hold those that are
     to start `fresh`.

@@ -97,6 +97,7 @@ def make_targets(
     ar_labels: int,
     draft_weight: float,
     alone_draft_weight: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Targets:
     """The targets of `batch`, on its device; on the host nothing waits for a GPU.
 
@@ -106,9 +107,10 @@ def make_targets(
         ar_labels: labelled clean tokens of the global batch.
         draft_weight: `place_weights` of the global batch's slots, summed.
         alone_draft_weight: the same of its drafts without slots.
+        weights: `place_weights` of `batch`, where they are known, fp32 [D].
     """
     # The terms of the joint loss, (alpha · AR + diffusion + rho · alone) / (1 + alpha + rho).
-    weights = place_weights(batch, objective)
+    weights = place_weights(batch, objective) if weights is None else weights
     ar, draft, alone = 1.0, 0.0, 0.0
     if objective.drafts:
         rho = objective.alone_weight if alone_draft_weight > 0 else 0.0

@@ -23,7 +23,7 @@ from pipeline.training.guards.anomalies import AnomalyConfig
 from pipeline.training.guards.ar_guard import ArGuardConfig
 from pipeline.training.guards.mask_embedding import MaskGuardConfig
 from pipeline.training.guards.watchdog import WatchConfig
-from pipeline.training.launch.time_limit import deadline
+from pipeline.training.launch.signals import deadline
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.trackers.wandb import WandbConfig

@@ -25,15 +25,15 @@ from pipeline.distributed import World
 from pipeline.model.adapters import is_adapter
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import initialize_from, open_source
+from pipeline.model.loading import initialize_from, open_model
 from pipeline.training.engine import (
     DeepSpeedConfig,
     OptimizerConfig,
     build_engine,
+    full_copy,
     set_learning_rate,
 )
 from pipeline.training.state import TrainState
-from pipeline.training.weights import full_copy
 from tidar_common.errors import UserError
 
 STAGES = (0, 1, 2, 3)
@@ -259,7 +259,7 @@ def test_shapes_that_contradict_the_weights(tmp_path, changes, message):
 def test_all_three_kinds_start_a_run(tmp_path):
     source = random_model(small_config())
     run = write_run(tmp_path / "run", source, sentencepiece_tokenizer())
-    write_export(source, sentencepiece_tokenizer(), open_source(run), tmp_path / "export")
+    write_export(source, sentencepiece_tokenizer(), open_model(run), tmp_path / "export")
     plain = tmp_path / "plain"
     shutil.copytree(tmp_path / "export", plain)
     (plain / "tidar.json").unlink()

@@ -23,7 +23,7 @@ from pipeline.objective.joint import ObjectiveConfig
 from pipeline.planning.memory import batch_memory, static_memory
 from pipeline.planning.plan import Memory
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
-from pipeline.training.step import count_globally, train_step
+from pipeline.training.step import StepInput, count_globally, train_step
 
 CONFIG = ModelConfig(
     hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -57,9 +57,9 @@ def train(world: World, precision: str, stage: int, checkpointing: str) -> None:
     objective = ObjectiveConfig()
     for _ in range(2):
         batches = [full_batch()]
-        counts = count_globally(batches, world, False, objective)
-        result = train_step(engine, batches, counts, objective, world, 1e-3, "dense")
-        assert result.finite
+        step = StepInput(batches, objective, attention="dense")
+        result = train_step(engine, step, count_globally(step, world), world, 1e-3)
+        assert result.applied
 
 
 def measure(world: World) -> dict:

@@ -17,15 +17,15 @@ from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
+from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine, full_copy
 from pipeline.training.step import (
+    StepInput,
     accumulate,
     apply,
     count_globally,
     digests_in_order,
     train_step,
 )
-from pipeline.training.weights import full_copy
 
 CONFIG = ModelConfig(
     hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -82,22 +82,16 @@ def work(world: World) -> dict:
     for precision in ("fp32", "bf16"):
         for stage in STAGES:
             engine = new_engine(world, stage, precision, rounds)
-            steps = [
-                batches_of([s * 4 + a * world.size + world.rank for a in range(rounds)])
-                for s in range(2)
+            numbers = [
+                [s * 4 + a * world.size + world.rank for a in range(rounds)] for s in range(2)
             ]
-            counts = count_globally(steps[0], world, world.rank == 1, OBJECTIVE)
-            sums = accumulate(engine, steps[0], counts, OBJECTIVE, world)
+            steps = [StepInput(batches_of(own), OBJECTIVE) for own in numbers]
+            counts = count_globally(steps[0], world, stop_requested=world.rank == 1)
+            sums = accumulate(engine, steps[0], counts, world)
             gradients = full_gradients(engine, stage) if precision == "fp32" else {}
-            norm = apply(engine, 1e-2)
-            second = train_step(
-                engine,
-                steps[1],
-                count_globally(steps[1], world, False, OBJECTIVE),
-                OBJECTIVE,
-                world,
-                1e-2,
-            )
+            norm = apply(engine, 1e-2).norm
+            counted = count_globally(steps[1], world)
+            second = train_step(engine, steps[1], counted, world, 1e-2)
             results[precision, stage] = {
                 "counts": counts,
                 "sums": world.sum(sums),
@@ -105,7 +99,7 @@ def work(world: World) -> dict:
                 "norm": norm,
                 "second": second,
                 "weights": dict(full_copy(engine, CONFIG).named_parameters()),
-                "digests": digests_in_order(steps[0], world),
+                "digests": digests_in_order(steps[0].batches, world),
             }
     return results
 

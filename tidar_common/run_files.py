@@ -3,6 +3,7 @@
 """
 
 from enum import IntEnum
+from pathlib import Path
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -40,3 +41,15 @@ FINAL = {
     Exit.STOPPED: "stopped for a numerical reason",
 }
 """After these a job is over, and why; after any other code it is worth another start."""
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """Name of the checkpoint that a run would go on from, under `run_dir/checkpoints`: the one that
+    the file `latest` names, or the last of the folders, which appear by a rename; None without."""
+    folder = run_dir / "checkpoints"
+    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    try:
+        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        latest = ""
+    return latest if latest in names else next(reversed(names), None)

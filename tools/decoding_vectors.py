@@ -9,6 +9,7 @@ counts are the decoder's own. Needed again only when the vectors shall cover som
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from pipeline.model.attention import training_mask
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+from pipeline.objective.head_loss import head_loss
+from pipeline.objective.loss import ObjectiveConfig, make_targets
 
 FOLDER = Path(__file__).parent / "decoding"
 BLOCK_SIZE = 4
@@ -49,14 +51,13 @@ def train(tokenizer: Tokenizer) -> Transformer:
             group["lr"] = 5e-3 * (1 - step / STEPS)
         sequences = [sequence(texts[int(rng.integers(len(texts)))], rng) for _ in range(8)]
         batch = make_batch(sequences, tokenizer.mask_id, LENGTH)
-        logits = model(
+        targets = make_targets(batch, objective, batch.ar_labels, float(batch.diffusion_labels))
+        loss, _ = model(
             batch.input_ids,
             batch.position_ids,
             training_mask(batch.spans, torch.device("cpu")),
-            rows=batch.rows,
+            then=partial(head_loss, targets=targets),
         )
-        sums = loss_sums(logits, batch.labels, batch.ar_labels)
-        loss = joint_loss(sums, objective, batch.ar_labels, batch.diffusion_labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,8 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.file_writer import FileWriter, install
-from pipeline.checkpoint.files import verify_file_list, write_file_list
+from pipeline.checkpoint.files import FileWriter, install, verify_file_list, write_file_list
 from pipeline.checkpoint.reshape import load_reshaped
 from pipeline.checkpoint.retention import CheckpointConfig, complete_checkpoints, delete_old
 from pipeline.distributed import World

@@ -13,8 +13,13 @@ from pipeline.evals.heldout import HeldOut
 from pipeline.evals.interruption import Check, never
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import MODEL, RECURRENT, DraftScores, score_drafts
-from pipeline.objective.calibration import describe
+from pipeline.objective.acceptance import (
+    MODEL,
+    RECURRENT,
+    DraftScores,
+    describe_calibration,
+    score_drafts,
+)
 
 CONTROLS = ("unigram", "bigram")
 """Drafts that stand beside the model's own in every row; None where one was not scored."""
@@ -112,7 +117,7 @@ def describe_text(
         "unigram_entropy": unigram_entropy,
         # Sampling is scored at temperature 1 only; at others the sum of minima differs.
         **_acceptance(scores, temperature, drafts and temperature in (0, 1)),
-        **describe(scores.calibration),
+        **describe_calibration(scores.calibration),
     }
 
 
@@ -121,7 +126,7 @@ def describe_drafts(scores: DraftScores) -> dict[str, Any]:
     return {
         "temperature_0": _acceptance(scores, 0.0, True),
         "temperature_1": _acceptance(scores, 1.0, True),
-        **describe(scores.calibration),
+        **describe_calibration(scores.calibration),
     }
 
 

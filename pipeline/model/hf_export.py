@@ -12,7 +12,6 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.model.adapters import is_drafting
 from pipeline.model.card import model_card
 from pipeline.model.config import DRAFTING_FIELDS
 from pipeline.model.hf_tokenizer import padding_id, save_tokenizer
@@ -23,6 +22,7 @@ from pipeline.model.huggingface import (
     TIDAR_FILE,
     config_to_huggingface,
 )
+from pipeline.model.parameters import is_drafting
 from pipeline.model.source import HEAD, SavedModel
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError

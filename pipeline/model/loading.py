@@ -8,14 +8,14 @@ from torch import Tensor
 
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.checkpoint.files import FILE_LIST
-from pipeline.checkpoint.read import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
-from pipeline.model.adapters import MASK_EMBEDDING, is_adapter, is_of_head
+from pipeline.checkpoint.read import DTYPES, MODEL_FILE, open_checkpoint
 from pipeline.model.config import ModelConfig
 from pipeline.model.huggingface import CONFIG_FILE, open_folder
-from pipeline.model.opening import Opening, whole
+from pipeline.model.parameters import MASK_EMBEDDING, Opening, is_adapter, is_of_head, whole
 from pipeline.model.source import EMBEDDING, HEAD, SavedModel, fill
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
+from tidar_common.run_files import newest_checkpoint
 
 MAY_DIFFER = (
     "vocab_size", "max_positions", "mask_token_id", "block_size", "causal_slots", "linear_drafts",
@@ -182,7 +182,12 @@ def open_model(path: str | Path) -> SavedModel:
         )
     folder = folder.resolve()
     if (folder / "checkpoints").is_dir():
-        return open_checkpoint(newest_checkpoint(folder / "checkpoints"))
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(
+                f"{folder / 'checkpoints'}: holds no checkpoint yet; give another model"
+            )
+        return open_checkpoint(folder / "checkpoints" / newest)
     if any((folder / name).is_file() for name in (FILE_LIST, MODEL_FILE)):
         return open_checkpoint(folder)
     if (folder / CONFIG_FILE).is_file():

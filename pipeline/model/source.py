@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.model.adapters import is_drafting
 from pipeline.model.config import ModelConfig
-from pipeline.model.opening import Opening, full_shape, whole
+from pipeline.model.parameters import Opening, full_shape, is_drafting, whole
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 

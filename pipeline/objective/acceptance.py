@@ -3,6 +3,10 @@
 A mask slot's distribution q and the verifier's p for the same position agree with probability
 sum_v min(p_v, q_v) at temperature 1, the chance that rejection sampling keeps a draft. On real
 text the earlier drafts of the block are taken as right, hence "teacher-forced".
+
+And how well a draft's confidence, the probability of its likeliest token, says what becomes of it:
+drafts counted by confidence (Guo et al., On Calibration of Modern Neural Networks, arXiv
+1706.04599).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +19,6 @@ from torch import Tensor
 from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch
 from pipeline.model.transformer import Transformer
-from pipeline.objective.calibration import binned, empty_bins
 from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import Scored, pieces, row_logits, score_sequence
 
@@ -23,6 +26,11 @@ MODEL = "model"
 """The name of the model's own draft among all that are scored."""
 RECURRENT = "recurrent"
 """That of its draft head without any slot."""
+BINS = 10
+"""Equal parts of [0, 1]."""
+ROWS = ("drafts", "confidence", "right", "verified")
+"""Summed up in each bin: how many drafts, their confidence, how many have the text's token as the
+likeliest, and how many the verifier's."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class DraftScores:
     """Summed chance that a draft and all before it in its block are accepted: the product of their
     acceptances. Names and rows as in `accepted`, fp64 [2, K - 1]."""
     calibration: Tensor
-    """The model's drafts by confidence, `calibration.ROWS` in each bin, fp64 [4, BINS]."""
+    """The model's drafts by confidence, `ROWS` in each bin, fp64 [4, BINS]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
@@ -191,3 +199,34 @@ class ScoredRows:
             alone=batch.input_ids.numel() + order * blocks.slots.shape[1] + place,
             verifier=blocks.starts[block] + place,
         )
+
+
+def empty_bins() -> Tensor:
+    """Sums of no drafts, fp64 [4, BINS]; sums of several parts add up."""
+    return torch.zeros(len(ROWS), BINS, dtype=torch.float64)
+
+
+def binned(confidence: Tensor, right: Tensor, verified: Tensor) -> Tensor:
+    """`ROWS` by bin, fp64 [4, BINS], of drafts with these values, fp64 [N] each."""
+    number = (confidence * BINS).long().clamp(max=BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, right, verified])
+    return empty_bins().index_add_(1, number, values)
+
+
+def describe_calibration(bins: Tensor) -> dict[str, Any]:
+    """Shares by bin, None where a bin has no draft, and the expected calibration error; the keys
+    of `docs/metrics.md`. None for no drafts at all."""
+    drafts, confidence, right, _ = bins
+    total = float(drafts.sum())
+    if not total:
+        return {"draft_calibration": None, "draft_calibration_error": None}
+    counts = [int(count) for count in drafts.tolist()]
+    shares = {
+        name: [s / n if n else None for s, n in zip(sums.tolist(), counts, strict=True)]
+        for name, sums in zip(ROWS[1:], bins[1:], strict=True)
+    }
+    error = float((confidence - right).abs().sum()) / total
+    return {
+        "draft_calibration": {"drafts": counts, **shares},
+        "draft_calibration_error": error,
+    }

@@ -2,7 +2,7 @@
 out of it, and how an update is kept from its weights."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.distributed import World
-from pipeline.model.adapters import is_drafting
 from pipeline.model.config import ModelConfig
-from pipeline.model.opening import full_shape
+from pipeline.model.parameters import divide, full_shape
 from pipeline.model.transformer import Transformer
 
 
@@ -131,15 +130,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for names, decay, drafts in zip(divided, decays, (False, False, True), strict=True)
         if names
     ]
-
-
-def divide(shapes: Sequence[tuple[str, torch.Size]]) -> tuple[list[str], list[str], list[str]]:
-    """Names of the base's matrices, of its norms and biases, and of what only drafts, from named
-    `shapes`; the order of the optimizer's parameters."""
-    base = [(name, shape) for name, shape in shapes if not is_drafting(name)]
-    matrices = [name for name, shape in base if len(shape) >= 2]
-    rest = [name for name, shape in base if len(shape) < 2]
-    return matrices, rest, [name for name, _ in shapes if is_drafting(name)]
 
 
 def deepspeed_settings(

@@ -16,8 +16,8 @@ from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.adapters import AdapterConfig
 from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import CHECKPOINTING
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.model.layers import CHECKPOINTING
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
 from pipeline.training.guards.anomalies import AnomalyConfig
 from pipeline.training.guards.ar_guard import ArGuardConfig

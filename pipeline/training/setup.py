@@ -21,7 +21,7 @@ from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import check_shape, load_into, open_model
-from pipeline.model.opening import Opening, whole
+from pipeline.model.parameters import Opening, whole
 from pipeline.model.transformer import Transformer
 from pipeline.training.engine import build_engine, deepspeed_settings
 from pipeline.training.evaluation import PeriodicEval

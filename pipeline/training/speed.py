@@ -13,7 +13,7 @@ import torch
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.flops import step_flops
-from pipeline.objective.joint import MEASURED
+from pipeline.objective.loss import MEASURED
 from pipeline.planning.hardware import recognise
 from pipeline.training.moments import StepMetrics
 from pipeline.training.state import TrainState

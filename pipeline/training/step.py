@@ -13,8 +13,8 @@ from pipeline.data.batch import Batch
 from pipeline.distributed import World
 from pipeline.model.attention import section_masks, training_mask
 from pipeline.objective.head_loss import SUMS, head_loss
-from pipeline.objective.joint import ObjectiveConfig
-from pipeline.objective.targets import make_targets, place_weights
+from pipeline.objective.loss import ObjectiveConfig, make_targets
+from pipeline.objective.weights import place_weights
 from pipeline.training.engine import (
     Refuses,
     discard_step,
@@ -41,7 +41,7 @@ class StepInput:
     @cached_property
     def weights(self) -> list[Tensor]:
         """`place_weights` of each batch, fp32 [D] each."""
-        return [place_weights(batch, self.objective) for batch in self.batches]
+        return [place_weights(batch, self.objective.position_decay) for batch in self.batches]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from small_models import random_model, small_config
 from workers import run_workers
 
-from pipeline.checkpoint.reshape import MOMENTS, WEIGHT, FullState, load_reshaped, read_full_state
+from pipeline.checkpoint.read import MOMENTS, WEIGHT, FullState, read_full_state
+from pipeline.checkpoint.reshape import load_reshaped
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
 from pipeline.distributed import World
@@ -138,8 +139,8 @@ def assert_equal(left: FullState, right: FullState, updates: int = 2) -> None:
     assert left.shapes == right.shapes
     assert left.updates == right.updates == updates
     assert left.frozen.keys() == right.frozen.keys()
-    for name, read in left.frozen.items():
-        assert torch.equal(read(), right.frozen[name]()), name
+    for name, weight in left.frozen.items():
+        assert torch.equal(weight.read(), right.frozen[name].read()), name
     for name in left.shapes:
         for kind in (WEIGHT, *MOMENTS):
             assert torch.equal(left.read(name, kind), right.read(name, kind)), (name, kind)

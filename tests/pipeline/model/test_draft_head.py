@@ -16,8 +16,7 @@ from pipeline.model.config import DRAFT_CELLS
 from pipeline.model.draft_head import unit
 from pipeline.model.transformer import Transformer
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.joint import ObjectiveConfig
-from pipeline.objective.targets import make_targets
+from pipeline.objective.loss import ObjectiveConfig, make_targets
 
 LENGTHS = [7, 1, 5, 6]
 

@@ -11,8 +11,14 @@ from data_prep.layout import build_layout
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective import scoring
-from pipeline.objective.acceptance import DraftScores, score_drafts
-from pipeline.objective.calibration import BINS, binned, describe, empty_bins
+from pipeline.objective.acceptance import (
+    BINS,
+    DraftScores,
+    binned,
+    describe_calibration,
+    empty_bins,
+    score_drafts,
+)
 from pipeline.objective.controls import Controls, PairCounts
 
 VOCABULARY, MASK = 14, 13
@@ -246,9 +252,9 @@ def test_calibration_is_described_by_bin():
     confidence = torch.tensor([0.05, 0.95, 0.91, 1.0], dtype=torch.float64)
     right = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     bins = binned(confidence, right, verified=torch.ones(4, dtype=torch.float64))
-    found = describe(bins)
+    found = describe_calibration(bins)
     assert found["draft_calibration"]["drafts"] == [1, *[0] * 8, 3]
     assert found["draft_calibration"]["right"] == [0.0, *[None] * 8, pytest.approx(2 / 3)]
     assert found["draft_calibration"]["verified"] == [1.0, *[None] * 8, 1.0]
     assert found["draft_calibration_error"] == pytest.approx((0.05 + (2.86 - 2)) / 4)
-    assert describe(empty_bins())["draft_calibration_error"] is None
+    assert describe_calibration(empty_bins())["draft_calibration_error"] is None

@@ -10,7 +10,7 @@ from dense_objective import dense_loss
 from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.training.step import StepInput, accumulate, count_globally
 
 VOCABULARY, WIDTH, LENGTH, K = 23, 6, 16, 4

@@ -19,7 +19,7 @@ from pipeline.data.batch import Batch, make_batch
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.planning.memory import batch_memory, static_memory
 from pipeline.planning.plan import Memory
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine

@@ -18,8 +18,8 @@ from pipeline import load_model
 from pipeline.checkpoint.write import completed, differences, refuse_changes
 from pipeline.decoding import generate
 from pipeline.distributed import World
-from pipeline.model.adapters import is_adapter, is_drafting
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.model.parameters import is_adapter, is_drafting
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.train import train_in_world
 from pipeline.training.engine import OptimizerConfig, parameter_groups, set_learning_rate
 from pipeline.training.guards.ar_guard import read_base

@@ -324,10 +324,10 @@ def test_offline_calls_nobody(tmp_path):
     """A whole offline run in a process, and a W&B service, whose only way out is counted."""
     proxy = CountingProxy()
     code = (
-        "import sys, pathlib, test_wandb_callback\n"
+        "import sys, pathlib, test_wandb_tracker\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "test_wandb_callback.run(folder, 1, 3)\n"
-        "test_wandb_callback.run_files(folder, 1)\n"
+        "test_wandb_tracker.run(folder, 1, 3)\n"
+        "test_wandb_tracker.run_files(folder, 1)\n"
     )
     root = Path(__file__).parents[4]
     environment = os.environ | proxy.environment | {"no_proxy": "", "NO_PROXY": ""}

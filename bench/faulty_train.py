@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import train
-from pipeline.checkpoint import file_writer
+from pipeline.checkpoint import files
 from pipeline.checkpoint import write as checkpoints
 from pipeline.data.source import SequenceSource
 from pipeline.evals import decoding_runs
@@ -91,13 +91,13 @@ PLACES: dict[str, Callable[[], None]] = {
     "hang_data": lambda: strike_before(SequenceSource, "__getitem__", hang),
     "kill_data": lambda: strike_before(SequenceSource, "__getitem__", die),
     "kill_step": lambda: strike_before(step, "head_loss", die),
-    "kill_writing": lambda: strike_before(file_writer, "entry_of", die),
+    "kill_writing": lambda: strike_before(files, "entry_of", die),
     "kill_before_rename": lambda: strike_before(checkpoints.Checkpoints, "_publish", die),
     "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
     "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
     "stop_eval": lambda: strike_before(decoding_runs.Runner, "run", ask_to_stop),
     "slow_step": lambda: strike_before(step, "head_loss", slow_down),
-    "real_full_disk": lambda: strike_before(file_writer.FileWriter, "begin", fill_real_disk),
+    "real_full_disk": lambda: strike_before(files.FileWriter, "begin", fill_real_disk),
     "full_disk": lambda: strike_before(checkpoints.Checkpoints, "save", fill_disk),
 }
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch, section_length
-from pipeline.data.source import Sequence
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from tidar_common.cli import config_dir
@@ -56,7 +56,7 @@ def random_batch(
         layout = build_layout(
             lengths, block_size, coverage=coverage or 1.0, rng=np.random.default_rng(number)
         )
-        sequences.append(Sequence(tokens, np.array(lengths), 0, layout))
+        sequences.append(PackedSequence(tokens, np.array(lengths), layout))
     slots = 0 if coverage is None else section_length(length, coverage, block_size)
     return make_batch(sequences, mask_token_id, slots)
 

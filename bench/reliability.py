@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from bench.results import RESULTS, ROOT, Outcome, write
-from pipeline.checkpoint.files import FILE_LIST, verify_file_list
-from pipeline.checkpoint.safe_load import load_checked
+from pipeline.checkpoint.files import FILE_LIST, load_checked, verify_file_list
 from pipeline.report.compare import compare, describe
 from tidar_common.errors import UserError
 

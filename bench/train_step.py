@@ -20,9 +20,9 @@ from pipeline.data.batch import Batch
 from pipeline.distributed import World
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.training.engine import parameter_groups
-from pipeline.training.step import GlobalCounts, accumulate
+from pipeline.training.step import GlobalCounts, StepInput, accumulate
 
 COVERAGES = {1.0: 2.0, 0.5: None, 0.25: 1.3}
 """Coverage, and the most AR steps that a step may cost."""
@@ -85,7 +85,7 @@ def training_step(
     counts = GlobalCounts(
         batch.ar_labels, batch.diffusion_labels, batch.clean_tokens, 0, batch.diffusion_labels
     )
-    engine = PlainEngine(model.train())
+    data, engine = StepInput([batch], objective, attention), PlainEngine(model.train())
     optimizer = torch.optim.AdamW(
         parameter_groups(model, weight_decay=0.1), lr=1e-7, fused=device.type == "cuda"
     )
@@ -93,7 +93,7 @@ def training_step(
     world = World(0, 1, device, cast(Any, None))
 
     def step() -> None:
-        accumulate(engine, [batch], counts, objective, world, attention)
+        accumulate(engine, data, counts, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -44,6 +44,11 @@ class Layout:
         return self.draft_end - self.prefix_end
 
     @property
+    def drafted(self) -> NDArray[np.int64]:
+        """First position that each block drafts, and the one behind its last, [2, blocks]."""
+        return np.stack([self.prefix_end, self.draft_end]).astype(np.int64)
+
+    @property
     def num_slots(self) -> int:
         """Length of the mask section before padding."""
         return int(self.draft_lengths.sum())

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from pipeline.model.hf_export import check_output, write_export
-from pipeline.model.loading import as_dtype, open_source, read_model
+from pipeline.model.loading import as_dtype, open_model, read_model
 from tidar_common.cli import run
 from tidar_common.config import existing_path, require
 
@@ -17,7 +17,7 @@ def export(cfg: DictConfig) -> int:
     output = Path(str(cfg.output)).expanduser()
     dtype = None if cfg.dtype is None else as_dtype(str(cfg.dtype))
     check_output(output, bool(cfg.overwrite))
-    source = open_source(checkpoint)
+    source = open_model(checkpoint)
     tokenizer = source.tokenizer()
     model = read_model(source, dtype=dtype, device="cpu")
     warning = write_export(model, tokenizer, source, output, overwrite=bool(cfg.overwrite))

@@ -13,7 +13,6 @@ from pipeline.report.read import Run, as_number, read_run
 from pipeline.report.standing import (
     PACE_STEPS,
     Starts,
-    newest_checkpoint,
     pace_of,
     read_starts,
     skipped_shards,
@@ -22,6 +21,7 @@ from pipeline.report.wording import compact, fixed
 from pipeline.training.trackers.progress import duration
 from tidar_common.cli import EXIT_BAD_INPUT, report_mistake
 from tidar_common.errors import UserError
+from tidar_common.run_files import newest_checkpoint
 
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""
@@ -104,7 +104,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     steps = run.setting("steps")
     pace = pace_of(run, "step_seconds")
     quiet = max(now - (run_dir / "metrics.jsonl").stat().st_mtime, 0.0)
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    checkpoint = newest_checkpoint(run_dir)
     left = pace * (steps - step) if pace is not None and isinstance(steps, int) else None
     state = state_of(run_dir, step, steps, quiet, pace)
     return Status(

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from pipeline.distributed import LostProcessError, World, joined_world
-from pipeline.training.determinism import make_deterministic
 from pipeline.training.guards.watchdog import EXIT_LOST, Watchdog
 from pipeline.training.launch.run_dir import INTERRUPTED, StillHeldError, owned
 from pipeline.training.launch.signals import (
     EXIT_SAVED,
     StopRequest,
     code_for_launcher,
+    deadline,
     stop_on_signal,
 )
-from pipeline.training.launch.time_limit import deadline
-from pipeline.training.loop import TrainingStoppedError
+from pipeline.training.moments import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import build_trainer
+from pipeline.training.setup import build_trainer, make_deterministic
 from tidar_common.cli import report_mistake, run
 from tidar_common.sweep import FLAGS, run_sweep
 

@@ -5,7 +5,8 @@
 
 `end` prints one line for the job script, `requeue DELAY_S NODES` or `stop 0 -`; NODES are to be
 excluded from then on, separated by commas, or `-`. What a reader of the log should know goes to
-stderr. Only the standard library is used: this runs between two starts, where every second counts.
+stderr. Only the standard library is imported, by this file and `run_files`: this runs between two
+starts, where every second counts.
 
 A run that was saved (75) is requeued without limit. A crash is retried after a wait that doubles
 each time. Crashes count while no newer checkpoint appears between them: a long run may crash once a
@@ -20,6 +21,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tidar_common.run_files import newest_checkpoint
 
 SAVED = 75
 FINAL = {0: "done", 2: "bad config or input", 3: "stopped for a numerical reason"}
@@ -95,11 +98,6 @@ def failed_node(start_dir: Path) -> str | None:
         node = path.name.removeprefix("failed-").partition("@")[0]
         found.append((kind != "killed", float(when or "inf"), node))
     return min(found)[2] if found else None
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    latest = run_dir / "checkpoints" / "latest"
-    return latest.read_text().strip() if latest.is_file() else None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

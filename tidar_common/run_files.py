@@ -3,6 +3,7 @@
 """
 
 from enum import IntEnum
+from pathlib import Path
 from typing import TypedDict
 
 METRICS = "metrics.jsonl"
@@ -119,3 +120,15 @@ class EvalRow(HeldOutRow):
     categories: dict[str, CategoryRow] | None
     expected_tokens_by_staleness: dict[str, float | None] | None
     by_source: dict[str, HeldOutRow] | None
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """Name of the checkpoint that a run would go on from, under `run_dir/checkpoints`: the one that
+    the file `latest` names, or the last of the folders, which appear by a rename; None without."""
+    folder = run_dir / "checkpoints"
+    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    try:
+        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        latest = ""
+    return latest if latest in names else next(reversed(names), None)

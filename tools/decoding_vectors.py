@@ -9,6 +9,7 @@ counts are the decoder's own. Needed again only when the vectors shall cover som
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import numpy as np
 import torch
 from small_models import TEXT, sentencepiece_tokenizer, small_config, write_checkpoint
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.decoding import generate
 from pipeline.decoding.sampling import draw
 from pipeline.decoding.verify import verify
 from pipeline.model.attention import training_mask
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+from pipeline.objective.head_loss import head_loss
+from pipeline.objective.loss import ObjectiveConfig, make_targets
 
 FOLDER = Path(__file__).parent / "decoding"
 BLOCK_SIZE = 4
@@ -49,14 +51,13 @@ def train(tokenizer: Tokenizer) -> Transformer:
             group["lr"] = 5e-3 * (1 - step / STEPS)
         sequences = [sequence(texts[int(rng.integers(len(texts)))], rng) for _ in range(8)]
         batch = make_batch(sequences, tokenizer.mask_id, LENGTH)
-        logits = model(
+        targets = make_targets(batch, objective, batch.ar_labels, float(batch.diffusion_labels))
+        loss, _ = model(
             batch.input_ids,
             batch.position_ids,
             training_mask(batch.spans, torch.device("cpu")),
-            rows=batch.rows,
+            then=partial(head_loss, targets=targets),
         )
-        sums = loss_sums(logits, batch.labels, batch.ar_labels)
-        loss = joint_loss(sums, objective, batch.ar_labels, batch.diffusion_labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,10 +65,10 @@ def train(tokenizer: Tokenizer) -> Transformer:
     return model.eval()
 
 
-def sequence(text: list[int], rng: np.random.Generator) -> Sequence:
+def sequence(text: list[int], rng: np.random.Generator) -> PackedSequence:
     start = int(rng.integers(len(text) - LENGTH))
     layout = build_layout([LENGTH], BLOCK_SIZE, shift=True, rng=rng)
-    return Sequence(np.array(text[start : start + LENGTH]), np.array([LENGTH]), 0, layout)
+    return PackedSequence(np.array(text[start : start + LENGTH]), np.array([LENGTH]), layout)
 
 
 @torch.inference_mode()
@@ -122,7 +123,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(write_checkpoint(Path(folder) / "step", train(tokenizer), tokenizer))
+        source = open_model(write_checkpoint(Path(folder) / "step", train(tokenizer), tokenizer))
         model = read_model(source, device="cpu")
         write_export(model, tokenizer, source, FOLDER / "model")
     vectors = {

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from export_reader import Decoder, Export, Settings
 from small_models import TEXT, sentencepiece_tokenizer, small_config, write_checkpoint
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.data.windows import draw_windows
 from pipeline.decoding import DecodeOptions, Sampling
 from pipeline.decoding.engine import StepEngine
@@ -30,7 +30,7 @@ from pipeline.decoding.sampling import Uniforms
 from pipeline.model.attention import training_mask
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig, block_slots
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
 
 FOLDER = Path(__file__).parent / "drafting"
@@ -108,13 +108,13 @@ def logits_of(model: Transformer, batch: Batch) -> torch.Tensor:
     return model.draft_logits(model.drafts(hidden.flatten(0, 1), batch.blocks), batch.rows)
 
 
-def sequence(text: np.ndarray, config: ModelConfig, rng: np.random.Generator) -> Sequence:
+def sequence(text: np.ndarray, config: ModelConfig, rng: np.random.Generator) -> PackedSequence:
     start = int(rng.integers(len(text) - LENGTH))
     slots = block_slots(BLOCK_SIZE, config.linear_drafts)
     layout = build_layout([LENGTH], slots, shift=True, rng=rng)
     windows = draw_windows(layout, BLOCK_SIZE, rng) if config.linear_drafts else None
     tokens = text[start : start + LENGTH]
-    return Sequence(tokens, np.array([LENGTH]), 0, layout, windows=windows)
+    return PackedSequence(tokens, np.array([LENGTH]), layout, windows=windows)
 
 
 def export(name: str) -> Path:
@@ -126,7 +126,7 @@ def export(name: str) -> Path:
     }  # fmt: skip
     model = train(small_config(**{**sizes, **SHAPES[name]}))
     with tempfile.TemporaryDirectory() as temporary:
-        source = open_source(write_checkpoint(Path(temporary) / "step", model, tokenizer))
+        source = open_model(write_checkpoint(Path(temporary) / "step", model, tokenizer))
         write_export(model, tokenizer, source, folder)
     for path in folder.iterdir():
         if path.name not in FILES:
@@ -206,7 +206,7 @@ def main() -> None:
     FOLDER.mkdir()
     for name, runs in RUNS.items():
         folder = export(name)
-        model = read_model(open_source(folder), device="cpu")
+        model = read_model(open_model(folder), device="cpu")
         cases = [case(model, folder, n, *given) for n, given in enumerate(runs)]
         lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in cases)
         (folder / "vectors.json").write_text(f"[{lines}]\n")

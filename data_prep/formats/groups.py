@@ -33,6 +33,28 @@ class PackedSequence:
     """[D]: documents that go on from a cut, begun in another sequence; None is none of them."""
     prompt_lengths: NDArray[np.integer] | None = None
     """[D]: tokens at each document's start that carry no loss; None where all carry one."""
+    padding: int = 0
+    """Tokens of padding; 0 as well in what a shard gives, which does not know the pad id."""
+    windows: NDArray[np.int64] | None = None
+    """[2, blocks]: first position that each block drafts, and the one behind its last; None where
+    blocks draft all that they have slots for."""
+
+    @property
+    def drafted(self) -> NDArray[np.int64]:
+        """`windows`, of whole blocks where there are none; [2, blocks]."""
+        return self.layout.drafted if self.windows is None else self.windows
+
+    @property
+    def real_lengths(self) -> NDArray[np.integer]:
+        """Document lengths without the padding."""
+        return self.document_lengths[:-1] if self.padding else self.document_lengths
+
+    @property
+    def real_prompts(self) -> NDArray[np.integer]:
+        """Prompt lengths of the documents without the padding, 0 where there are none."""
+        if self.prompt_lengths is None:
+            return np.zeros_like(self.real_lengths)
+        return self.prompt_lengths[: len(self.real_lengths)]
 
     def real_tokens(self, pad_id: int) -> int:
         """Tokens before the padding: a last document that starts with `pad_id` is padding."""

@@ -1,17 +1,17 @@
-"""A training checkpoint as a source of weights, read by one process without a DeepSpeed engine.
+"""A training checkpoint read by one process without a DeepSpeed engine: as a model's weights, or as
+the whole state of a run.
 
 What DeepSpeed writes: under ZeRO 0, 1 and 2 `mp_rank_00_model_states.pt` holds the whole module in
-the training precision; under ZeRO 3 the module is empty, and the weights are the fp32 partitions in
-every rank's `*_optim_states.pt`. Under ZeRO 1 and 2 such partitions exist too: in bf16 training
-they are the fp32 master weights.
+the training precision; under ZeRO 3 the module is empty. The fp32 weights and Adam's two moments
+are whole tensors without ZeRO, and else partitions in every rank's `*_optim_states.pt`, which are
+put together here tensor by tensor: DeepSpeed's own converter does not know what ZeRO 1 writes in
+bf16, and joins whole groups of parameters in memory. Files are mapped, not read whole.
 """
 
-import contextlib
-import io
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,34 +20,25 @@ import torch
 from torch import Tensor
 
 from data_prep.tokenizers.load import load_tokenizer
-from pipeline.checkpoint.files import verify_file_list
-from pipeline.checkpoint.safe_load import load_checked
+from pipeline.checkpoint.files import load_checked, verify_file_list
 from pipeline.model.config import ModelConfig
-from pipeline.model.source import NamedWeight, Source
+from pipeline.model.parameters import divide, is_drafting
+from pipeline.model.source import NamedWeight, SavedModel
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
 
 MODEL_FILE = "model.json"
 STATE_FILE = "state.json"
-LATEST = "latest"
 WHOLE_MODULE = "mp_rank_00_model_states.pt"
+MODEL_STATES = "*_model_states.pt"
 PARTITIONS = "*_optim_states.pt"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHT = "weight"
+"""The fp32 weights, beside Adam's own names of its moments."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint that `latest` names in `folder`, a run's `checkpoints`."""
-    latest = folder / LATEST
-    try:
-        name = read_text_checked(latest).strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{latest}: cannot be read, so the run has no checkpoint yet") from error
-    if not name or Path(name).name != name or not (folder / name).is_dir():
-        raise UserError(f"{latest}: names {name!r}, which is not there; give another checkpoint")
-    return folder / name
-
-
-def open_checkpoint(folder: Path) -> Source:
+def open_checkpoint(folder: Path) -> SavedModel:
     """The checkpoint in `folder`, after all its files were found to be what was saved.
 
     Raises:
@@ -60,15 +51,13 @@ def open_checkpoint(folder: Path) -> Source:
 
     def weights(wanted: torch.dtype) -> Iterator[NamedWeight]:
         whole = folder / WHOLE_MODULE
-        if not whole.is_file():
-            return _read_stage3(folder)
         # Without ZeRO the masters are a list without names: the module's own weights are taken.
-        partitions = sorted(folder.glob(PARTITIONS), key=_rank)
-        if partitions and wanted == torch.float32 != dtype:
-            return _read_masters(whole, partitions)
+        partitioned = any(folder.glob(PARTITIONS)) and wanted == torch.float32 != dtype
+        if partitioned or not whole.is_file():
+            return read_full_state(folder).weights()
         return _read_module(whole)
 
-    return Source(
+    return SavedModel(
         folder=folder,
         config=config,
         dtype=dtype,
@@ -96,33 +85,155 @@ def _read_module(path: Path) -> Iterator[NamedWeight]:
         yield NamedWeight(name, path, tensor.shape, tensor.contiguous)
 
 
-def _read_masters(whole: Path, partitions: list[Path]) -> Iterator[NamedWeight]:
-    """The fp32 weights under ZeRO 1 and 2, each put together from the ranks' slices of it.
+@dataclass(frozen=True)
+class FullState:
+    """The state of a checkpoint without its topology."""
 
-    DeepSpeed's own converter does not know what ZeRO 1 writes in bf16, and joins whole groups of
-    parameters in memory; the slice mappings beside the partitions serve both stages.
-    """
-    _import_deepspeed()  # unpickling needs its classes
-    main = load_checked(whole, mmap=True)
-    shapes = main["param_shapes"]
+    folder: Path
+    shapes: dict[str, torch.Size]
+    """Of each parameter that learns, by name."""
+    updates: float
+    """Updates that Adam has counted."""
+    read: Callable[[str, str], Tensor]
+    """`read(name, kind)`: the whole tensor in fp32, flat; kind is WEIGHT or one of MOMENTS."""
+    frozen: dict[str, NamedWeight]
+    """Weights that do not learn, in their own type; `shapes` does not have them."""
+
+    def weights(self) -> Iterator[NamedWeight]:
+        """All weights: in fp32 those that learn."""
+        for name, shape in self.shapes.items():
+            yield NamedWeight(name, self.folder, shape, partial(self._weight, name, shape))
+        yield from self.frozen.values()
+
+    def _weight(self, name: str, shape: torch.Size) -> Tensor:
+        return self.read(name, WEIGHT).view(shape)
+
+
+def read_full_state(folder: Path) -> FullState:
+    """The state of the checkpoint in `folder`, whatever wrote it."""
+    model_states = sorted(folder.glob(MODEL_STATES), key=_rank)
+    partitions = sorted(folder.glob(PARTITIONS), key=_rank)
+    if not model_states:
+        raise UserError(f"{folder}: has no {MODEL_STATES}; use another checkpoint")
+    main = load_checked(model_states[0], mmap=True)
+    if not partitions:
+        return _read_plain(folder, main)
     ranks = [load_checked(path, mmap=True)["optimizer_state_dict"] for path in partitions]
-    for group, parameters in enumerate(shapes):
+    if "fp32_flat_groups" in ranks[0]:
+        models = [main, *(load_checked(path, mmap=True) for path in model_states[1:])]
+        return _read_stage3(folder, models, ranks)
+    return _read_slices(folder, main, ranks)
+
+
+def _rank(path: Path) -> int:
+    found = re.search(r"pp_rank_(\d+)_", path.name)
+    return int(found[1]) if found else 0
+
+
+def _read_plain(folder: Path, main: dict[str, Any]) -> FullState:
+    """Without ZeRO: whole tensors by number, in the order of the optimizer's parameter groups."""
+    module, optimizer = main["module"], main["optimizer"]
+    masters: list[Tensor] = []  # only beside bf16 weights
+    if "fp32_groups" in optimizer:
+        masters = [tensor for group in optimizer["fp32_groups"] for tensor in group]
+        optimizer = optimizer["optimizer_state_dict"]
+    unique = unique_names(module)
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    if len(numbers) < len(unique):  # a frozen base
+        unique = [name for name in unique if is_drafting(name)]
+    names = [n for group in divide([(n, module[n].shape) for n in unique]) for n in group]
+    if len(names) != len(numbers):
+        raise UserError(f"{folder}: {len(numbers)} optimizer states for {len(names)} parameters")
+    states = dict(zip(names, (optimizer["state"][number] for number in numbers), strict=True))
+    weights = dict(zip(names, masters, strict=True)) if masters else module
+
+    def read(name: str, kind: str) -> Tensor:
+        tensor = weights[name] if kind == WEIGHT else states[name][kind]
+        return tensor.detach().reshape(-1).float()
+
+    shapes = {name: module[name].shape for name in names}
+    return FullState(folder, shapes, _updates(optimizer), read, _frozen_in(folder, module, shapes))
+
+
+def _updates(optimizer: dict[str, Any]) -> float:
+    return max((float(state["step"]) for state in optimizer["state"].values()), default=0.0)
+
+
+def _frozen_in(
+    folder: Path, module: dict[str, Tensor], learning: Collection[str]
+) -> dict[str, NamedWeight]:
+    return {
+        name: NamedWeight(name, folder, module[name].shape, module[name].contiguous)
+        for name in unique_names(module)
+        if name not in learning
+    }
+
+
+def _read_slices(folder: Path, main: dict[str, Any], ranks: list[dict[str, Any]]) -> FullState:
+    """ZeRO 1 and 2: each rank holds slices of some parameters."""
+    shapes, group_of = {}, {}
+    for group, parameters in enumerate(main["param_shapes"]):
         for name, shape in parameters.items():
-            slices = []
-            for rank in ranks:
-                address = rank["param_slice_mappings"][group].get(name)
-                if address is not None:
-                    flat = rank["single_partition_of_fp32_groups"][group]
-                    slices.append(flat.narrow(0, address.start, address.numel))
-            if sum(len(part) for part in slices) != shape.numel():
-                raise UserError(f"{whole.parent}: tensor {name} is incomplete in {PARTITIONS}")
-            joined = partial(_join, slices, shape)
-            yield NamedWeight(name, whole.parent, torch.Size(shape), joined)
-    learning = {name for parameters in shapes for name in parameters}
-    for name in unique_names(main["module"]):  # what does not learn has no masters
-        if name not in learning:
-            tensor = main["module"][name]
-            yield NamedWeight(name, whole, tensor.shape, tensor.contiguous)
+            shapes[name], group_of[name] = torch.Size(shape), group
+
+    def flat(rank: dict[str, Any], group: int, kind: str) -> Tensor:
+        if kind == WEIGHT:
+            return rank["single_partition_of_fp32_groups"][group]
+        return rank["base_optimizer_state"]["state"][group][kind]
+
+    def read(name: str, kind: str) -> Tensor:
+        group, slices = group_of[name], []
+        for rank in ranks:
+            address = rank["param_slice_mappings"][group].get(name)
+            if address is not None:
+                part = flat(rank, group, kind)
+                slices.append(part.narrow(0, address.start, address.numel))
+        whole = torch.cat(slices) if slices else torch.empty(0)
+        if len(whole) != shapes[name].numel():
+            raise UserError(f"{folder}: tensor {name} is incomplete in {PARTITIONS}")
+        return whole
+
+    updates = _updates(ranks[0]["base_optimizer_state"])
+    return FullState(folder, shapes, updates, read, _frozen_in(folder, main["module"], shapes))
+
+
+def _read_stage3(
+    folder: Path, models: list[dict[str, Any]], ranks: list[dict[str, Any]]
+) -> FullState:
+    """ZeRO 3: rank r holds the r-th of equal parts of every parameter, the last one padded."""
+    shapes: dict[str, torch.Size] = {}
+    offsets: dict[str, tuple[int, int]] = {}
+    for group, parameters in enumerate(models[0]["param_shapes"]):
+        offset = 0
+        for name, shape in parameters.items():
+            shapes[name] = torch.Size(shape)
+            offsets[name] = (group, offset)
+            offset += -(-shapes[name].numel() // len(ranks))
+
+    def flat(rank: dict[str, Any], group: int, kind: str) -> Tensor:
+        if kind == WEIGHT:
+            return rank["fp32_flat_groups"][group]
+        return rank["optimizer_state_dict"]["state"][group][kind]
+
+    def read(name: str, kind: str) -> Tensor:
+        group, offset = offsets[name]
+        numel = shapes[name].numel()
+        part = -(-numel // len(ranks))
+        whole = torch.cat([flat(rank, group, kind).narrow(0, offset, part) for rank in ranks])
+        return whole[:numel]
+
+    def read_frozen(name: str, shape: torch.Size) -> Tensor:
+        parts = [model["frozen_param_fragments"][name] for model in models]
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    frozen = models[0].get("frozen_param_shapes") or {}
+    return FullState(
+        folder,
+        shapes,
+        _updates(ranks[0]["optimizer_state_dict"]),
+        read,
+        {n: NamedWeight(n, folder, s, partial(read_frozen, n, s)) for n, s in frozen.items()},
+    )
 
 
 def unique_names(module: dict[str, Tensor]) -> list[str]:
@@ -132,34 +243,3 @@ def unique_names(module: dict[str, Tensor]) -> list[str]:
         key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
         names.setdefault(key, name)
     return list(names.values())
-
-
-def _join(slices: list[Tensor], shape: torch.Size) -> Tensor:
-    return torch.cat(slices).view(shape)
-
-
-def _rank(path: Path) -> int:
-    found = re.search(r"pp_rank_(\d+)_", path.name)
-    return int(found[1]) if found else 0
-
-
-def _read_stage3(folder: Path) -> Iterator[NamedWeight]:
-    """The fp32 weights under ZeRO 3, put together tensor by tensor by DeepSpeed's converter."""
-    _import_deepspeed()
-    for path in sorted(folder.glob("*.pt")):
-        load_checked(path, mmap=True)  # the converter unpickles whatever it finds there
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    # It reports on stdout, where text that a model writes must stand alone.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        state = get_fp32_state_dict_from_zero_checkpoint(
-            str(folder.parent), tag=folder.name, lazy_mode=True
-        )
-    for name, tensor in state.items():
-        yield NamedWeight(name, folder, torch.Size(tensor.shape), tensor.contiguous)
-
-
-def _import_deepspeed() -> None:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401 - after DS_ACCELERATOR: it looks for one when imported

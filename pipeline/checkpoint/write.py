@@ -10,17 +10,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.file_writer import FileWriter, install
-from pipeline.checkpoint.files import verify_file_list, write_file_list
+from pipeline.checkpoint.files import FileWriter, install, verify_file_list, write_file_list
 from pipeline.checkpoint.reshape import load_reshaped
 from pipeline.checkpoint.retention import CheckpointConfig, complete_checkpoints, delete_old
 from pipeline.distributed import World
-from pipeline.training.launch.identity import completed, differences, refuse_changes
+from pipeline.model.config import ModelConfig
 from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
 from tidar_common.files import fsync_folder, write_text_atomic
@@ -188,8 +187,8 @@ class Checkpoints:
 
     def newest(self) -> str | None:
         """Name of the newest checkpoint, whether damaged or not."""
-        complete = complete_checkpoints(self.folder)
-        return complete[-1].name if complete else None
+        complete = complete_checkpoints(self.folder) if self.world.is_main else []
+        return self.world.from_main(complete[-1].name if complete else None)
 
     def _choose(self, say: Callable[[str], None]) -> tuple[str | None, dict[str, str], str | None]:
         damaged: dict[str, str] = {}
@@ -259,3 +258,36 @@ class Checkpoints:
         fsync_folder(self.folder)
         write_text_atomic(self.folder / "latest", final.name + "\n")
         delete_old(self.folder, self.config)
+
+
+def completed(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved identity with the keys of `asked` that are younger than it, as runs then were."""
+    shape = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default != MISSING}
+    before = json.loads(json.dumps({**shape, "freeze_base": False}))
+    return {**{key: value for key, value in before.items() if key in asked}, **saved}
+
+
+def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(saved, asked) of every key that is not the same in both."""
+    return {
+        key: (saved.get(key), asked.get(key))
+        for key in [*asked, *(key for key in saved if key not in asked)]
+        if saved.get(key) != asked.get(key)
+    }
+
+
+def refuse_changes(
+    name: str, changed: Mapping[str, tuple[Any, Any]], allowed: Collection[str]
+) -> None:
+    """Raise UserError with every difference that is not among the keys `allowed`."""
+    refused = {key: pair for key, pair in changed.items() if key not in allowed}
+    if not refused:
+        return
+    shown = "; ".join(
+        f"{key}={was}, this run has {key}={now}" for key, (was, now) in refused.items()
+    )
+    keys = ",".join(f"'{key}'" if " " in key else key for key in refused)
+    raise UserError(
+        f"run_dir: checkpoint {name} was made with {shown}; use the same value, start in a new "
+        f"run_dir, or continue all the same with checkpoint.allow_changes=[{keys}]"
+    )

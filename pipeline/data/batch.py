@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence as ListOf
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import Layout
-from pipeline.data.source import NO_BLOCKS, Sequence
-from pipeline.data.windows import whole_blocks
+from pipeline.data.source import NO_BLOCKS
 from pipeline.model.draft_head import BlockRows
 from pipeline.model.mask import Spans, layout_spans
 
@@ -79,7 +79,7 @@ def section_length(sequence_length: int, coverage: float, block_slots: int) -> i
 
 
 def make_batch(
-    sequences: ListOf[Sequence],
+    sequences: Sequence[PackedSequence],
     mask_token_id: int,
     num_slots: int,
     *,
@@ -106,7 +106,7 @@ def make_batch(
     pairs = slots = 0
     for number, sequence in enumerate(sequences):
         layout = sequence.layout if num_slots else NO_BLOCKS
-        windows = sequence.drafted if num_slots else whole_blocks(layout)
+        windows = sequence.drafted if num_slots else layout.drafted
         tokens = sequence.tokens.astype(np.int64)
         first = number * width
         input_ids[number, :length] = tokens
@@ -239,7 +239,7 @@ def positions_that_predict(
     return np.flatnonzero(predicts)
 
 
-def sequence_digest(sequence: Sequence) -> bytes:
+def sequence_digest(sequence: PackedSequence) -> bytes:
     """SHA-256 of a sequence's tokens, document lengths and prompts if it has any, whatever types
     they are stored in."""
     digest = hashlib.sha256(sequence.tokens.astype("<u4").tobytes())

@@ -7,7 +7,7 @@ fingerprints, their weights), so `sequences_seen` stays the loader's whole state
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence as ListOf
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
 from pipeline.data.place import DataConfig, open_place
-from pipeline.data.source import DamagedShard, LayoutChoice, Sequence, SequenceSource
+from pipeline.data.source import DamagedShard, LayoutChoice, SequenceSource
 from tidar_common.config import config_hash
 from tidar_common.errors import UserError
 
@@ -108,7 +109,7 @@ def _steps(sets: Any) -> list[int]:
     return sorted({step for one in sets for step, _ in one.weights})
 
 
-def mix_identity(sets: ListOf[MixedSet]) -> tuple[str, dict[str, Any]]:
+def mix_identity(sets: Sequence[MixedSet]) -> tuple[str, dict[str, Any]]:
     """What a continued run must not change: the data, and the weights by name and step."""
     data = config_hash(sorted(one.manifest.fingerprint() for one in sets))
     named = sorted(sets, key=lambda one: one.name)
@@ -127,7 +128,7 @@ class MixOrder:
         UserError: when a weight is above 0 and too small to come up in a window.
     """
 
-    def __init__(self, phases: ListOf[tuple[int, ListOf[float]]], seed: int) -> None:
+    def __init__(self, phases: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
         self._seed = seed
         self._starts = [start for start, _ in phases]
         self._counts = [_counts_in_window(np.asarray(weights)) for _, weights in phases]
@@ -183,7 +184,7 @@ class MixedSource:
 
     def __init__(
         self,
-        sets: ListOf[MixedSet],
+        sets: Sequence[MixedSet],
         manifest: Manifest,
         seed: int,
         choice: LayoutChoice,
@@ -211,7 +212,7 @@ class MixedSource:
         )
         self._sequences_per_step = sequences_per_step
 
-    def __getitem__(self, n: int) -> Sequence:
+    def __getitem__(self, n: int) -> PackedSequence:
         one, number = self.order[n]
         return self.sources[one].at_step(number, n // self._sequences_per_step)
 

@@ -35,7 +35,7 @@ def numbers_after(position: int, count: int, left_out: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredAt:
     """Where the n-th sequence stands."""
 
     epoch: int
@@ -59,14 +59,14 @@ class SequenceOrder:
         self._shards_of = lru_cache(maxsize=2)(self._permuted_shards)
         self._sequences_of = lru_cache(maxsize=8)(self._permuted_sequences)
 
-    def __getitem__(self, n: int) -> Place:
+    def __getitem__(self, n: int) -> StoredAt:
         """The n-th sequence of the run, counted from 0 over all epochs."""
         epoch, offset = divmod(n, self.epoch_sequences)
         shards, ends = self._shards_of(epoch)
         rank = bisect_right(ends, offset)
         shard = shards[rank]
         inside = offset - (ends[rank] - self._sizes[shard])
-        return Place(epoch, shard, int(self._sequences_of(epoch, shard)[inside]))
+        return StoredAt(epoch, shard, int(self._sequences_of(epoch, shard)[inside]))
 
     def _permuted_shards(self, epoch: int) -> tuple[list[int], list[int]]:
         """The shards in the order of the epoch, and how many sequences have come with each."""

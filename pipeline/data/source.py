@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.block_sizes import BlockSizes
-from data_prep.formats.groups import PackedGroup
+from data_prep.formats.groups import PackedGroup, PackedSequence
 from data_prep.formats.manifest import Manifest, Split
 from data_prep.formats.shards import ShardReader
 from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
@@ -18,7 +18,7 @@ from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard
-from pipeline.data.windows import draw_windows, whole_blocks
+from pipeline.data.windows import draw_windows
 from pipeline.model.config import block_slots
 from tidar_common.errors import UserError
 
@@ -98,48 +98,13 @@ class DamagedShard:
     """The first optimizer step of the run's order that its sequences are missing from, from 1."""
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """A packed sequence with its padding told apart."""
-
-    tokens: NDArray[np.integer]
-    """[S], the padding at the end."""
-    document_lengths: NDArray[np.integer]
-    """[D], their sum is S; the padding, if any, is the last."""
-    padding: int
-    """Tokens of padding."""
-    layout: Layout
-    prompt_lengths: NDArray[np.integer] | None = None
-    """[D]: tokens at each document's start that carry no loss; None where all carry one."""
-    windows: NDArray[np.int64] | None = None
-    """[2, blocks]: first position that each block drafts, and the one behind its last; None where
-    blocks draft all that they have slots for."""
-
-    @property
-    def drafted(self) -> NDArray[np.int64]:
-        """`windows`, of whole blocks where there are none."""
-        return whole_blocks(self.layout) if self.windows is None else self.windows
-
-    @property
-    def real_prompts(self) -> NDArray[np.integer]:
-        """Prompt lengths of the documents without the padding, 0 where there are none."""
-        if self.prompt_lengths is None:
-            return np.zeros_like(self.real_lengths)
-        return self.prompt_lengths[: len(self.real_lengths)]
-
-    @property
-    def real_lengths(self) -> NDArray[np.integer]:
-        """Document lengths without the padding."""
-        return self.document_lengths[:-1] if self.padding else self.document_lengths
-
-
 class Source(Protocol):
     """What batches are made from: the sequences of a run in its order, from 0 on without end."""
 
     manifest: Manifest
     """Of the data that says the sequence length and the tokenizer."""
 
-    def __getitem__(self, n: int) -> Sequence: ...
+    def __getitem__(self, n: int) -> PackedSequence: ...
 
     @property
     def block_size(self) -> int:
@@ -199,11 +164,11 @@ class SequenceSource:
         self._index: list[NDArray[np.int64]] | None = None
         self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
 
-    def __getitem__(self, n: int) -> Sequence:
+    def __getitem__(self, n: int) -> PackedSequence:
         """The n-th sequence of the run; see `at_step`."""
         return self.at_step(n, n // self._sequences_per_step)
 
-    def at_step(self, n: int, step: int) -> Sequence:
+    def at_step(self, n: int, step: int) -> PackedSequence:
         """The n-th sequence of this data, laid out as in optimizer step `step`.
 
         Raises:
@@ -223,10 +188,9 @@ class SequenceSource:
             self._damaged[name] = DamagedShard(None, name, str(error), step + 1)
             print(f"{error}; its sequences are left out", file=sys.stderr, flush=True)
             return self._nothing()
-        lengths = packed.document_lengths
         padding = len(packed.tokens) - packed.real_tokens(self.manifest.tokenizer.pad_id)
         prompts = packed.prompt_lengths if self._with_prompts else None
-        sequence = Sequence(packed.tokens, lengths, padding, packed.layout, prompts)
+        sequence = replace(packed, prompt_lengths=prompts, padding=padding)
         if self._as_stored:
             return sequence
         key = [self._seed, place.epoch, int(self._first[place.shard]) + place.index]
@@ -251,13 +215,15 @@ class SequenceSource:
     def damaged_shards(self) -> list[DamagedShard]:
         return list(self._damaged.values())
 
-    def _nothing(self) -> Sequence:
+    def _nothing(self) -> PackedSequence:
         """In place of a sequence that cannot be read: padding, which carries no loss."""
         length = self.manifest.sequence_length
         tokens = np.full(length, self.manifest.tokenizer.pad_id, dtype=np.int64)
-        return Sequence(tokens, np.array([length]), length, NO_BLOCKS)
+        return PackedSequence(tokens, np.array([length]), NO_BLOCKS, padding=length)
 
-    def _lay_out(self, sequence: Sequence, step: int, rng: np.random.Generator) -> Sequence:
+    def _lay_out(
+        self, sequence: PackedSequence, step: int, rng: np.random.Generator
+    ) -> PackedSequence:
         shift = self.manifest.shift if self.choice.shift is None else self.choice.shift
         size = self._mixed.at(step).draw(rng) if self._mixed else self.block_size
         linear = self.choice.linear

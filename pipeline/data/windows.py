@@ -20,11 +20,6 @@ STALER = 0.6
 up to 1: as m counts accepted drafts, early places come up most."""
 
 
-def whole_blocks(layout: Layout) -> NDArray[np.int64]:
-    """The windows of blocks that draft all they have slots for."""
-    return np.stack([layout.prefix_end, layout.draft_end]).astype(np.int64)
-
-
 def draw_windows(layout: Layout, block_size: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A window of up to K places in each block of a layout of 2K - 1 slots.
 
@@ -72,7 +67,7 @@ def stale_layout(
         draft_end.astype(np.int32),
         (np.cumsum(lengths) - lengths).astype(np.int32),
     )
-    windows = np.minimum(whole_blocks(layout) + first, end)
+    windows = np.minimum(layout.drafted + first, end)
     if first:
         nothing = layout.prefix_end == layout.prefix_start
         windows[1] = np.where(nothing, windows[0], windows[1])

@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.source import Sequence
+from data_prep.formats.groups import PackedSequence
 from pipeline.distributed import World
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import MODEL, RECURRENT, DraftScores, score_drafts
-from pipeline.objective.calibration import describe
+from pipeline.objective.acceptance import (
+    MODEL,
+    RECURRENT,
+    DraftScores,
+    describe_calibration,
+    score_drafts,
+)
 from tidar_common.run_files import DraftScoresRow, HeldOutRow
 
 DRAFTS = (MODEL, RECURRENT, "unigram", "bigram")
@@ -85,7 +90,9 @@ def describe_staleness(
     }
 
 
-def _checked(sequences: Iterator[Sequence], rounds: int, check: Check) -> Iterator[Sequence]:
+def _checked(
+    sequences: Iterator[PackedSequence], rounds: int, check: Check
+) -> Iterator[PackedSequence]:
     """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
     for _ in range(rounds):
         check()
@@ -110,7 +117,7 @@ def describe_text(
         unigram_loss=scores.unigram_loss / max(scores.ar_tokens, 1),
         unigram_entropy=unigram_entropy,
         **_acceptance(scores, temperature if scored else None),
-        **describe(scores.calibration),
+        **describe_calibration(scores.calibration),
     )
 
 
@@ -119,7 +126,7 @@ def describe_drafts(scores: DraftScores) -> dict[str, Any]:
     return {
         "temperature_0": _acceptance(scores, 0.0),
         "temperature_1": _acceptance(scores, 1.0),
-        **describe(scores.calibration),
+        **describe_calibration(scores.calibration),
     }
 
 

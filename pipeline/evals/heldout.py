@@ -1,8 +1,7 @@
 """Held-out text as evals need it: whole documents to continue, packed sequences to score."""
 
 import sys
-from collections.abc import Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
 from pipeline.data.remote import local_shard
-from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
+from pipeline.data.source import LayoutChoice, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -34,7 +33,7 @@ _COUNTED: dict[str, PairCounts | None] = {}
 class HeldOut:
     """The held-out split of a prepared data folder, and those of the sets of a `data.mix`."""
 
-    def __init__(self, data_dir: Path, manifest: Manifest, mix: ListOf[MixedSet] = ()) -> None:
+    def __init__(self, data_dir: Path, manifest: Manifest, mix: Sequence[MixedSet] = ()) -> None:
         """`mix` are the sets that the model was trained on together, if there were several.
 
         Raises:
@@ -69,7 +68,7 @@ class HeldOut:
         loss_span: str | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Iterator[Sequence]:
+    ) -> Iterator[PackedSequence]:
         """This rank's share of `count` different packed sequences, laid out with full coverage.
 
         The shares of all ranks together are the same sequences, with the same layouts, for any
@@ -163,7 +162,7 @@ class Unigram:
         return cls(smoothed / smoothed.sum(), entropy)
 
 
-def documents(sequence: Sequence) -> list[NDArray[np.integer]]:
+def documents(sequence: PackedSequence) -> list[NDArray[np.integer]]:
     """The tokens of each document of a packed sequence, end tokens included, padding left out."""
     ends = np.cumsum(sequence.real_lengths)
     return [
@@ -192,7 +191,7 @@ def pair_counts(data_dir: Path, manifest: Manifest) -> PairCounts | None:
     return _COUNTED[key]
 
 
-def _pair_keys(group: ListOf[PackedSequence], manifest: Manifest) -> NDArray[np.int64]:
+def _pair_keys(group: Sequence[PackedSequence], manifest: Manifest) -> NDArray[np.int64]:
     """`u · vocab_size + v` of each pair (u, v) that stands in a document of `group`."""
     keys = []
     for packed in group:
@@ -205,7 +204,7 @@ def _pair_keys(group: ListOf[PackedSequence], manifest: Manifest) -> NDArray[np.
     return np.concatenate(keys)
 
 
-def _groups(data_dir: Path, manifest: Manifest) -> Iterator[ListOf[PackedSequence]]:
+def _groups(data_dir: Path, manifest: Manifest) -> Iterator[Sequence[PackedSequence]]:
     """The sequences that are counted, group by group."""
     shards = manifest.train.shards
     places = [

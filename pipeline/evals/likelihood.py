@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.drafting import describe_drafts
 from pipeline.evals.heldout import HeldOut, documents
@@ -185,7 +185,7 @@ def _figures(total: LikelihoodSums, text_bytes: int, drafts: bool) -> dict[str, 
 def sum_up(
     model: Transformer,
     tokenizer: Tokenizer,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[PackedSequence],
     block_size: int,
     controls: Controls,
 ) -> LikelihoodSums:
@@ -216,14 +216,14 @@ def sum_up(
             first_loss=float(costs[first].sum()),
             diffusion_tokens=tokens,
             diffusion_loss=losses,
-            drafts=drafts_of(model, sequence, scored, block_size, over_model),
+            drafts=drafts_of(model, scored, block_size, over_model),
         )
     return total
 
 
 def read_texts(
     path: Path, tokenizer: Tokenizer, longest: int, block_size: int
-) -> dict[str, list[Sequence]]:
+) -> dict[str, list[PackedSequence]]:
     """The texts of a file of JSON lines, `{"text": "...", "source": "..."}`, by source.
 
     Each text ends with the end token, as a document in training. One that is longer than `longest`
@@ -237,7 +237,7 @@ def read_texts(
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{TEXTS_KEY}: {path} is not a file of UTF-8 text ({error})") from error
-    by_source: dict[str, list[Sequence]] = {}
+    by_source: dict[str, list[PackedSequence]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -259,6 +259,6 @@ def read_texts(
     return by_source
 
 
-def _sequence(tokens: np.ndarray, block_size: int) -> Sequence:
+def _sequence(tokens: np.ndarray, block_size: int) -> PackedSequence:
     lengths = [len(tokens)]
-    return Sequence(tokens, np.array(lengths), 0, build_layout(lengths, block_size))
+    return PackedSequence(tokens, np.array(lengths), build_layout(lengths, block_size))

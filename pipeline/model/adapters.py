@@ -1,4 +1,4 @@
-"""Weights that only drafting uses: low-rank updates on mask-slot rows, and who belongs to them.
+"""Low-rank updates on mask-slot rows.
 
 An adapter adds `B (A x)` to the output of a projection `W x` (LoRA, arXiv 2106.09685, without a
 scale), on the rows of mask slots alone. Clean rows, verified drafts and the cache never see one, so
@@ -6,16 +6,11 @@ the AR half of a model is, bit for bit, the model without them. Rows stand secti
 the product runs over a slice. `B` starts at zero: a model with new adapters is the model before.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
-
-MASK_EMBEDDING = "model.mask_embedding"
-DRAFT_HEAD = "draft_head."
 
 
 @dataclass(frozen=True)
@@ -72,26 +67,3 @@ def project(projection: nn.Module, adapter: LowRank | None, x: Tensor, clean: in
         return out
     out[:, clean:] += adapter(x[:, clean:])
     return out
-
-
-def is_drafting(name: str) -> bool:
-    """Whether the parameter `name` is used for drafting alone: an adapter's, the mask slots' own
-    embedding, or the draft head's. All others are the base model's."""
-    return name == MASK_EMBEDDING or is_of_head(name) or is_adapter(name)
-
-
-def is_adapter(name: str) -> bool:
-    return "_adapter." in name
-
-
-def is_of_head(name: str) -> bool:
-    return name.startswith(DRAFT_HEAD)
-
-
-def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """How an adapter's weight, or the mask slots' own embedding, starts: fp32 on the CPU."""
-    value = torch.zeros(shape, dtype=torch.float32)
-    if name.endswith(".up.weight"):
-        return value
-    deviation = 1 / math.sqrt(shape[1]) if is_adapter(name) else 0.02
-    return value.normal_(0.0, deviation, generator=generator)

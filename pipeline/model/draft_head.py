@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.opening import Opening
+from pipeline.model.parameters import Opening
 
 
 @dataclass(frozen=True)

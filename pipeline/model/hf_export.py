@@ -12,7 +12,6 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.model.adapters import is_drafting
 from pipeline.model.card import model_card
 from pipeline.model.config import DRAFTING_FIELDS
 from pipeline.model.hf_tokenizer import padding_id, save_tokenizer
@@ -23,7 +22,8 @@ from pipeline.model.huggingface import (
     TIDAR_FILE,
     config_to_huggingface,
 )
-from pipeline.model.source import HEAD, Source
+from pipeline.model.parameters import is_drafting
+from pipeline.model.source import HEAD, SavedModel
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 from tidar_common.files import fsync_folder
@@ -35,7 +35,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 def write_export(
     model: Transformer,
     tokenizer: Tokenizer,
-    source: Source,
+    source: SavedModel,
     output: Path,
     *,
     overwrite: bool = False,
@@ -77,7 +77,7 @@ def write_export(
     return warning
 
 
-def tidar_settings(model: Transformer, tokenizer: Tokenizer, source: Source) -> dict[str, Any]:
+def tidar_settings(model: Transformer, tokenizer: Tokenizer, source: SavedModel) -> dict[str, Any]:
     """Content of `tidar.json`: what a decoder must know beside the config."""
     return {
         "format_version": FORMAT_VERSION,

@@ -23,7 +23,7 @@ from data_prep.tokenizers.load import (
     load_tokenizer,
 )
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
-from pipeline.model.source import EMBEDDING, NamedWeight, Source
+from pipeline.model.source import EMBEDDING, NamedWeight, SavedModel
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
 
@@ -49,7 +49,7 @@ ROTARY_BUFFER = "rotary_emb.inv_freq"
 """Old Llama files hold this table, which follows from the config."""
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path) -> SavedModel:
     """The Hugging Face folder, with what `tidar.json` adds to it where there is one.
 
     Raises:
@@ -68,7 +68,7 @@ def open_folder(folder: Path) -> Source:
         files.append(folder / DRAFTING_WEIGHTS_FILE)
         if not files[-1].is_file():
             raise UserError(f"{files[-1]}: missing, although {TIDAR_FILE} asks for it")
-    return Source(
+    return SavedModel(
         folder=folder,
         config=config,
         dtype=_stored_dtype(files),

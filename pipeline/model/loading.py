@@ -8,14 +8,14 @@ from torch import Tensor
 
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.checkpoint.files import FILE_LIST
-from pipeline.checkpoint.read import DTYPES, MODEL_FILE, newest_checkpoint, open_checkpoint
-from pipeline.model.adapters import MASK_EMBEDDING, is_adapter, is_of_head
+from pipeline.checkpoint.read import DTYPES, MODEL_FILE, open_checkpoint
 from pipeline.model.config import ModelConfig
 from pipeline.model.huggingface import CONFIG_FILE, open_folder
-from pipeline.model.opening import Opening, whole
-from pipeline.model.source import EMBEDDING, HEAD, Source, fill
+from pipeline.model.parameters import MASK_EMBEDDING, Opening, is_adapter, is_of_head, whole
+from pipeline.model.source import EMBEDDING, HEAD, SavedModel, fill
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
+from tidar_common.run_files import newest_checkpoint
 
 MAY_DIFFER = (
     "vocab_size", "max_positions", "mask_token_id", "block_size", "causal_slots", "linear_drafts",
@@ -54,12 +54,12 @@ def load_model(
     Raises:
         UserError: naming the file, and the tensor or field in it, that cannot be used.
     """
-    source = open_source(path)
+    source = open_model(path)
     return read_model(source, dtype=dtype, device=device), source.tokenizer()
 
 
 def read_model(
-    source: Source,
+    source: SavedModel,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -79,7 +79,7 @@ def initialize_from(
     Raises:
         UserError: as `load_model`, or naming the key whose value contradicts the weights.
     """
-    source = open_source(path)
+    source = open_model(path)
     check_shape(source, config)
     model = Transformer.empty(config, torch.device("cpu"), dtype or source.dtype)
     load_into(model, source)
@@ -99,7 +99,7 @@ class MaskEmbedding:
 
 
 def load_into(
-    model: Transformer, source: Source, opened: Opening = whole, seed: int = 0
+    model: Transformer, source: SavedModel, opened: Opening = whole, seed: int = 0
 ) -> MaskEmbedding | None:
     """Fill `model` with the weights of `source`, whose shape has been checked.
 
@@ -172,7 +172,7 @@ def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
     return [n for n in names if any(kind(n) and not has for kind, has in there.items())]
 
 
-def open_source(path: str | Path) -> Source:
+def open_model(path: str | Path) -> SavedModel:
     """Find out what `path` is, and read everything but its weights."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -182,7 +182,12 @@ def open_source(path: str | Path) -> Source:
         )
     folder = folder.resolve()
     if (folder / "checkpoints").is_dir():
-        return open_checkpoint(newest_checkpoint(folder / "checkpoints"))
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(
+                f"{folder / 'checkpoints'}: holds no checkpoint yet; give another model"
+            )
+        return open_checkpoint(folder / "checkpoints" / newest)
     if any((folder / name).is_file() for name in (FILE_LIST, MODEL_FILE)):
         return open_checkpoint(folder)
     if (folder / CONFIG_FILE).is_file():
@@ -214,7 +219,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def check_shape(source: Source, config: ModelConfig) -> None:
+def check_shape(source: SavedModel, config: ModelConfig) -> None:
     """Whether training can go on from `source` with `config`; raises UserError with the key."""
     may_differ = {*MAY_DIFFER, *_new_kinds(source.config, config)}
     for name in (field.name for field in fields(ModelConfig) if field.name not in may_differ):

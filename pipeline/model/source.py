@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.tokenizers.load import Tokenizer
-from pipeline.model.adapters import is_drafting
 from pipeline.model.config import ModelConfig
-from pipeline.model.opening import Opening, full_shape, whole
+from pipeline.model.parameters import Opening, full_shape, is_drafting, whole
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -34,7 +33,7 @@ class NamedWeight:
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedModel:
     """A folder that holds a model: a training checkpoint, an export or a Hugging Face folder."""
 
     folder: Path
@@ -51,7 +50,7 @@ class Source:
 
 
 def fill(
-    model: Transformer, source: Source, opened: Opening = whole, fresh: Collection[str] = ()
+    model: Transformer, source: SavedModel, opened: Opening = whole, fresh: Collection[str] = ()
 ) -> None:
     """Copy `source`'s weights into `model`, one tensor at a time; it need not hold those that are
     to start `fresh`.

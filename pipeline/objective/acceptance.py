@@ -3,6 +3,10 @@
 A mask slot's distribution q and the verifier's p for the same position agree with probability
 sum_v min(p_v, q_v) at temperature 1, the chance that rejection sampling keeps a draft. On real
 text the earlier drafts of the block are taken as right, hence "teacher-forced".
+
+And how well a draft's confidence, the probability of its likeliest token, says what becomes of it:
+drafts counted by confidence (Guo et al., On Calibration of Modern Neural Networks, arXiv
+1706.04599).
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,17 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch
-from pipeline.data.source import Sequence
 from pipeline.model.transformer import Transformer
-from pipeline.objective.calibration import binned, empty_bins
 from pipeline.objective.controls import Controls
 from pipeline.objective.scoring import Scored, pieces, row_logits, score_sequence
+from tidar_common.run_files import CalibrationRow
 
 MODEL = "model"
 """The name of the model's own draft among all that are scored."""
 RECURRENT = "recurrent"
 """That of its draft head without any slot."""
+BINS = 10
+"""Equal parts of [0, 1]."""
+ROWS = ("drafts", "confidence", "right", "verified")
+"""Summed up in each bin: how many drafts, their confidence, how many have the text's token as the
+likeliest, and how many the verifier's."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class DraftScores:
     """Summed chance that a draft and all before it in its block are accepted: the product of their
     acceptances. Names and rows as in `accepted`, fp64 [2, K - 1]."""
     calibration: Tensor
-    """The model's drafts by confidence, `calibration.ROWS` in each bin, fp64 [4, BINS]."""
+    """The model's drafts by confidence, `ROWS` in each bin, fp64 [4, BINS]."""
 
     @classmethod
     def zero(cls, block_size: int) -> "DraftScores":
@@ -67,7 +76,7 @@ def _added(one: Any, other: Any) -> Any:
 @torch.inference_mode()
 def score_drafts(
     model: Transformer,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[PackedSequence],
     block_size: int,
     controls: Controls,
     first: int = 0,
@@ -85,19 +94,17 @@ def score_drafts(
     total = DraftScores.zero(block_size)
     for sequence in sequences:
         scored = score_sequence(model, sequence, block_size, first)
-        total = total + drafts_of(model, sequence, scored, block_size, controls)
+        total = total + drafts_of(model, scored, block_size, controls)
     return total
 
 
 @torch.inference_mode()
 def drafts_of(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
+    model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> DraftScores:
     """The sums of one sequence whose joint forward is `scored`; `controls` as `on` gives them."""
     batch = scored.batch
-    drafts, accepted, survived, calibration = _acceptance(
-        model, sequence, scored, block_size, controls
-    )
+    drafts, accepted, survived, calibration = _acceptance(model, scored, block_size, controls)
     labels = batch.labels[: batch.ar_labels]
     return DraftScores(
         ar_loss=float(scored.ar_losses.sum()),
@@ -113,7 +120,7 @@ def drafts_of(
 
 
 def _acceptance(
-    model: Transformer, sequence: Sequence, scored: Scored, block_size: int, controls: Controls
+    model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
     """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
     own = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)
@@ -193,3 +200,33 @@ class ScoredRows:
             alone=batch.input_ids.numel() + order * blocks.slots.shape[1] + place,
             verifier=blocks.starts[block] + place,
         )
+
+
+def empty_bins() -> Tensor:
+    """Sums of no drafts, fp64 [4, BINS]; sums of several parts add up."""
+    return torch.zeros(len(ROWS), BINS, dtype=torch.float64)
+
+
+def binned(confidence: Tensor, right: Tensor, verified: Tensor) -> Tensor:
+    """`ROWS` by bin, fp64 [4, BINS], of drafts with these values, fp64 [N] each."""
+    number = (confidence * BINS).long().clamp(max=BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, right, verified])
+    return empty_bins().index_add_(1, number, values)
+
+
+def describe_calibration(bins: Tensor) -> CalibrationRow:
+    """Shares by bin, None where a bin has no draft, and the expected calibration error; the keys
+    of `docs/evals.md`. None for no drafts at all."""
+    drafts, confidence, right, _ = bins
+    total = float(drafts.sum())
+    if not total:
+        return CalibrationRow(draft_calibration=None, draft_calibration_error=None)
+    counts = [int(count) for count in drafts.tolist()]
+    shares = {
+        name: [s / n if n else None for s, n in zip(sums.tolist(), counts, strict=True)]
+        for name, sums in zip(ROWS[1:], bins[1:], strict=True)
+    }
+    error = float((confidence - right).abs().sum()) / total
+    return CalibrationRow(
+        draft_calibration={"drafts": list(counts), **shares}, draft_calibration_error=error
+    )

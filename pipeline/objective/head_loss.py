@@ -6,6 +6,19 @@ through the head, gives its loss, and, since the weight of each row in the globa
 beforehand, at once its gradients; then its logits are gone. Nothing is computed twice, but for
 weights by accepted prefix: those ask what all drafts of a block are, so drafts go through the head
 once before, forward only.
+
+Distances between a draft's distribution q and a teacher's distribution p of the same position.
+
+    kl          KL(p || q)
+    tv          TV(p, q) = 1 - sum_v min(p_v, q_v), the chance that decoding rejects the draft
+    acceptance  -log sum_v min(p_v, q_v)
+    blend       lambda · KL + (1 - lambda) · TV, lambda = exp(-3 · sum_v min(p_v, q_v))
+
+The last two are LK losses (arXiv 2602.23881): where p and q hardly overlap TV has next to no
+gradient, and `acceptance` divides by what it lacks, while `blend` starts as KL and becomes TV as
+drafts get better. p is taken as given, and so is lambda, a number of each row.
+All four have the gradient c_kl · (q - p) + c_tv · q · (s - sum_v q_v s_v) over the logits of q,
+s_v being -1 where q_v < p_v and else 0, with coefficients of their own.
 Letters: R rows of a batch, N labelled ones, D of them drafts, n rows of a piece, E hidden size,
 V vocabulary.
 """
@@ -21,10 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.objective.accepted_prefix import auf_weights, dpace_weights
-from pipeline.objective.distance import coefficients, distances, slope_
-from pipeline.objective.joint import MEASURED
-from pipeline.objective.targets import Targets
+from pipeline.objective.loss import MEASURED, Targets
+from pipeline.objective.weights import auf_weights, dpace_weights
 
 PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits of a piece: on a CPU what stays in its cache, on a GPU half a GiB in fp32, enough to keep
@@ -33,6 +44,8 @@ FEWEST_ROWS = 128
 """A piece has at least so many, or all."""
 SUMS = ("loss", "ar", "diffusion", "overlap", "alone")
 """What `head_loss` sums up, in this order; see `Sums`."""
+BLEND_DECAY = 3.0
+"""How fast lambda falls with the overlap."""
 PLAIN = ("ar", "diffusion", "alone")
 """Whose plain cross entropy each section adds to."""
 
@@ -302,7 +315,7 @@ def _agreement(
     if expected is None:
         overlap = draft.gather(1, labels[:, None])[:, 0]
         kl, tv = coefficients(kind, overlap)
-        # s of the module `distance` is -1 at the label alone, so both terms point the same way.
+        # s (see above) is -1 at the label alone, so both terms point the same way.
         coefficient = torch.ones_like(kl) if kind == "acceptance" else kl + tv * overlap
         found = cross_entropy if kind == "acceptance" else distances(kind, overlap, cross_entropy)
         return found, overlap, factor * coefficient, None
@@ -319,3 +332,53 @@ def _agreement(
         factor,
     )
     return distances(kind, overlap, divergence), overlap, torch.zeros_like(factor), slope
+
+
+def coefficients(agreement: str, overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """c_kl and c_tv of each row, [n], given sum_v min(p_v, q_v) [n]."""
+    one, none = torch.ones_like(overlap), torch.zeros_like(overlap)
+    if agreement == "kl":
+        return one, none
+    if agreement == "tv":
+        return none, one
+    if agreement == "acceptance":
+        return none, 1 / _positive(overlap)
+    blended = torch.exp(-BLEND_DECAY * overlap)
+    return blended, 1 - blended
+
+
+def distances(agreement: str, overlap: Tensor, divergence: Tensor) -> Tensor:
+    """The distance of each row, [n], given sum_v min(p_v, q_v) and KL(p || q), [n] each."""
+    if agreement == "acceptance":
+        return -_positive(overlap).log()
+    kl, tv = coefficients(agreement, overlap)
+    return kl * divergence + tv * (1 - overlap)
+
+
+def slope_(
+    draft: Tensor, expected: Tensor, kl: Tensor | None, tv: Tensor | None, factor: Tensor
+) -> Tensor:
+    """`factor` [n] times the gradient over the logits, [n, V].
+
+    Args:
+        draft: q, [n, V].
+        expected: p, [n, V]; overwritten.
+        kl: c_kl, [n]; None is 0.
+        tv: c_tv, [n]; None is 0.
+        factor: of each row.
+    """
+    total = None
+    if tv is not None:
+        total = (draft < expected).to(draft.dtype).neg_()
+        inner = (draft * total).sum(1, keepdim=True)
+        # q first: both are as small as the overlap, by which c_tv may divide.
+        total.sub_(inner).mul_(draft).mul_(tv[:, None]).mul_(factor[:, None])
+    if kl is not None:
+        difference = expected.neg_().add_(draft).mul_((kl * factor)[:, None])
+        total = difference if total is None else total.add_(difference)
+    assert total is not None
+    return total
+
+
+def _positive(overlap: Tensor) -> Tensor:
+    return overlap.clamp(min=torch.finfo(overlap.dtype).tiny)

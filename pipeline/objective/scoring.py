@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.data.windows import stale_layout
 from pipeline.model.attention import training_mask
 from pipeline.model.draft_head import DraftRows
@@ -47,7 +47,7 @@ class Scored:
 
 @torch.inference_mode()
 def score_sequence(
-    model: Transformer, sequence: Sequence, block_size: int | None = None, first: int = 0
+    model: Transformer, sequence: PackedSequence, block_size: int | None = None, first: int = 0
 ) -> Scored:
     """Run `sequence` with its layout's mask section, or alone where the model has no mask token.
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from pipeline.data.batch import section_length
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
-from pipeline.model.transformer import CHECKPOINTING
-from pipeline.objective.joint import MEASURED
+from pipeline.model.layers import CHECKPOINTING
+from pipeline.objective.loss import MEASURED
 from pipeline.planning.hardware import GPUS, Gpu, find_gpu
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.svg import Chart, Series
-from pipeline.training.trackers import CLOCK
+from pipeline.training.moments import CLOCK
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic

@@ -11,7 +11,6 @@ from pipeline.report.headline import headline, warnings
 from pipeline.report.read import Run, read_run
 from pipeline.report.standing import (
     Starts,
-    newest_checkpoint,
     read_starts,
     skipped_shards,
     standing_section,
@@ -19,6 +18,7 @@ from pipeline.report.standing import (
 from pipeline.report.svg import Chart
 from pipeline.report.tables import acceptance_table, eval_table, sources_table
 from pipeline.report.wording import compact, escape
+from tidar_common.run_files import newest_checkpoint
 
 FILE_NAME = "report.html"
 
@@ -36,7 +36,7 @@ def build_report(run_dir: Path) -> Path:
         UserError: when `run_dir` or its metrics.jsonl does not exist or holds no whole line.
     """
     run_dir = Path(run_dir)
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    checkpoint = newest_checkpoint(run_dir)
     run = read_run(run_dir)
     updated = (run_dir / "metrics.jsonl").stat().st_mtime
     page = render(run, read_starts(run_dir), checkpoint, updated, skipped_shards(run_dir))

@@ -111,12 +111,6 @@ def skipped_shards(run_dir: Path) -> str | None:
     return f"{len(found):,} damaged, left out: {', '.join(names)}{more}"
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """Name of the newest complete checkpoint: the last of the folders, which appear by a rename."""
-    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
-    return names[-1] if names else None
-
-
 def pace_of(run: Run, name: str) -> float | None:
     """Median of a column of the latest steps."""
     recent = (as_number(row.get(name)) for row in run.metrics[-PACE_STEPS:])

@@ -1,6 +1,9 @@
-"""The DeepSpeed engine: model and optimizer under ZeRO, built from the run's config."""
+"""The DeepSpeed engine: model and optimizer under ZeRO, built from the run's config; what is read
+out of it, and how an update is kept from its weights."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +11,9 @@ import torch
 from torch import nn
 
 from pipeline.distributed import World
-from pipeline.model.adapters import is_drafting
-from pipeline.model.opening import full_shape
+from pipeline.model.config import ModelConfig
+from pipeline.model.parameters import divide, full_shape
+from pipeline.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def divide(shapes: Sequence[tuple[str, torch.Size]]) -> tuple[list[str], list[str], list[str]]:
-    """Names of the base's matrices, of its norms and biases, and of what only drafts, from named
-    `shapes`; the order of the optimizer's parameters."""
-    base = [(name, shape) for name, shape in shapes if not is_drafting(name)]
-    matrices = [name for name, shape in base if len(shape) >= 2]
-    rest = [name for name, shape in base if len(shape) < 2]
-    return matrices, rest, [name for name, _ in shapes if is_drafting(name)]
-
-
 def deepspeed_settings(
     optimizer: OptimizerConfig,
     config: DeepSpeedConfig,
@@ -188,3 +183,74 @@ def gradient_norm(engine: Any) -> float:
     """
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+Refuses = Callable[[float], bool]
+"""Whether the update whose gradient has this norm is not to happen; alike on all ranks."""
+
+
+def is_plain(engine: Any) -> bool:
+    """Whether torch's own optimizer runs without DeepSpeed around it: fp32 without ZeRO."""
+    return not engine.zero_optimization() and not engine.bfloat16_enabled()
+
+
+def discard_step(engine: Any) -> float:
+    """Go past an accumulation boundary with weights and optimizer state as they were.
+
+    All ranks call it, after the backward passes. Returns NaN, for the norm of the gradient.
+    """
+    with updates_refused(engine):
+        engine.step()
+    return math.nan
+
+
+@contextmanager
+def updates_refused(engine: Any, refuses: Refuses | None = None) -> Iterator[list[float]]:
+    """Within the context `engine.step()` leaves weights and optimizer state as they are, where
+    `refuses(norm)`, or always without it; everything else of the step happens as always.
+
+    Only the call of torch's optimizer is left out, in which all of DeepSpeed's wrappers end,
+    whatever buffers of the stage or of offloading hold the gradient. They take the global norm
+    before it, which nobody has before `engine.step()`, and what they copy from masters to weights
+    behind it is what was there. A plain optimizer has no norm: `refuses` is not for it. The context
+    gives the norms of the updates that `refuses` kept away.
+    """
+    wrapper = engine.optimizer
+    inner = wrapper if is_plain(engine) else wrapper.optimizer
+    update = inner.step
+    norms: list[float] = []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if refuses is None:
+            return None
+        norm = wrapper._global_grad_norm
+        if norm is not None and refuses(float(norm)):
+            norms.append(float(norm))
+            return None
+        return update(*args, **kwargs)
+
+    inner.step = checked
+    try:
+        yield norms
+    finally:
+        inner.step = update
+
+
+def full_copy(engine: Any, config: ModelConfig) -> Transformer:
+    """A plain model with the engine's current weights, on every rank; all ranks must call it.
+
+    Evals decode with this copy: forwards through a partitioned module would need all ranks in
+    step, and decoding is different on each.
+    """
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    first = next(iter(parameters.values()))
+    model = Transformer.empty(config, first.device, first.dtype)
+    partitioned = engine.zero_optimization_partition_weights()
+    with torch.no_grad():
+        for name, target in model.named_parameters():
+            source = parameters[name]
+            with deepspeed.zero.GatheredParameters([source], enabled=partitioned):
+                target.copy_(source)
+    return model.eval()

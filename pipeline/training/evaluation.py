@@ -11,10 +11,10 @@ from pipeline.evals.drafting import score_heldout
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import Check, EvalInterruptedError
 from pipeline.model.config import ModelConfig
+from pipeline.training.engine import full_copy
 from pipeline.training.guards.ar_guard import write_base
 from pipeline.training.launch.signals import StopRequest
 from pipeline.training.settings import TrainSettings
-from pipeline.training.weights import full_copy
 from tidar_common.errors import UserError
 from tidar_common.run_files import EvalRow
 
@@ -55,31 +55,34 @@ class PeriodicEval:
             absent = step not in eval_losses(self.run_dir)
         return self.world.from_main(absent)
 
-    def measure_base(self, engine: Any, step: int, stop: StopRequest) -> None:
+    def measure_base(self, engine: Any, step: int, stop: StopRequest) -> bool:
         """Before the first step of a run from a base model: its held-out AR loss, kept in the run
-        directory, on the sequences that every eval scores. All ranks call it.
-
-        Raises:
-            EvalInterruptedError: on all ranks, when any of them was asked to stop.
-        """
+        directory, on the sequences that every eval scores. Returns False, on all ranks, when any of
+        them was asked to stop meanwhile."""
         if step > 0 or self.init_from is None:
-            return
+            return True
         model = full_copy(engine, self.config)
         check = self._check_for(stop)
-        scores = score_heldout(model, self.heldout, self.settings, self.world, check)
+        try:
+            scores = score_heldout(model, self.heldout, self.settings, self.world, check)
+        except EvalInterruptedError:
+            return False
         if self.world.is_main:
             write_base(self.run_dir, scores.ar_loss / max(scores.ar_tokens, 1))
         self.world.barrier()
+        return True
 
-    def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow]:
-        """Rows as in `evals/decode_speed.jsonl`, equal on all ranks.
-
-        Raises:
-            EvalInterruptedError: on all ranks, when any of them was asked to stop.
-        """
+    def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow] | None:
+        """Rows as in `evals/decode_speed.jsonl`, equal on all ranks; None, on all of them, when any
+        was asked to stop meanwhile."""
         model = full_copy(engine, self.config)
         check = self._check_for(stop)
-        rows = evaluate_decode_speed(model, self.heldout, self.settings, self.world, step, check)
+        try:
+            rows = evaluate_decode_speed(
+                model, self.heldout, self.settings, self.world, step, check
+            )
+        except EvalInterruptedError:
+            return None
         if self.world.is_main and self.config.mask_token_id is not None:
             write_example(model, self.tokenizer, self.heldout, self.settings, step, self.example)
         self.world.barrier()

@@ -16,14 +16,14 @@ from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.adapters import AdapterConfig
 from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import CHECKPOINTING
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.model.layers import CHECKPOINTING
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
 from pipeline.training.guards.anomalies import AnomalyConfig
 from pipeline.training.guards.ar_guard import ArGuardConfig
 from pipeline.training.guards.mask_embedding import MaskGuardConfig
 from pipeline.training.guards.watchdog import WatchConfig
-from pipeline.training.launch.time_limit import deadline
+from pipeline.training.launch.signals import deadline
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.trackers.wandb import WandbConfig

@@ -1,44 +1,133 @@
-"""Putting a run together from its settings: model, engine, data, trackers."""
+"""Putting a run together from its settings: model, engine, data, guards, trackers."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from data_prep.tokenizers.load import load_tokenizer
+from pipeline.checkpoint.read import DTYPES
 from pipeline.checkpoint.write import Checkpoints
+from pipeline.data.batch import Batch
 from pipeline.data.loader import Share, step_batches
-from pipeline.data.mix import MixedSource
-from pipeline.data.source import SequenceSource
+from pipeline.data.mix import MixedSource, mix_identity
+from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.training.engine import build_engine
+from pipeline.model.loading import check_shape, load_into, open_model
+from pipeline.model.parameters import Opening, whole
+from pipeline.model.transformer import Transformer
+from pipeline.training.engine import build_engine, deepspeed_settings
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.guards.anomalies import Anomalies
 from pipeline.training.guards.ar_guard import ArGuard
-from pipeline.training.guards.left_out import LeftOutFile
 from pipeline.training.guards.mask_embedding import MaskEmbedding
+from pipeline.training.guards.rollback import LeftOutFile, Rollbacks
 from pipeline.training.guards.skipped_shards import SkippedShards
-from pipeline.training.guards.slow_ranks import SlowRanks
-from pipeline.training.guards.watchdog import Watchdog
+from pipeline.training.guards.watchdog import SlowRanks, Watchdog
 from pipeline.training.launch import preflight
-from pipeline.training.launch.identity import run_identity, run_topology
 from pipeline.training.launch.run_dir import write_config
 from pipeline.training.loop import Trainer
+from pipeline.training.moments import Event, Guards, Moments, Together, Tracker, make_event
+from pipeline.training.saving import Saver
 from pipeline.training.settings import TrainSettings, with_layout
 from pipeline.training.speed import SpeedMeter
-from pipeline.training.start import build_model
 from pipeline.training.state import TrainState
-from pipeline.training.trackers import Event, Tracker, Trackers, make_event
 from pipeline.training.trackers.environment import describe_rank
-from pipeline.training.trackers.events import EventsFile
-from pipeline.training.trackers.metrics import MetricsFiles
+from pipeline.training.trackers.metrics import EventsFile, MetricsFiles
 from pipeline.training.trackers.progress import ProgressDisplay
 from pipeline.training.trackers.report import Report
 from pipeline.training.trackers.tensorboard import TensorBoard
 from pipeline.training.trackers.wandb import Wandb
 from tidar_common.errors import UserError
+
+Say = Callable[[str], None]
+"""Tells the user something, on rank 0."""
+
+
+def make_deterministic(say: Say) -> None:
+    """Give up every kernel whose result depends on timing; call it before anything runs.
+
+    `say` is told which backends are not used because of it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The tree and the split over channels that NCCL picks decide the order of additions.
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    if not torch.cuda.is_available():
+        say("deterministic: no backend had to be given up on the CPU")
+        return
+    # cuDNN's attention adds gradients in an order of its own and has no switch in torch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    say(
+        "deterministic: without cuDNN's attention; cuBLAS with a fixed workspace "
+        f"({os.environ['CUBLAS_WORKSPACE_CONFIG']}), NCCL with {os.environ['NCCL_ALGO']}"
+    )
+
+
+def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
+    """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
+    settings.check_device(world.device)
+    source = open_sequences(settings, say)
+    checked = preflight.wanted(settings.preflight, world)
+    preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
+    config = model_config(settings)
+    engine = start_engine(settings, config, world, say)
+    checkpoints = open_checkpoints(settings, config, world)
+    state, restored = checkpoints.restore(engine, say)
+    if state is not None:
+        say(f"continuing {settings.run_dir} after step {state.step}")
+    state = state or TrainState()
+    left_out = LeftOutFile(settings.run_dir, world)
+    state.left_out = left_out.ranges(state.left_out)
+    if checked:
+        share = alone_share(settings, config)
+        preflight_s += preflight.try_step(engine, settings, source, world, say, share)
+
+    evals = PeriodicEval(settings, config, world)
+    trackers = build_trackers(settings, world, say)
+    anomalies = Anomalies(settings.anomalies)
+    mask_embedding = MaskEmbedding(engine.module.model, config.mask_token_id, settings.mask_guard)
+    skipped_shards = SkippedShards(settings.run_dir, source.damaged_shards, world)
+    slow_ranks = SlowRanks(engine.module, world, settings.watch)
+    ar_guard = ArGuard(settings.run_dir, settings.ar_guard, say)
+    guards = Guards(
+        [watchdog, skipped_shards, mask_embedding, anomalies, slow_ranks, ar_guard],
+        report=trackers.on_event,
+    )
+    moments = Together([guards, trackers])
+    return Trainer(
+        settings=settings,
+        engine=engine,
+        state=state,
+        open_batches=partial(open_batches, settings, config, source, world),
+        world=world,
+        moments=moments,
+        guards=guards,
+        mask_embedding=mask_embedding,
+        skipped_shards=skipped_shards,
+        rollbacks=Rollbacks(anomalies, left_out),
+        saver=Saver(engine, checkpoints, moments, guards, state.step),
+        evals=evals,
+        meter=SpeedMeter(
+            config,
+            world.device,
+            world.size,
+            precision=settings.precision,
+            peak_tflops=settings.peak_tflops,
+            frozen=settings.freeze_base,
+        ),
+        say=say,
+        notes=notes_of_start(state, restored, checkpoints.load_s, preflight_s, world),
+    )
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
@@ -56,134 +145,192 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     return config if settings.objective.drafts else config.without_drafting()
 
 
-def build_trainer(
-    settings: TrainSettings, world: World, watchdog: Watchdog, say: Callable[[str], None]
-) -> Trainer:
-    """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
-    settings.check_device(world.device)
+def open_sequences(settings: TrainSettings, say: Say = lambda text: None) -> Source:
+    """The training sequences: those of `data.dir`, or of all sets of `data.mix`."""
+    manifest, batch = settings.manifest, settings.global_batch_size
+    seed, layout, data = settings.seed, settings.layout, settings.data
+    if not settings.mix:
+        return SequenceSource(
+            settings.data_dir, manifest, manifest.train, seed, layout, data, batch
+        )
+    source = MixedSource(settings.mix, manifest, seed, layout, data, batch)
+    say(source.describe(settings.steps * batch))
+    return source
+
+
+def open_batches(
+    settings: TrainSettings, config: ModelConfig, source: Source, world: World, state: TrainState
+) -> Generator[list[Batch]]:
+    """The batches of this rank in the steps after `state`, read ahead until they are closed."""
     accumulation_steps = settings.accumulation_steps(world.size)
-    source = open_source(settings)
-    if isinstance(source, MixedSource):
-        say(source.describe(settings.steps * settings.global_batch_size))
-    checked = preflight.wanted(settings.preflight, world)
-    preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
-    config = model_config(settings)
-    model = build_model(settings, config, world, say)
-    engine = build_engine(
-        model,
+    share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
+    return step_batches(
+        source,
+        share,
+        state.sequences_seen,
+        with_slots=settings.objective.drafts,
+        alone_share=alone_share(settings, config),
+        causal_slots=config.causal_slots,
+        left_out=state.left_out,
+    )
+
+
+def alone_share(settings: TrainSettings, config: ModelConfig) -> float:
+    """Share of the blocks that are drafted without slots as well: none without a draft head."""
+    return settings.objective.alone_share if config.draft_rank else 0.0
+
+
+def start_engine(settings: TrainSettings, config: ModelConfig, world: World, say: Say) -> Any:
+    """The engine around a new model (`build_model`)."""
+    return build_engine(
+        build_model(settings, config, world, say),
         world,
         optimizer=settings.optimizer,
         config=settings.deepspeed,
         precision=settings.precision,
         micro_batch_size=settings.micro_batch_size,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=settings.accumulation_steps(world.size),
     )
-    checkpoints = Checkpoints(
+
+
+def build_model(
+    settings: TrainSettings, config: ModelConfig, world: World, say: Say
+) -> Transformer:
+    """The model of a new run, drawn from the seed or read from `init_from`; all ranks call it.
+
+    Raises:
+        UserError: when the weights at `init_from` cannot be used.
+    """
+    source = None if settings.init_from is None else open_model(settings.init_from)
+    if source is not None:
+        check_shape(source, config)
+    model, opened = allocate(settings, config, world)
+    if source is None:
+        model.initialize(settings.seed, opened)
+    else:
+        mask = load_into(model, source, opened, settings.seed)
+        if mask is not None:
+            say(f"mask token {config.mask_token_id}: embedding with {mask}")
+    if settings.freeze_base:
+        model.freeze_base()
+    model.checkpoint_activations(settings.activation_checkpointing)
+    return model.compile_layers() if settings.compile else model
+
+
+def allocate(
+    settings: TrainSettings, config: ModelConfig, world: World
+) -> tuple[Transformer, Opening]:
+    """A model whose weights are yet to be set, and how to open them for that."""
+    if settings.deepspeed.stage < 3:
+        return Transformer.empty(config, world.device, DTYPES[settings.precision]), whole
+    import deepspeed
+
+    accumulation = settings.accumulation_steps(world.size)
+    cutting = deepspeed.zero.Init(
+        config_dict_or_path=deepspeed_settings(
+            settings.optimizer,
+            settings.deepspeed,
+            settings.precision,
+            settings.micro_batch_size,
+            accumulation,
+        ),
+        # The type follows from these settings; given by itself, DeepSpeed ignores it on a CPU.
+        # Its replacement of `F.linear` saves memory that torch's own no longer takes.
+        mem_efficient_linear=False,
+    )
+    with cutting:
+        model = Transformer(config)
+    return model, opened_by_rank_0(world)
+
+
+def opened_by_rank_0(world: World) -> Opening:
+    """Gathers a parameter on all ranks; what rank 0 writes into it is what all keep."""
+    import deepspeed
+
+    @contextmanager
+    def opened(parameter: nn.Parameter) -> Iterator[bool]:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            yield world.is_main
+
+    return opened
+
+
+def open_checkpoints(settings: TrainSettings, config: ModelConfig, world: World) -> Checkpoints:
+    def write_extra(folder: Path) -> None:
+        """What makes a checkpoint folder loadable by itself."""
+        config.save(folder / "model.json")
+        write_config(folder, settings.resolved)
+        load_tokenizer(settings.data_dir).save(folder)
+
+    return Checkpoints(
         settings.run_dir,
         world,
         settings.checkpoint,
-        run_identity(settings, model.config),
+        run_identity(settings, config),
         run_topology(settings, world.size),
-        lambda folder: write_extra(folder, settings, model.config),
-    )
-    state, told = checkpoints.restore(engine, say)
-    if state is not None:
-        say(f"continuing {settings.run_dir} after step {state.step}")
-    state = state or TrainState()
-    left_out = LeftOutFile(settings.run_dir, world)
-    state.left_out = left_out.ranges(state.left_out)
-    alone_share = settings.objective.alone_share if model.config.draft_rank else 0.0
-    if checked:
-        preflight_s += preflight.try_step(engine, settings, source, world, say, alone_share)
-    share = Share(settings.micro_batch_size, accumulation_steps, world.rank, world.size)
-    return Trainer(
-        settings=settings,
-        engine=engine,
-        state=state,
-        open_batches=lambda state: step_batches(
-            source,
-            share,
-            state.sequences_seen,
-            with_slots=settings.objective.drafts,
-            alone_share=alone_share,
-            causal_slots=model.config.causal_slots,
-            left_out=state.left_out,
-        ),
-        world=world,
-        checkpoints=checkpoints,
-        periodic_eval=PeriodicEval(settings, model.config, world),
-        trackers=build_trackers(settings, world, say),
-        watchdog=watchdog,
-        slow_ranks=SlowRanks(engine.module, world, settings.watch),
-        anomalies=Anomalies(settings.anomalies),
-        left_out=left_out,
-        skipped_shards=SkippedShards(settings.run_dir, source.damaged_shards, world),
-        say=say,
-        meter=SpeedMeter(
-            model.config,
-            world.device,
-            world.size,
-            precision=settings.precision,
-            peak_tflops=settings.peak_tflops,
-            frozen=settings.freeze_base,
-        ),
-        mask_embedding=MaskEmbedding(model.model, model.config.mask_token_id, settings.mask_guard),
-        notes=notes_of_start(state, told, checkpoints.load_s, preflight_s, world),
+        write_extra,
     )
 
 
-def open_source(settings: TrainSettings) -> SequenceSource | MixedSource:
-    """The training sequences: those of `data.dir`, or of all sets of `data.mix`."""
-    manifest, batch = settings.manifest, settings.global_batch_size
-    seed, layout, data = settings.seed, settings.layout, settings.data
+def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
+    """What must not change between the starts of a run, by the name a user knows it by."""
+    tokenizer = settings.manifest.tokenizer
+    shape = {f"model.{key}": value for key, value in config.to_dict().items()}
+    data: dict[str, Any] = {"data fingerprint": settings.manifest.fingerprint()}
     if settings.mix:
-        return MixedSource(settings.mix, manifest, seed, layout, data, batch)
-    return SequenceSource(settings.data_dir, manifest, manifest.train, seed, layout, data, batch)
+        data["data fingerprint"], data["data.mix"] = mix_identity(settings.mix)
+    return {
+        **data,
+        "tokenizer": tokenizer.sha256,
+        **shape,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "global_batch_size": settings.global_batch_size,
+        "objective.name": settings.objective.name,
+        "freeze_base": settings.freeze_base,
+    }
 
 
-def write_extra(folder: Path, settings: TrainSettings, config: ModelConfig) -> None:
-    """What makes a checkpoint folder loadable by itself."""
-    config.save(folder / "model.json")
-    write_config(folder, settings.resolved)
-    load_tokenizer(settings.data_dir).save(folder)
+def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:
+    """What decides how state is partitioned; a continued run may change it."""
+    return {
+        "processes": processes,
+        "deepspeed.stage": settings.deepspeed.stage,
+        "deepspeed.offload_optimizer": settings.deepspeed.offload_optimizer,
+        "precision": settings.precision,
+    }
 
 
 def notes_of_start(
-    state: TrainState, told: dict[str, Any], load_s: float, preflight_s: float, world: World
+    state: TrainState, restored: dict[str, Any], load_s: float, preflight_s: float, world: World
 ) -> list[Event]:
     """The events of a start: where it begins, and what was passed over or changed."""
-    step, name = state.step, told.get("name")
+    step, name = state.step, restored.get("name")
     where = f"from {name}, loaded in {load_s:.1f} s" if name else "from the beginning"
     text = f"{world.size} processes go on {where}" if name else f"{world.size} processes {where}"
     started = {"checkpoint": name, "load_s": load_s if name else None, "processes": world.size}
     started["preflight_s"] = round(preflight_s, 3)
     notes = [make_event("started", step, text, **started)]
-    for damaged, reason in told.get("damaged", {}).items():
+    for damaged, reason in restored.get("damaged", {}).items():
         notes.append(make_event("checkpoint_damaged", step, reason, name=damaged))
-    for key, (was, now) in told.get("changed", {}).items():
+    for key, (was, now) in restored.get("changed", {}).items():
         text = f"{key} is {now}, and was {was} until here"
         notes.append(make_event("config_changed", step, text, key=key, was=was, now=now))
     return notes
 
 
-def build_trackers(settings: TrainSettings, world: World, say: Callable[[str], None]) -> Tracker:
+def build_trackers(settings: TrainSettings, world: World, say: Say) -> Moments:
     """All trackers on rank 0, none elsewhere; all ranks call this together."""
     ranks = world.gather(describe_rank(world.device))
     if not world.is_main:
         return Tracker()
     run_dir = settings.run_dir
-    told = Trackers(
+    return Together(
         [
             MetricsFiles(run_dir),
             EventsFile(run_dir),
             Wandb(run_dir, settings.wandb, settings.resolved, say, ranks),
             ProgressDisplay(settings.steps, Console(), settings.log_every_s),
-        ]
-    )
-    return Trackers(
-        [
-            told,
-            ArGuard(run_dir, settings.ar_guard, say, told.on_event),
             Report(run_dir, say),
             *([TensorBoard(run_dir, say)] if settings.tensorboard else []),
         ]

@@ -13,9 +13,11 @@ import torch
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.flops import step_flops
-from pipeline.objective.joint import MEASURED
+from pipeline.objective.loss import MEASURED
 from pipeline.planning.hardware import recognise
-from pipeline.training.step import GlobalCounts
+from pipeline.training.moments import StepMetrics
+from pipeline.training.state import TrainState
+from pipeline.training.step import GlobalCounts, StepDone
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -86,3 +88,29 @@ class SpeedMeter:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+
+
+def step_metrics(
+    done: StepDone, state: TrainState, speed: Speed, mask_norm: float | None
+) -> StepMetrics:
+    """The line of `metrics.jsonl` of the step after which the run is at `state`."""
+    result = done.result
+    return StepMetrics(
+        step=done.step,
+        loss=result.loss,
+        loss_ar=result.loss_ar,
+        loss_diffusion=result.loss_diffusion,
+        loss_alone=result.loss_alone,
+        learning_rate=done.learning_rate,
+        grad_norm=result.grad_norm,
+        tokens=state.tokens,
+        tokens_per_second=done.counts.clean_tokens / done.seconds,
+        sequences_seen=state.sequences_seen,
+        data_digest=state.data_digest,
+        step_seconds=done.seconds,
+        data_wait_seconds=done.waited,
+        model_tflops=speed.model_tflops,
+        mfu=speed.mfu,
+        peak_memory_bytes=speed.peak_memory_bytes,
+        mask_embedding_norm=mask_norm,
+    )

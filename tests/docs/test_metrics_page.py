@@ -7,7 +7,7 @@ import pytest
 from documented import documented
 
 from pipeline.evals.run import SCHEMAS
-from pipeline.training.trackers import StepMetrics
+from pipeline.training.moments import StepMetrics
 
 
 def rows(path: Path) -> list[dict]:

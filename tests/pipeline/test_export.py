@@ -24,16 +24,16 @@ from pipeline import load_model
 from pipeline.checkpoint.files import write_file_list
 from pipeline.decoding import generate
 from pipeline.model import hf_export, hf_tokenizer
-from pipeline.model.adapters import is_drafting
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
+from pipeline.model.parameters import is_drafting
 from tidar_common.errors import UserError
 
 SAMPLE = "def add(left, right):\n    return left + right  # 加算 🙂 \u2581 é\n\n\ttail "
 
 
 def export(path, output, dtype=None, **options):
-    source = open_source(path)
+    source = open_model(path)
     model = read_model(source, dtype=dtype, device="cpu")
     return write_export(model, source.tokenizer(), source, output, **options)
 

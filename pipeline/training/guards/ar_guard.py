@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.trackers.base import Event, Tracker, make_event
+from pipeline.training.moments import Guard, make_event
 from tidar_common.files import write_text_atomic
 
 BASE_FILE = "ar_base.json"
@@ -37,22 +37,14 @@ def read_base(run_dir: Path) -> float | None:
     return float(json.loads(path.read_text())["ar_loss"]) if path.is_file() else None
 
 
-class ArGuard(Tracker):
+class ArGuard(Guard):
     """Says at every eval how far the held-out AR loss is from the base model's; too far above it
     is an event, `ar_guard`."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: ArGuardConfig,
-        say: Callable[[str], None],
-        tell: Callable[[Event], None],
-    ) -> None:
-        """`tell`: takes the event to all who write events down or pass them on."""
+    def __init__(self, run_dir: Path, config: ArGuardConfig, say: Callable[[str], None]) -> None:
         self.run_dir = run_dir
         self.config = config
         self.say = say
-        self.tell = tell
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
         base = read_base(self.run_dir)
@@ -69,4 +61,4 @@ class ArGuard(Tracker):
                 "lower optimizer.learning_rate"
             )
             details = {"ar_loss": loss, "base": base, "rise": rise}
-            self.tell(make_event("ar_guard", step, text, **details))
+            self.report(make_event("ar_guard", step, text, **details))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.transformer import Decoder
+from pipeline.training.moments import Guard, make_event
+from pipeline.training.step import StepDone
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class MaskNorm:
         return self.norm / self.text if self.text else float("inf")
 
 
-class MaskEmbedding:
+class MaskEmbedding(Guard):
     """Looks at every training forward of a model with a mask token."""
 
     def __init__(
@@ -52,6 +54,7 @@ class MaskEmbedding:
         self._decoder = decoder
         self._mask_token_id = mask_token_id
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._read: MaskNorm | None = None
         self._expected = False
         self._outside = False
         if mask_token_id is not None:
@@ -59,24 +62,36 @@ class MaskEmbedding:
             decoder.register_forward_pre_hook(self._expect)
             decoder.embed_tokens.register_forward_hook(self._look)
 
+    def after_step(self, done: StepDone) -> None:
+        mask = self.read() if done.result.applied else None
+        if mask is not None and (text := self.left(mask)):
+            self.report(
+                make_event("mask_embedding", done.step, text, norm=mask.norm, share=mask.share)
+            )
+
     def read(self) -> MaskNorm | None:
         """The last forward's; None without a mask section. Waits for the device."""
-        if self._seen is None:
-            return None
-        norm, text = (float(value) for value in self._seen)
-        return MaskNorm(norm, text)
+        if self._seen is not None:
+            self._read, self._seen = MaskNorm(*(float(value) for value in self._seen)), None
+        return self._read
 
-    def left(self, found: MaskNorm) -> str | None:
+    @property
+    def norm(self) -> float | None:
+        """The last forward's, of the mask token's embedding; None without a mask section."""
+        mask = self.read()
+        return mask.norm if mask is not None else None
+
+    def left(self, mask: MaskNorm) -> str | None:
         """What to tell when the norm has just left its bounds, and not again before it was back."""
         was_outside = self._outside
         low, high = self.config.least_share, self.config.most_share
-        self._outside = not low <= found.share <= high
+        self._outside = not low <= mask.share <= high
         if was_outside or not self._outside:
             return None
-        bound, key = (low, "least_share") if found.share < low else (high, "most_share")
+        bound, key = (low, "least_share") if mask.share < low else (high, "most_share")
         return (
-            f"the mask token's embedding has norm {found.norm:.3g}, {found.share:.3g} of the "
-            f"text's {found.text:.3g}, beyond mask_guard.{key}={bound:g}: drafts start from it; "
+            f"the mask token's embedding has norm {mask.norm:.3g}, {mask.share:.3g} of the "
+            f"text's {mask.text:.3g}, beyond mask_guard.{key}={bound:g}: drafts start from it; "
             "look at optimizer.learning_rate and weight_decay"
         )
 

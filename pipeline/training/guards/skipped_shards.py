@@ -12,11 +12,12 @@ from typing import Any
 from pipeline.data.source import DamagedShard
 from pipeline.distributed import World
 from pipeline.report.standing import SKIPPED_SHARDS, read_objects
-from pipeline.training.trackers import Event, make_event
+from pipeline.training.moments import Event, Guard, make_event
+from pipeline.training.step import GlobalCounts
 from pipeline.training.trackers.metrics import append
 
 
-class SkippedShards:
+class SkippedShards(Guard):
     """The record of a run directory; all ranks have one and call `record` together.
 
     Args:
@@ -36,6 +37,11 @@ class SkippedShards:
     def new(self) -> int:
         """How many shards this rank has met that it has not handed in with `record`."""
         return len(self._met()) - self._handed_in
+
+    def on_counts(self, counts: GlobalCounts, step: int) -> None:
+        if counts.damaged_shards:
+            for event in self.record():
+                self.report(event)
 
     def record(self) -> list[Event]:
         """Hand in what all ranks have met; on rank 0 the events of what is new, which is written

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from pipeline.data.batch import make_batch, section_length
 from pipeline.data.source import Source
 from pipeline.distributed import World
-from pipeline.training.guards.discard import discard_step
+from pipeline.training.engine import discard_step
 from pipeline.training.settings import TrainSettings
-from pipeline.training.step import accumulate, count_globally
+from pipeline.training.step import StepInput, accumulate, count_globally
 from tidar_common.errors import UserError
 from tidar_common.files import sha256_of
 
@@ -188,12 +188,12 @@ def try_step(
     sequences = [source[first + number] for number in range(settings.micro_batch_size)]
     mask_id, causal = source.manifest.tokenizer.mask_id, engine.module.config.causal_slots
     batches = [make_batch(sequences, mask_id, slots, alone_share=alone_share, causal_slots=causal)]
-    objective = settings.objective.at(0)
-    counts = count_globally(batches, world, False, objective)
+    step = StepInput(batches, settings.objective.at(0), settings.attention)
+    counts = count_globally(step, world)
     started = time.perf_counter()
     micro_steps = engine.micro_steps
     engine.set_gradient_accumulation_boundary(True)
-    accumulate(engine, batches, counts, objective, world, settings.attention)
+    accumulate(engine, step, counts, world)
     with quiet_deepspeed():  # which would warn of the gradients that this step drops
         discard_step(engine)
     engine._is_gradient_accumulation_boundary = None  # by the count again

@@ -1,11 +1,11 @@
-"""`metrics.jsonl` and the eval files: the truth about a run. Everything else mirrors them."""
+"""The files of a run, the truth about it: steps, evals and events. All else mirrors them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.training.moments import Event, StepMetrics, Tracker
 from pipeline.training.state import TrainState
-from pipeline.training.trackers.base import StepMetrics, Tracker
 from tidar_common.files import write_text_atomic
 
 
@@ -30,6 +30,16 @@ class MetricsFiles(Tracker):
 
     def on_eval(self, rows: list[dict[str, Any]]) -> None:
         append(self.decode_speed, rows)
+
+
+class EventsFile(Tracker):
+    """`events.jsonl`: what happened to a run besides its steps. Never cut: it is a history."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "events.jsonl"
+
+    def on_event(self, event: Event) -> None:
+        append(self.path, [event])
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

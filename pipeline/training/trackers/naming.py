@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.training.trackers.base import StepMetrics
+from pipeline.training.moments import StepMetrics
 
 AXES = ("step", "tokens")
 """Stand in every row, so that each panel can be drawn over steps or over clean tokens."""

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.state import TrainState
-from pipeline.training.trackers.base import ROUTINE, Event, StepMetrics, Tracker
 
 
 class ProgressDisplay(Tracker):

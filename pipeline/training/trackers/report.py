@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report import build_report
+from pipeline.training.moments import Tracker
 from pipeline.training.state import TrainState
-from pipeline.training.trackers.base import Tracker
 
 
 class Report(Tracker):

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.training.moments import StepMetrics, Tracker
 from pipeline.training.state import TrainState
-from pipeline.training.trackers.base import StepMetrics, Tracker
 from pipeline.training.trackers.naming import AXES, eval_values, step_values
 
 FOLDER = "tensorboard"

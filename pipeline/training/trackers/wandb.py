@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.state import TrainState
-from pipeline.training.trackers.base import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.trackers.environment import describe_environment
 from pipeline.training.trackers.naming import eval_values, step_values
 from pipeline.training.trackers.pictures import acceptance_page, generation_page

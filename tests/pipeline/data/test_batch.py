@@ -5,20 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch, section_length, sequence_digest
-from pipeline.data.source import Sequence
 from pipeline.model.mask import dense_mask
 
 MASK, PAD = 99, 0
 
 
-def make_sequence(rng, lengths, padding, **options) -> Sequence:
+def make_sequence(rng, lengths, padding, **options) -> PackedSequence:
     total = sum(lengths)
     tokens = np.concatenate([rng.integers(1, 90, size=total), np.full(padding, PAD)])
     documents = np.array([*lengths, padding] if padding else lengths)
     layout = build_layout(lengths, 3, rng=rng, **options)
-    return Sequence(tokens.astype(np.uint16), documents, padding, layout)
+    return PackedSequence(tokens.astype(np.uint16), documents, layout, padding=padding)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_prompt_is_seen_and_not_learnt():
     rng, lengths, prompts = np.random.default_rng(3), [6, 5, 4], [3, 0, 4]
     tokens = rng.integers(1, 90, size=18).astype(np.uint16)
     layout = build_layout(lengths, 2, prompt_lengths=prompts)
-    plain = Sequence(tokens, np.array([*lengths, 3]), 3, layout)
+    plain = PackedSequence(tokens, np.array([*lengths, 3]), layout, padding=3)
     with_prompts = dataclasses.replace(plain, prompt_lengths=np.array([*prompts, 0]))
     batch = make_batch([with_prompts], MASK, 18)
     expected, start = [], 0
@@ -153,9 +153,11 @@ def test_padding_carries_no_label(sequences):
 
 def test_digest_depends_on_tokens_and_documents_not_on_types(sequences):
     sequence = sequences[0]
-    wide = Sequence(sequence.tokens.astype(np.int64), sequence.document_lengths, 0, sequence.layout)
+    wide = PackedSequence(
+        sequence.tokens.astype(np.int64), sequence.document_lengths, sequence.layout
+    )
     assert sequence_digest(wide) == sequence_digest(sequence)
-    other = Sequence(sequence.tokens, np.array([6, 6]), 0, sequence.layout)
+    other = PackedSequence(sequence.tokens, np.array([6, 6]), sequence.layout)
     assert sequence_digest(other) != sequence_digest(sequence)
 
 

@@ -1,14 +1,17 @@
 """Linear drafting: where windows lie, and what a batch makes of them, one place at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
 from data_prep.layout import Layout, build_layout
 from pipeline.data.batch import make_batch, section_length
-from pipeline.data.source import LayoutChoice, Sequence, SequenceSource
-from pipeline.data.windows import draw_windows, stale_layout, whole_blocks
+from pipeline.data.source import LayoutChoice, SequenceSource
+from pipeline.data.windows import draw_windows, stale_layout
 
 K, MASK, LENGTH = 4, 99, 24
 SLOTS = 2 * K - 1
@@ -36,7 +39,7 @@ def test_first_places_follow_the_geometric_law_of_those_that_leave_a_draft(lengt
     assert (end - start >= min(length, 2)).all()
 
 
-def make_sequences() -> list[Sequence]:
+def make_sequences() -> list[PackedSequence]:
     """Blocks at documents' starts, short ones, padding, some left out."""
     rng, made = np.random.default_rng(1), []
     for lengths, padding, coverage in (([LENGTH], 0, 1.0), ([9, 1, 11], 3, 1.0), ([5, 19], 0, 0.6)):
@@ -44,12 +47,12 @@ def make_sequences() -> list[Sequence]:
         documents = np.array([*lengths, padding] if padding else lengths)
         tokens = rng.integers(1, 90, size=LENGTH)
         windows = draw_windows(layout, K, rng)
-        made.append(Sequence(tokens, documents, padding, layout, windows=windows))
+        made.append(PackedSequence(tokens, documents, layout, padding=padding, windows=windows))
     # One window of nothing, and one that begins behind its document's first token.
     first, start = made[0], made[0].layout.prefix_end
     windows = np.stack([start + 1, np.minimum(start + 1 + K, first.layout.draft_end)])
     windows[1, 1] = windows[0, 1]
-    made[0] = Sequence(first.tokens, first.document_lengths, 0, first.layout, windows=windows)
+    made[0] = PackedSequence(first.tokens, first.document_lengths, first.layout, windows=windows)
     return made
 
 
@@ -92,7 +95,7 @@ def test_windows_change_neither_the_clean_section_nor_who_sees_whom():
     sequences = make_sequences()
     batch = make_batch(sequences, MASK, LENGTH)
     whole = make_batch(
-        [Sequence(s.tokens, s.document_lengths, s.padding, s.layout) for s in sequences],
+        [replace(s, windows=None) for s in sequences],
         MASK, LENGTH,
     )  # fmt: skip
     for name in ("lower", "upper", "block"):
@@ -132,7 +135,7 @@ def test_scored_windows_meet_each_position_once(first, shift):
         met += wanted
     assert len(set(met)) == len(met)
     if first == 0:
-        assert np.array_equal(windows, whole_blocks(layout))
+        assert np.array_equal(windows, layout.drafted)
     with pytest.raises(ValueError, match=r"first must be a place in 0 … 3, got 4"):
         stale_layout(layout, lengths, K, 4)
 

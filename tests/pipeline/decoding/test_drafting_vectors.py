@@ -10,7 +10,7 @@ from export_reader import Decoder, Export, Settings
 
 from pipeline.decoding import DecodeOptions, Sampling, generate
 from pipeline.decoding.engine import StepEngine
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 
 DATA = Path(__file__).parents[2] / "data"
 FOLDER = DATA / "drafting"
@@ -45,7 +45,7 @@ def are_close(draft: list[int], q, step: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: read_model(open_source(FOLDER / name), device="cpu") for name in VECTORS}
+    return {name: read_model(open_model(FOLDER / name), device="cpu") for name in VECTORS}
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
 from data_prep.layout import build_layout
 from data_prep.prepare import prepare
 from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
@@ -151,13 +151,13 @@ def make_flat_model(config: ModelConfig) -> Transformer:
 
 def make_sequence(
     lengths: list[int], padding: int, block_size: int, vocabulary: int, seed: int, *, shift: bool
-) -> Sequence:
+) -> PackedSequence:
     """A packed sequence of random tokens below `vocabulary`, laid out with full coverage."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, size=sum(lengths) + padding)
     documents = np.array([*lengths, padding] if padding else lengths)
     layout = build_layout(lengths, block_size, shift=shift, rng=rng)
-    return Sequence(tokens, documents, padding, layout)
+    return PackedSequence(tokens, documents, layout, padding=padding)
 
 
 class OneRank:

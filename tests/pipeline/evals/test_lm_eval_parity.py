@@ -12,7 +12,7 @@ from pipeline import load_model
 from pipeline.evals.decoders import Decoder
 from pipeline.evals.settings import TasksConfig
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import open_source, read_model
+from pipeline.model.loading import open_model, read_model
 
 MISSING = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the extra `eval` lacks {MISSING}")
@@ -46,7 +46,7 @@ def both(tmp_path_factory) -> SimpleNamespace:
     with torch.no_grad():
         trained.lm_head.weight[odd] = 0.0
     write_checkpoint(folder / "step", trained, tokenizer)
-    source = open_source(folder / "step")
+    source = open_model(folder / "step")
     model = read_model(source, dtype=None, device="cpu")
     write_export(model, source.tokenizer(), source, folder / "export")
     ours, tokenizer = load_model(folder / "export", dtype=torch.float32, device="cpu")

@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounter
 from data_prep.layout import build_layout
 from pipeline.model.attention import attend, training_mask
 from pipeline.model.flex import FlexMask
+from pipeline.model.layers import CHECKPOINTING
 from pipeline.model.mask import Spans, layout_spans
-from pipeline.model.transformer import CHECKPOINTING, Transformer
+from pipeline.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 LENGTHS = ([96], [30, 66], [1, 94, 1])

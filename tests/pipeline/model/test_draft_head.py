@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from small_models import random_model, small_config
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.model.attention import training_mask
 from pipeline.model.config import DRAFT_CELLS
 from pipeline.model.draft_head import unit
 from pipeline.model.transformer import Transformer
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.joint import ObjectiveConfig
-from pipeline.objective.targets import make_targets
+from pipeline.objective.loss import ObjectiveConfig, make_targets
 
 LENGTHS = [7, 1, 5, 6]
 
@@ -33,7 +32,7 @@ def make_inputs(shift: bool = True, share: float = 0.6, coverage: float = 1.0):
     for lengths in (LENGTHS, [19]):
         layout = build_layout(lengths, 4, rng=rng, shift=shift, coverage=coverage)
         tokens = rng.integers(5, 300, size=19).astype(np.uint16)
-        sequences.append(Sequence(tokens, np.array(lengths), 0, layout))
+        sequences.append(PackedSequence(tokens, np.array(lengths), layout))
     return sequences, make_batch(sequences, 4, 19, alone_share=share)
 
 

@@ -22,19 +22,20 @@ from pipeline import load_model
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
 from pipeline.distributed import World
-from pipeline.model.adapters import is_adapter
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
-from pipeline.model.loading import initialize_from, open_source
+from pipeline.model.loading import initialize_from, open_model
+from pipeline.model.parameters import is_adapter
 from pipeline.training.engine import (
     DeepSpeedConfig,
     OptimizerConfig,
     build_engine,
+    full_copy,
     set_learning_rate,
 )
 from pipeline.training.state import TrainState
-from pipeline.training.weights import full_copy
 from tidar_common.errors import UserError
+from tidar_common.run_files import newest_checkpoint
 
 STAGES = (0, 1, 2, 3)
 SAVED = [(precision, stage, True) for precision in ("fp32", "bf16") for stage in STAGES]
@@ -122,11 +123,21 @@ def test_the_ways_to_name_a_checkpoint(tmp_path):
     for path in (run, str(run), run / "checkpoints" / "step-00000007"):
         loaded, _ = load_model(path, device="cpu")
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    (run / "checkpoints" / "latest").write_text("step-00000009\n")
-    with pytest.raises(UserError, match=r"latest.*step-00000009"):
+    latest = run / "checkpoints" / "latest"
+    for text in ("step-00000009\n", "../../run/checkpoints/step-00000007\n"):  # no name of a folder
+        latest.write_text(text)
+        assert newest_checkpoint(run) == "step-00000007"
+    latest.unlink()
+    assert newest_checkpoint(run) == "step-00000007"
+    (run / "checkpoints" / "step-00000011").mkdir()
+    latest.write_text("step-00000007\n")
+    assert newest_checkpoint(run) == "step-00000007"
+    latest.unlink()
+    with pytest.raises(UserError, match=r"step-00000011.files\.json: missing or damaged"):
         load_model(run)
-    (run / "checkpoints" / "latest").unlink()
-    with pytest.raises(UserError, match=r"latest.*no checkpoint"):
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"checkpoints: holds no checkpoint yet"):
         load_model(run)
 
 
@@ -259,7 +270,7 @@ def test_shapes_that_contradict_the_weights(tmp_path, changes, message):
 def test_all_three_kinds_start_a_run(tmp_path):
     source = random_model(small_config())
     run = write_run(tmp_path / "run", source, sentencepiece_tokenizer())
-    write_export(source, sentencepiece_tokenizer(), open_source(run), tmp_path / "export")
+    write_export(source, sentencepiece_tokenizer(), open_model(run), tmp_path / "export")
     plain = tmp_path / "plain"
     shutil.copytree(tmp_path / "export", plain)
     (plain / "tidar.json").unlink()

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
-from pipeline.data.source import Sequence
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.objective import scoring
-from pipeline.objective.acceptance import DraftScores, score_drafts
-from pipeline.objective.calibration import BINS, binned, describe, empty_bins
+from pipeline.objective.acceptance import (
+    BINS,
+    DraftScores,
+    binned,
+    describe_calibration,
+    empty_bins,
+    score_drafts,
+)
 from pipeline.objective.controls import Controls, PairCounts
 
 VOCABULARY, MASK = 14, 13
@@ -62,7 +68,7 @@ def table(controls: Controls) -> list[list[float]]:
     return rows
 
 
-def sequences(block_size: int) -> list[Sequence]:
+def sequences(block_size: int) -> list[PackedSequence]:
     """Several documents with padding, one whole document, documents of one token."""
     made = []
     for seed, (lengths, padding) in enumerate([([7, 2, 4], 3), ([16], 0), ([1, 1, 9], 5)]):
@@ -70,7 +76,7 @@ def sequences(block_size: int) -> list[Sequence]:
         tokens = rng.integers(0, UNIGRAM_IDS, size=16)
         documents = np.array([*lengths, padding] if padding else lengths)
         layout = build_layout(lengths, block_size, shift=True, rng=rng)
-        made.append(Sequence(tokens, documents, padding, layout))
+        made.append(PackedSequence(tokens, documents, layout, padding=padding))
     return made
 
 
@@ -90,7 +96,7 @@ def drafted(model: Transformer, prefix: list[int], count: int) -> torch.Tensor:
     return torch.softmax(logits, -1)
 
 
-def blocks_of(sequence: Sequence) -> list[tuple[list[int], int, int]]:
+def blocks_of(sequence: PackedSequence) -> list[tuple[list[int], int, int]]:
     """(its document's tokens, block start, block end) of each block; places in the document."""
     layout = sequence.layout
     ends = np.cumsum(sequence.real_lengths)
@@ -104,7 +110,9 @@ def blocks_of(sequence: Sequence) -> list[tuple[list[int], int, int]]:
 
 
 @torch.no_grad()
-def oracle(model: Transformer, chosen: list[Sequence], block_size: int, controls: Controls) -> dict:
+def oracle(
+    model: Transformer, chosen: list[PackedSequence], block_size: int, controls: Controls
+) -> dict:
     """All sums of `DraftScores` by loops over documents, blocks, positions and tokens."""
     sums = {
         "ar_loss": 0.0, "ar_tokens": 0, "unigram_loss": 0.0, "diffusion_loss": 0.0,
@@ -244,9 +252,9 @@ def test_calibration_is_described_by_bin():
     confidence = torch.tensor([0.05, 0.95, 0.91, 1.0], dtype=torch.float64)
     right = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     bins = binned(confidence, right, verified=torch.ones(4, dtype=torch.float64))
-    found = describe(bins)
+    found = describe_calibration(bins)
     assert found["draft_calibration"]["drafts"] == [1, *[0] * 8, 3]
     assert found["draft_calibration"]["right"] == [0.0, *[None] * 8, pytest.approx(2 / 3)]
     assert found["draft_calibration"]["verified"] == [1.0, *[None] * 8, 1.0]
     assert found["draft_calibration_error"] == pytest.approx((0.05 + (2.86 - 2)) / 4)
-    assert describe(empty_bins())["draft_calibration_error"] is None
+    assert describe_calibration(empty_bins())["draft_calibration_error"] is None

@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.loss import ObjectiveConfig
 from tidar_common.cli import config_dir
 from tidar_common.config import parse
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from dense_objective import dense_loss
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
-from pipeline.objective.joint import ObjectiveConfig
-from pipeline.training.step import accumulate, count_globally
+from pipeline.objective.loss import ObjectiveConfig
+from pipeline.training.step import StepInput, accumulate, count_globally
 
 VOCABULARY, WIDTH, LENGTH, K = 23, 6, 16, 4
 OBJECTIVES = {
@@ -32,7 +32,9 @@ def sequence(number):
     padding = LENGTH - sum(lengths)
     layout = build_layout(lengths, K, shift=True, rng=rng)
     documents = np.array([*lengths, padding] if padding else lengths)
-    return Sequence(rng.integers(0, VOCABULARY, size=LENGTH), documents, padding, layout)
+    return PackedSequence(
+        rng.integers(0, VOCABULARY, size=LENGTH), documents, layout, padding=padding
+    )
 
 
 class Engine:
@@ -79,15 +81,14 @@ def batch_of(numbers):
 def gradients(ranks, objective):
     """Averaged over ranks and their rounds, as DeepSpeed does; and the sums of `head_loss`."""
     engine, device = Engine(), torch.device("cpu")
-    batches = [[batch_of(numbers) for numbers in rounds] for rounds in ranks]
+    steps = [StepInput([batch_of(n) for n in rounds], objective) for rounds in ranks]
     own = []
-    for rounds in batches:
-        world = SimpleNamespace(sum=lambda x: own.append(x) or x)
-        count_globally(rounds, world, False, objective)
+    for step in steps:
+        count_globally(step, SimpleNamespace(sum=lambda x: own.append(x) or x))
     total = np.sum(own, axis=0).tolist()
-    counts = count_globally([], SimpleNamespace(sum=lambda _: total), False, objective)
+    counts = count_globally(steps[0], SimpleNamespace(sum=lambda _: total))
     world = SimpleNamespace(size=len(ranks), device=device)
-    sums = [accumulate(engine, rounds, counts, objective, world) for rounds in batches]
+    sums = [accumulate(engine, step, counts, world) for step in steps]
     parts = len(ranks) * len(ranks[0])
     return engine.states.grad / parts, engine.weight.grad / parts, np.sum(sums, axis=0), counts
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from dense_objective import dense_loss
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.objective import head_loss as module
 from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
-from pipeline.objective.joint import MEASURED, ObjectiveConfig, joint_loss, loss_sums
-from pipeline.objective.targets import drafted_places, make_targets, place_weights, verifying_rows
+from pipeline.objective.loss import MEASURED, ObjectiveConfig, make_targets, verifying_rows
+from pipeline.objective.weights import drafted_places, place_weights
 
 VOCABULARY, WIDTH = 23, 6
 OBJECTIVES = {
@@ -53,7 +53,7 @@ def made_batch(slots, alone_share=0.0):
         layout = build_layout(lengths, 4, shift=True, rng=rng)
         documents = np.array([*lengths, padding] if padding else lengths)
         tokens = rng.integers(0, VOCABULARY, size=16)
-        sequences.append(Sequence(tokens, documents, padding, layout))
+        sequences.append(PackedSequence(tokens, documents, layout, padding=padding))
     return make_batch(sequences, 0, slots, alone_share=alone_share)
 
 
@@ -75,7 +75,7 @@ def made_leaves(batch):
 
 def counted(batch, objective):
     """Twice this batch's own labels, as if another rank held as many."""
-    weights = place_weights(batch, objective)
+    weights = place_weights(batch, objective.position_decay)
     slots = weights[: batch.diffusion_labels].sum(), weights[batch.diffusion_labels :].sum()
     return 2 * batch.ar_labels, *(2 * float(weight) for weight in slots)
 
@@ -123,10 +123,11 @@ def test_loss_and_gradients_are_those_of_whole_logits(batch, name, small, monkey
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
     logits = (leaves[0] @ leaves[1].T)[batch.rows]
     drafted = batch.ar_labels + batch.diffusion_labels
-    reference = loss_sums(logits[:drafted], batch.labels[:drafted], batch.ar_labels)
+    slots = slice(batch.ar_labels, drafted)
+    diffusion = F.cross_entropy(logits[slots], batch.labels[slots], reduction="sum")
     named = unpack(sums)
     torch.testing.assert_close(named.ar, ar_measured(logits, batch, objective))
-    torch.testing.assert_close(named.diffusion, reference.diffusion)
+    torch.testing.assert_close(named.diffusion, diffusion)
     torch.testing.assert_close(named.loss, loss.detach())
     alone = F.cross_entropy(logits[drafted:], batch.labels[drafted:], reduction="sum")
     torch.testing.assert_close(named.alone, alone)
@@ -203,12 +204,20 @@ def test_frozen_columns_of_the_matrix_get_no_gradient(batch, leaves):
     assert counter.get_total_flops() == 2 * VOCABULARY * widths
 
 
-def test_the_published_objective_is_the_joint_loss(leaves):
-    batch = made_batch(slots=16)
-    objective = ObjectiveConfig(alpha=0.4)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 3.3, None])
+def test_the_loss_is_the_published_formula(leaves, alpha):
+    """Over a global batch of 50 and 60 labels; None is the autoregressive twin."""
+    batch = made_batch(slots=16 if alpha is not None else 0)
+    objective = ObjectiveConfig("ar") if alpha is None else ObjectiveConfig(alpha=alpha)
     loss, _ = head_loss(*leaves, make_targets(batch, objective, 50, 60.0))
-    sums = loss_sums((leaves[0] @ leaves[1].T)[batch.rows], batch.labels, batch.ar_labels)
-    torch.testing.assert_close(loss, joint_loss(sums, objective, 50, 60))
+    logits, end = (leaves[0] @ leaves[1].T)[batch.rows], batch.ar_labels
+    ar = F.cross_entropy(logits[:end], batch.labels[:end], reduction="sum") / 50
+    if alpha is None:
+        assert end == len(batch.labels)
+        torch.testing.assert_close(loss, ar)
+        return
+    diffusion = F.cross_entropy(logits[end:], batch.labels[end:], reduction="sum") / 60
+    torch.testing.assert_close(loss, (alpha * ar + diffusion) / (1 + alpha))
 
 
 def test_overlap_is_the_chance_of_acceptance(batch, leaves):
@@ -246,7 +255,7 @@ def test_verifiers_are_the_rows_before(batch):
 
 
 def test_weights_fall_with_the_place_in_the_block(batch):
-    weights = place_weights(batch, ObjectiveConfig(position_decay=0.5))
+    weights = place_weights(batch, 0.5)
     slots = batch.rows[batch.ar_labels :][: batch.diffusion_labels].tolist()
     alone = batch.rows[batch.ar_labels :][batch.diffusion_labels :] - batch.input_ids.numel()
     alone_places = alone % batch.blocks.slots.shape[1]

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
-from pipeline.data.source import Sequence
 from pipeline.decoding.step import prefill_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import dense_mask
@@ -47,7 +47,7 @@ def test_stale_slots_are_scored_block_by_block(first):
     head = model.draft_head
     lengths, tokens = [13, 1, 6], rng.integers(0, MASK, size=20)
     layout = build_layout(lengths, size, shift=True, rng=rng)
-    sequence = Sequence(tokens, np.array(lengths), 0, layout)
+    sequence = PackedSequence(tokens, np.array(lengths), layout)
     count, accepted = torch.zeros(size - 1), torch.zeros(2, size - 1)
     for begin, start, end in zip(
         layout.prefix_start, layout.prefix_end, layout.draft_end, strict=True
@@ -88,7 +88,7 @@ def test_slots_are_scored_by_the_rule_of_the_model(causal_slots):
     rng = np.random.default_rng(0)
     layout = build_layout([9, 1, 6], 4, shift=True, rng=rng)
     tokens = rng.integers(0, MASK, size=16)
-    sequence = Sequence(tokens, np.array([9, 1, 6]), 0, layout)
+    sequence = PackedSequence(tokens, np.array([9, 1, 6]), layout)
     model = make_model(causal_slots)
     found = score_sequence(model, sequence).diffusion_losses
     ids = torch.cat([torch.from_numpy(tokens), torch.full((layout.num_slots,), MASK)])

@@ -16,11 +16,11 @@ from data_prep.layout import build_layout
 from pipeline.model.attention import SectionMasks
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
 from pipeline.model.flops import allowed_pairs, step_flops
+from pipeline.model.layers import CHECKPOINTING
 from pipeline.model.mask import dense_mask
-from pipeline.model.transformer import CHECKPOINTING, Transformer
+from pipeline.model.transformer import Transformer
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.joint import MEASURED
-from pipeline.objective.targets import Targets
+from pipeline.objective.loss import MEASURED, Targets
 from pipeline.planning.memory import batch_memory, layer_row_bytes
 
 MODELS = sorted(Path(__file__).parents[3].glob("conf/model/*.yaml"))

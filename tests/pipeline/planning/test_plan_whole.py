@@ -12,18 +12,18 @@ import pytest
 from workers import run_workers
 
 from bench.measure import peak_bytes
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.checkpoint.read import DTYPES
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.planning.memory import batch_memory, static_memory
 from pipeline.planning.plan import Memory
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
-from pipeline.training.step import count_globally, train_step
+from pipeline.training.step import StepInput, count_globally, train_step
 
 CONFIG = ModelConfig(
     hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -42,7 +42,7 @@ def full_batch() -> Batch:
     rng = np.random.default_rng(0)
     layout = build_layout([LENGTH], 8)
     tokens = [rng.integers(5, 512, size=LENGTH) for _ in range(SEQUENCES)]
-    sequences = [Sequence(own, np.array([LENGTH]), 0, layout) for own in tokens]
+    sequences = [PackedSequence(own, np.array([LENGTH]), layout) for own in tokens]
     return make_batch(sequences, 4, LENGTH)
 
 
@@ -57,9 +57,9 @@ def train(world: World, precision: str, stage: int, checkpointing: str) -> None:
     objective = ObjectiveConfig()
     for _ in range(2):
         batches = [full_batch()]
-        counts = count_globally(batches, world, False, objective)
-        result = train_step(engine, batches, counts, objective, world, 1e-3, "dense")
-        assert result.finite
+        step = StepInput(batches, objective, attention="dense")
+        result = train_step(engine, step, count_globally(step, world), world, 1e-3)
+        assert result.applied
 
 
 def measure(world: World) -> dict:

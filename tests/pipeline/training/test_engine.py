@@ -6,8 +6,7 @@ from workers import run_workers
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
-from pipeline.training.weights import full_copy
+from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine, full_copy
 
 CONFIG = ModelConfig(
     hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMALL_RUN, command, run, train_small
 
-from pipeline.training.trackers import CLOCK
+from pipeline.training.moments import CLOCK
 
 QUICK = ("steps=8", "checkpoint.every=3", "evals.decode_speed.every=0", "wandb.mode=disabled")
 SECRET = "0123456789abcdef" * 2 + "01234567"

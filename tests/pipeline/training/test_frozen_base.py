@@ -15,18 +15,18 @@ from workers import run_workers
 from data_prep.formats.manifest import Manifest
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline import load_model
+from pipeline.checkpoint.write import completed, differences, refuse_changes
 from pipeline.decoding import generate
 from pipeline.distributed import World
-from pipeline.model.adapters import is_adapter, is_drafting
-from pipeline.objective.joint import ObjectiveConfig
+from pipeline.model.parameters import is_adapter, is_drafting
+from pipeline.objective.loss import ObjectiveConfig
 from pipeline.train import train_in_world
 from pipeline.training.engine import OptimizerConfig, parameter_groups, set_learning_rate
 from pipeline.training.guards.ar_guard import read_base
-from pipeline.training.launch.identity import completed, differences, refuse_changes, run_identity
 from pipeline.training.launch.run_dir import owned
 from pipeline.training.launch.signals import StopRequest
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import model_config
+from pipeline.training.setup import model_config, run_identity
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 

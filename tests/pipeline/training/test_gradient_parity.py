@@ -8,24 +8,25 @@ that a mean of means would show.
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from workers import run_workers
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import Batch, make_batch
-from pipeline.data.source import Sequence
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
+from pipeline.objective.loss import ObjectiveConfig
+from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine, full_copy
 from pipeline.training.step import (
+    StepInput,
     accumulate,
     apply,
     count_globally,
     digests_in_order,
     train_step,
 )
-from pipeline.training.weights import full_copy
 
 CONFIG = ModelConfig(
     hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -37,13 +38,14 @@ STAGES = (0, 1, 2, 3)
 LENGTH = 16
 
 
-def sequence(number: int) -> Sequence:
+def sequence(number: int) -> PackedSequence:
     """Some full, some mostly padding, some of many documents."""
     rng = np.random.default_rng(number)
     lengths, padding = [([16], 0), ([3], 13), ([1] * 8, 8), ([7, 2, 7], 0)][number % 4]
     tokens = rng.integers(1, 18, size=LENGTH)
     documents = np.array([*lengths, padding] if padding else lengths)
-    return Sequence(tokens, documents, padding, build_layout(lengths, 3, shift=True, rng=rng))
+    layout = build_layout(lengths, 3, shift=True, rng=rng)
+    return PackedSequence(tokens, documents, layout, padding=padding)
 
 
 def batches_of(numbers: list[int]) -> list[Batch]:
@@ -81,22 +83,16 @@ def work(world: World) -> dict:
     for precision in ("fp32", "bf16"):
         for stage in STAGES:
             engine = new_engine(world, stage, precision, rounds)
-            steps = [
-                batches_of([s * 4 + a * world.size + world.rank for a in range(rounds)])
-                for s in range(2)
+            numbers = [
+                [s * 4 + a * world.size + world.rank for a in range(rounds)] for s in range(2)
             ]
-            counts = count_globally(steps[0], world, world.rank == 1, OBJECTIVE)
-            sums = accumulate(engine, steps[0], counts, OBJECTIVE, world)
+            steps = [StepInput(batches_of(own), OBJECTIVE) for own in numbers]
+            counts = count_globally(steps[0], world, stop_requested=world.rank == 1)
+            sums = accumulate(engine, steps[0], counts, world)
             gradients = full_gradients(engine, stage) if precision == "fp32" else {}
-            norm = apply(engine, 1e-2)
-            second = train_step(
-                engine,
-                steps[1],
-                count_globally(steps[1], world, False, OBJECTIVE),
-                OBJECTIVE,
-                world,
-                1e-2,
-            )
+            norm = apply(engine, 1e-2).norm
+            counted = count_globally(steps[1], world)
+            second = train_step(engine, steps[1], counted, world, 1e-2)
             results[precision, stage] = {
                 "counts": counts,
                 "sums": world.sum(sums),
@@ -104,7 +100,7 @@ def work(world: World) -> dict:
                 "norm": norm,
                 "second": second,
                 "weights": dict(full_copy(engine, CONFIG).named_parameters()),
-                "digests": digests_in_order(steps[0], world),
+                "digests": digests_in_order(steps[0].batches, world),
             }
     return results
 
@@ -124,8 +120,11 @@ def oracle():
     logits = model(
         batch.input_ids, batch.position_ids, batch.spans.dense().unsqueeze(1), rows=batch.rows
     )
-    sums = loss_sums(logits, batch.labels, batch.ar_labels)
-    joint_loss(sums, OBJECTIVE, batch.ar_labels, batch.diffusion_labels).backward()
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    ar, diffusion = losses[: batch.ar_labels], losses[batch.ar_labels :]
+    loss = (OBJECTIVE.alpha * ar.mean() + diffusion.mean()) / (1 + OBJECTIVE.alpha)
+    loss.backward()
+    sums = [loss.item(), ar.sum().item(), diffusion.sum().item(), 0.0, 0.0]
     return batch, sums, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -138,9 +137,7 @@ def test_gradients_are_those_of_the_global_batch(divided, oracle, size, stage):
     assert result["counts"].diffusion_labels == batch.diffusion_labels
     assert result["counts"].clean_tokens == batch.clean_tokens
     assert result["counts"].stop_requests == size - 1
-    loss = joint_loss(sums, OBJECTIVE, batch.ar_labels, batch.diffusion_labels)
-    expected = [loss.item(), sums.ar.item(), sums.diffusion.item(), 0.0, 0.0]
-    assert result["sums"] == pytest.approx(expected, rel=1e-5)
+    assert result["sums"] == pytest.approx(sums, rel=1e-5)
     assert result["gradients"].keys() == gradients.keys()
     for name, expected in gradients.items():
         torch.testing.assert_close(result["gradients"][name], expected, atol=1e-6, rtol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT, SMALL_RUN, command, train_small
 
 from pipeline.train import train
-from pipeline.training.trackers import CLOCK, StepMetrics
+from pipeline.training.moments import CLOCK, StepMetrics
 from tidar_common import cli
 
 LONGER = ("steps=40", "checkpoint.every=5", "evals.decode_speed.every=0")

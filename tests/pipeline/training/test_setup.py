@@ -4,11 +4,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from data_prep.formats.manifest import Manifest
+from pipeline.checkpoint.write import differences, refuse_changes
 from pipeline.planning.plan import flops_at
 from pipeline.planning.settings import Planned
-from pipeline.training.launch.identity import differences, refuse_changes, run_identity
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import model_config, open_source
+from pipeline.training.setup import model_config, open_sequences, run_identity
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 
@@ -44,7 +44,7 @@ def test_linear_drafts_are_part_of_the_model_and_need_a_head(settings):
     assert not model_config(settings("layout.linear=true", "objective=ar")).linear_drafts
     by_model = settings("model.draft_rank=4", "+model.linear_drafts=true")
     assert by_model.layout.linear, "the data is laid out for the model"
-    assert open_source(by_model).block_slots == 7
+    assert open_sequences(by_model).block_slots == 7
 
 
 def test_a_plan_counts_the_slots_of_linear_drafts(data_dir):

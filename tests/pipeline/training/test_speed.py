@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_models import small_config
 
+from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
-from pipeline.data.source import Sequence
 from pipeline.model.mask import dense_mask
 from pipeline.planning.hardware import DEVICE_NAMES, GPUS, recognise
 from pipeline.training.speed import SpeedMeter
@@ -16,14 +16,16 @@ from pipeline.training.step import GlobalCounts
 CPU = torch.device("cpu")
 
 
-def sequences() -> list[Sequence]:
+def sequences() -> list[PackedSequence]:
     """Documents, a shifted grid, part of the blocks, and padding."""
     made = []
     for seed, (lengths, padding) in enumerate([([9, 14, 5], 4), ([32], 0), ([1, 20], 11)]):
         rng = np.random.default_rng(seed)
         layout = build_layout(lengths, 5, coverage=0.6, shift=True, rng=rng)
         documents = np.array([*lengths, padding] if padding else lengths)
-        made.append(Sequence(rng.integers(5, 300, size=32), documents, padding, layout))
+        made.append(
+            PackedSequence(rng.integers(5, 300, size=32), documents, layout, padding=padding)
+        )
     return made
 
 

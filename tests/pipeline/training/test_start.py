@@ -13,11 +13,10 @@ from workers import run_workers
 from bench.measure import peak_bytes
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import initialize_from, load_into, open_source
+from pipeline.model.loading import initialize_from, load_into, open_model
 from pipeline.model.transformer import Transformer
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
-from pipeline.training.start import allocate, build_model
-from pipeline.training.weights import full_copy
+from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine, full_copy
+from pipeline.training.setup import allocate, build_model
 from tidar_common.errors import UserError
 
 LARGE = ModelConfig(
@@ -144,7 +143,7 @@ def test_a_process_that_does_not_write_reads_nothing(folder, small):
     def closed(parameter):
         yield False
 
-    source = open_source(folder)
+    source = open_model(folder)
 
     def refuse():
         raise AssertionError("read")

@@ -10,10 +10,8 @@ import pytest
 
 from pipeline.checkpoint.retention import CheckpointConfig, delete_old, steps_to_keep
 from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
-from pipeline.training.guards.slow_ranks import find_slow
-from pipeline.training.guards.watchdog import EXIT_LOST, WatchConfig
-from pipeline.training.launch.signals import StopRequest
-from pipeline.training.launch.time_limit import deadline
+from pipeline.training.guards.watchdog import EXIT_LOST, WatchConfig, find_slow
+from pipeline.training.launch.signals import StopRequest, deadline
 from tidar_common.errors import UserError
 
 
@@ -102,7 +100,7 @@ from pathlib import Path
 from pipeline.training.guards.watchdog import WatchConfig, Watchdog
 with Watchdog(Path(sys.argv[1]), 3, WatchConfig(hang_timeout_s=0.5), grace_s=0.1) as watchdog:
     for _ in range(8):
-        watchdog.enter("in a step")
+        watchdog.on_phase("in a step")
         time.sleep(0.1)
     print("never too long at one thing", flush=True)
     time.sleep(60)

@@ -7,14 +7,15 @@ import pytest
 from commands import train_small
 
 from pipeline.training.guards.ar_guard import ArGuard, ArGuardConfig, read_base, write_base
-from pipeline.training.trackers import Event
+from pipeline.training.moments import Event
 
 
 def after(run_dir, loss: float, most_rise: float = 0.05) -> tuple[list[str], list[Event]]:
     """What is said of an eval, and which events it makes."""
     said: list[str] = []
     told: list[Event] = []
-    guard = ArGuard(run_dir, ArGuardConfig(most_rise), said.append, told.append)
+    guard = ArGuard(run_dir, ArGuardConfig(most_rise), said.append)
+    guard.report = told.append
     guard.on_eval([{"step": 40, "ar_loss": loss}, {"step": 40, "ar_loss": loss}])
     return said, told
 

@@ -11,7 +11,7 @@ from pipeline.data.order import numbers_after
 from pipeline.distributed import World
 from pipeline.report.compare import CLOCK
 from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
-from pipeline.training.guards.left_out import LEFT_OUT, LeftOut, LeftOutFile, merged
+from pipeline.training.guards.rollback import LEFT_OUT, LeftOut, LeftOutFile, merged
 from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
 
@@ -121,8 +121,8 @@ def test_the_window_survives_a_checkpoint():
     assert second.to_dict() == first.to_dict()
     for name, value in (("loss", 3.05), ("loss", 3.9), ("grad_norm", 9.0)):
         assert second.score(name, value) == first.score(name, value)
-        assert second.judge(name, value) == (value in (3.9, 9.0))
-    assert Anomalies(AnomalyConfig(spike_score=8)).judge is None
+        assert second.refuses(name, value) == (value in (3.9, 9.0))
+    assert not Anomalies(AnomalyConfig(spike_score=8)).may_refuse
 
 
 @pytest.mark.parametrize("values", [{"on_spike": "hide"}, {"on_spike": "skip"}])

@@ -6,7 +6,7 @@ import pytest
 from commands import train_small
 
 from pipeline.training.launch.preflight import find_problems, table
-from pipeline.training.trackers import CLOCK
+from pipeline.training.moments import CLOCK
 
 QUICK = ("steps=3", "evals.decode_speed.every=0", "wandb.mode=disabled", "checkpoint.every=3")
 

@@ -2,9 +2,9 @@
 
 import json
 
+from pipeline.training.moments import Together, make_event
 from pipeline.training.state import TrainState
-from pipeline.training.trackers import Trackers, make_event
-from pipeline.training.trackers.events import EventsFile
+from pipeline.training.trackers.metrics import EventsFile
 from pipeline.training.trackers.wandb import Wandb, WandbConfig
 
 
@@ -24,7 +24,7 @@ def test_events_are_written_and_alerted(tmp_path):
     said: list[str] = []
     wandb = Wandb(tmp_path, WandbConfig(), {}, said.append, [])
     wandb.run = FakeRun()
-    both = Trackers([EventsFile(tmp_path), wandb])
+    both = Together([EventsFile(tmp_path), wandb])
     both.on_event(make_event("checkpoint_saved", 4, "step-00000004", held_s=0.5, name="x"))
     both.on_event(make_event("step_skipped", 5, "loss is not finite", first_sequence=32))
     rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]

@@ -2,14 +2,14 @@
 
 from tracker_data import EVAL_ROWS, steps
 
+from pipeline.training.moments import Together
 from pipeline.training.state import TrainState
-from pipeline.training.trackers import Trackers
 from pipeline.training.trackers.metrics import MetricsFiles
 from pipeline.training.trackers.report import Report
 
 
 def test_report_follows_the_files(tmp_path):
-    trackers = Trackers([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
     page = tmp_path / "report.html"
     trackers.on_start(TrainState())
     for metrics in steps(1, 3):
@@ -27,7 +27,7 @@ def test_report_follows_the_files(tmp_path):
 
 
 def test_a_run_without_a_step_has_no_report(tmp_path):
-    trackers = Trackers([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
     trackers.on_start(TrainState())
     trackers.on_end(TrainState(), finished=False)
     assert not (tmp_path / "report.html").exists()
@@ -35,7 +35,7 @@ def test_a_run_without_a_step_has_no_report(tmp_path):
 
 def test_a_run_that_was_cut_back_to_nothing_has_no_report(tmp_path):
     """Killed before its first checkpoint, then stopped before its first step."""
-    trackers = Trackers([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
     trackers.on_start(TrainState())
     trackers.on_step(next(steps(1, 1)))
     trackers.on_start(TrainState())
@@ -45,7 +45,7 @@ def test_a_run_that_was_cut_back_to_nothing_has_no_report(tmp_path):
 
 def test_a_page_that_cannot_be_written_ends_no_training(tmp_path):
     said: list[str] = []
-    trackers = Trackers([MetricsFiles(tmp_path), Report(tmp_path, said.append)])
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, said.append)])
     trackers.on_start(TrainState())
     trackers.on_step(next(steps(1, 1)))
     (tmp_path / "report.html").mkdir()

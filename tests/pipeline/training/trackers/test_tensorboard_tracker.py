@@ -7,8 +7,8 @@ import pytest
 from tracker_data import EVAL_ROWS, steps
 
 from pipeline.training import settings
+from pipeline.training.moments import Together
 from pipeline.training.state import TrainState
-from pipeline.training.trackers import Trackers
 from pipeline.training.trackers.metrics import MetricsFiles
 from pipeline.training.trackers.naming import eval_values
 from pipeline.training.trackers.tensorboard import TensorBoard, is_installed
@@ -20,7 +20,7 @@ needs_tensorboard = pytest.mark.skipif(
 
 
 def run(run_dir, first: int, last: int, say) -> None:
-    trackers = Trackers([MetricsFiles(run_dir), TensorBoard(run_dir, say)])
+    trackers = Together([MetricsFiles(run_dir), TensorBoard(run_dir, say)])
     trackers.on_start(TrainState(step=first - 1))
     for metrics in steps(first, last):
         trackers.on_step(metrics)

@@ -16,8 +16,8 @@ import wandb
 from tracker_data import EVAL_ROWS, steps
 from wandb_file import history, records, run_record
 
+from pipeline.training.moments import Together
 from pipeline.training.state import TrainState
-from pipeline.training.trackers import Trackers
 from pipeline.training.trackers.metrics import MetricsFiles
 from pipeline.training.trackers.naming import eval_values, flatten
 from pipeline.training.trackers.wandb import SOURCES_TABLE, TABLE, Wandb, WandbConfig, run_id
@@ -33,7 +33,7 @@ def say_nothing(text: str) -> None:
 def run(run_dir: Path, first: int, last: int, say=say_nothing, config=None) -> None:
     """One start of a training run: steps `first … last`, and an eval after the last."""
     mirror = Wandb(run_dir, config or WandbConfig(tags=("a", "b")), RESOLVED, say, RANKS)
-    trackers = Trackers([MetricsFiles(run_dir), mirror])
+    trackers = Together([MetricsFiles(run_dir), mirror])
     trackers.on_start(TrainState(step=first - 1))
     for metrics in steps(first, last):
         trackers.on_step(metrics)
@@ -324,10 +324,10 @@ def test_offline_calls_nobody(tmp_path):
     """A whole offline run in a process, and a W&B service, whose only way out is counted."""
     proxy = CountingProxy()
     code = (
-        "import sys, pathlib, test_wandb_callback\n"
+        "import sys, pathlib, test_wandb_tracker\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "test_wandb_callback.run(folder, 1, 3)\n"
-        "test_wandb_callback.run_files(folder, 1)\n"
+        "test_wandb_tracker.run(folder, 1, 3)\n"
+        "test_wandb_tracker.run_files(folder, 1)\n"
     )
     root = Path(__file__).parents[4]
     environment = os.environ | proxy.environment | {"no_proxy": "", "NO_PROXY": ""}

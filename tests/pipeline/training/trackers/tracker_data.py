@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipeline.training.trackers import StepMetrics
+from pipeline.training.moments import StepMetrics
 
 BY_SOURCE = {
     source: {

@@ -5,52 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from pipeline.objective.joint import ObjectiveConfig, joint_loss, loss_sums
+from pipeline.objective.loss import ObjectiveConfig
 
 FILES = sorted(Path(__file__).parents[3].glob("conf/objective/*.yaml"))
-
-
-@pytest.fixture
-def rows():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(20, 7, generator=generator, dtype=torch.float64)
-    return logits, torch.randint(0, 7, (20,), generator=generator)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 3.3])
-def test_loss_is_the_published_formula(rows, alpha):
-    logits, labels = rows
-    sums = loss_sums(logits, labels, 12)
-    got = joint_loss(sums, ObjectiveConfig(alpha=alpha), 12, 8)
-    ar = F.cross_entropy(logits[:12], labels[:12])
-    diffusion = F.cross_entropy(logits[12:], labels[12:])
-    expected = (alpha * ar + diffusion) / (1 + alpha)
-    assert float(got) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_parts_add_up_to_the_whole_however_unequal(rows):
-    """Parts with 3 and 17 labels: a mean of means would differ."""
-    logits, labels = rows
-    objective = ObjectiveConfig(alpha=0.5)
-    whole = joint_loss(loss_sums(logits, labels, 12), objective, 12, 8)
-    first, second = [0, 1, 12], [i for i in range(20) if i not in (0, 1, 12)]
-    parts = [
-        joint_loss(loss_sums(logits[index], labels[index], count), objective, 12, 8)
-        for index, count in ((first, 2), (second, 10))
-    ]
-    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
-    means = [F.cross_entropy(logits[index], labels[index]) for index in (first, second)]
-    assert abs(float(sum(means) / 2 - whole)) > 1e-3
-
-
-def test_autoregressive_twin_ignores_the_rest(rows):
-    logits, labels = rows
-    got = joint_loss(loss_sums(logits[:12], labels[:12], 12), ObjectiveConfig("ar"), 12, 0)
-    assert float(got) == pytest.approx(float(F.cross_entropy(logits[:12], labels[:12])), rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("mdlm", 1.0), ("tidar", -0.1), ("tidar", math.inf)])

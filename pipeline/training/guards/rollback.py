@@ -1,6 +1,6 @@
-"""Sequences that a run goes on without: those of a spike from which it went back to a checkpoint.
+"""Going back to the last checkpoint after a spike, and on from there without its sequences.
 
-They are kept in `left_out.json` of the run directory, written before the checkpoint is loaded, so
+These are kept in `left_out.json` of the run directory, written before the checkpoint is loaded, so
 that a crash at any moment finds them again; and, as ranges, in every later checkpoint.
 """
 
@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.retention import step_in_name
 from pipeline.distributed import World
+from pipeline.training.guards.anomalies import ROLLBACK, Anomalies
+from pipeline.training.moments import Event, TrainingStoppedError, make_event
+from pipeline.training.step import StepDone
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic
 
@@ -38,6 +42,9 @@ class LeftOut:
     @property
     def range(self) -> Range:
         return self.first_sequence, self.last_sequence + 1
+
+    def __str__(self) -> str:
+        return f"{self.quantity} {self.value:.4g} at step {self.step} is a spike"
 
 
 class LeftOutFile:
@@ -89,12 +96,59 @@ class LeftOutFile:
         return None
 
 
+class Rollbacks:
+    """Which steps the run goes back for, and the record of it. The same on all ranks.
+
+    Args:
+        anomalies: scores the spikes; its config says what follows one.
+        record: of the run directory.
+    """
+
+    def __init__(self, anomalies: Anomalies, record: LeftOutFile) -> None:
+        self.anomalies = anomalies
+        self.record = record
+
+    def wanted(self, done: StepDone) -> bool:
+        return done.result.refused is not None and self.anomalies.config.on_spike == ROLLBACK
+
+    def leave_out(self, done: StepDone, newest: str) -> LeftOut:
+        """Write down that the run goes on from the checkpoint `newest` without the sequences of
+        the step that is `done`; raises TrainingStoppedError when it cannot, or has too often."""
+        spike, to_step = self.anomalies.refused(done), step_in_name(newest)
+        assert spike is not None
+        before = self.record.rollbacks_to(to_step)
+        if before >= self.anomalies.config.max_rollbacks:
+            raise TrainingStoppedError(
+                f"{spike.quantity} {spike.value:.4g} at step {done.step} is a spike again: the run "
+                f"went back to {newest} {before} times; lower optimizer.learning_rate, or "
+                "raise anomalies.spike_score or anomalies.max_rollbacks"
+            )
+        entry = LeftOut(
+            done.first_sequence, done.last_sequence, done.step, to_step,
+            spike.quantity, spike.value, spike.score,
+        )  # fmt: skip
+        problem = self.record.add(entry)
+        if problem is not None:
+            raise TrainingStoppedError(f"{entry}, and going back is not possible: {problem}")
+        return entry
+
+
+def rolled_back(entry: LeftOut, to_step: int) -> Event:
+    """The event of a run that is at `to_step` again."""
+    text = (
+        f"{entry} (robust z-score {entry.score:.1f}); back to step {to_step}, and "
+        f"on without sequences {entry.first_sequence} to {entry.last_sequence}"
+    )
+    details = {**asdict(entry), "to_step": to_step}
+    return make_event("rolled_back", details.pop("step"), text, **details)
+
+
 def merged(ranges: Iterable[Range]) -> list[Range]:
     """The same numbers as sorted ranges that neither overlap nor touch."""
-    found: list[Range] = []
+    joined: list[Range] = []
     for first, end in sorted(ranges):
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:
-            found.append((first, end))
-    return found
+            joined.append((first, end))
+    return joined

@@ -1,0 +1,268 @@
+"""The joint loss of TiDAR: next-token prediction and one-step masked diffusion, side by side.
+
+    L = (alpha · mean CE_AR + mean CE_diffusion) / (1 + alpha)
+
+Each mean is over that section's labelled tokens of the *global* batch, so the gradient does not
+depend on how the batch was divided. Source: TiDAR (arXiv 2511.08923), section 3.1. A model with a
+draft head drafts some blocks without their slots as well; their mean joins with a weight of its
+own, rho:
+
+    L = (alpha · mean CE_AR + mean CE_diffusion + rho · mean CE_alone) / (1 + alpha + rho)
+
+`make_targets` makes this of a batch: which rows have which labels, and what share of the loss each
+has. `head_loss.py` computes it piece by piece on the LM head. Letters: B sequences, S clean tokens,
+M slots, N labelled rows, D of them drafts: slots, and behind them the rows of drafts without slots.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.objective.weights import Chains, chains_of, drafted_places, place_weights
+
+AGREEMENTS = ("none", "tv", "kl", "acceptance", "blend")
+TEACHERS = ("ar", "text")
+PLACE_WEIGHTS = ("uniform", "decay", "dpace", "auf")
+MEASURED = 8
+"""Of the rows of an AR loss that does not count (`alpha=0`), one in so many is measured."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """`name=tidar` trains both sections; `name=ar` has no mask section, the plain twin.
+
+    The defaults are the published objective; `docs/training.md` says what the rest is for.
+    """
+
+    name: str = "tidar"
+    alpha: float = 1.0
+    """Weight of the AR term against the diffusion term, 0 or more: 3.3 counts the diffusion term
+    0.3 times as much as the AR term. Without effect for `ar`."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over the vocabulary."""
+    place_weights: str = "decay"
+    """What a place of a block counts: `uniform`; `decay` by `position_decay`; by accepted prefix
+    `dpace` or `auf` (`weights.py`), which look at the drafts first."""
+    position_decay: float = 1.0
+    """With `decay` a slot counts this to the power of its place in its block (0, 1, …); 1 counts
+    all alike."""
+    teacher: str = "ar"
+    """Whom drafts are compared with, by `agreement`, `dpace` and `auf`: the AR distribution p of
+    the same position, taken as given, or the token of the text.
+
+    D-PACE's score of a draft is q(token) for `text`, as in the paper, whose text the verifier
+    wrote; for `ar` it is sum_v min(p_v, q_v), the chance of acceptance that this stands for.
+    Spec-AUF's wanted token is the text's, or the argmax of p, which greedy decoding would keep."""
+    agreement: str = "none"
+    """Distance between a draft's distribution q and its teacher's p (`head_loss.py`): `kl`, `tv`,
+    `acceptance`, `blend`, or `none`. With `text` p is all on one token: `kl` and `acceptance` are
+    the cross entropy, `tv` is 1 - q(token)."""
+    agreement_weight: float = 0.0
+    """w in (1 - w) · cross entropy + w · distance, for each draft that has a p; in the end."""
+    agreement_from_step: int = 0
+    """Optimizer steps before the distance counts at all."""
+    agreement_ramp_steps: int = 0
+    """Optimizer steps over which w grows from 0 to `agreement_weight`, linearly."""
+    alone_weight: float = 1.0
+    """rho, the weight of drafts without slots against the diffusion term; where a batch has none
+    (no draft head) it counts as 0."""
+    alone_share: float = 0.25
+    """Share of the blocks that a model with a draft head drafts without slots as well."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("tidar", "ar"):
+            raise ValueError(f"name must be tidar or ar, got {self.name!r}")
+        for name, choices in (
+            ("agreement", AGREEMENTS), ("teacher", TEACHERS), ("place_weights", PLACE_WEIGHTS)
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("alpha", "alone_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("agreement_weight", "alone_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0.0 < self.position_decay <= 1.0:
+            raise ValueError(f"position_decay must be in (0, 1], got {self.position_decay}")
+        for name in ("agreement_from_step", "agreement_ramp_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.agreement_weight > 0 and self.agreement == "none":
+            known = ", ".join(AGREEMENTS[1:])
+            raise ValueError(f"agreement_weight needs agreement to be one of {known}")
+        if self.position_decay != 1.0 and self.place_weights != "decay":
+            raise ValueError(
+                f"position_decay needs place_weights=decay, not {self.place_weights}; set it to 1"
+            )
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """The objective of the step after `step` done ones: the agreement's weight as it is then,
+        a pure function of the step."""
+        if self.agreement_weight == 0.0:
+            return self
+        begun = step - self.agreement_from_step
+        grown = min(1.0, begun / self.agreement_ramp_steps) if self.agreement_ramp_steps else 1.0
+        weight = self.agreement_weight * grown if begun >= 0 else 0.0
+        return replace(self, agreement_weight=weight)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a mask section."""
+        return self.name == "tidar"
+
+    @property
+    def compares(self) -> bool:
+        """Whether a distance counts, at this step."""
+        return self.agreement != "none" and self.agreement_weight > 0
+
+    @property
+    def by_prefix(self) -> bool:
+        """Whether places count by accepted prefix."""
+        return self.place_weights in ("dpace", "auf")
+
+    @property
+    def extra_heads(self) -> int:
+        """How often the LM head runs forward for a draft beyond its own loss."""
+        verifier = int(self.teacher == "ar")
+        return verifier * self.compares + (1 + verifier) * self.by_prefix
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels and weights of the labelled rows of one micro-batch, section by section: those of the
+    AR loss, slots, drafts without slots."""
+
+    rows: Tensor
+    """int64 [N], among B · (S + M) and the rows of drafts without slots behind them."""
+    labels: Tensor
+    """int64 [N]"""
+    ar_labels: int
+    """How many of the rows belong to the AR loss."""
+    shares: Tensor
+    """fp32 [N]: the loss of the global batch is the sum of share times row loss."""
+    verifiers: Tensor
+    """int64 [D]: the clean row whose logits are for a draft's position, or -1 where a document's
+    first token has none; empty unless the objective asks the AR half."""
+    agreement: str
+    """`none` or a distance of `pipeline.objective.head_loss`."""
+    agreement_weight: float
+    smoothing: float
+    ar_counts: bool = True
+    """Whether the rows of the AR loss count in the loss; else some of them are measured."""
+    measured: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64, among the N labelled rows: those that are then, one in `MEASURED`."""
+    alone_labels: int = 0
+    """How many of the rows, the last ones, belong to drafts without slots."""
+    teacher: str = "ar"
+    """Whose distribution drafts are compared with, `ar` or `text`."""
+    place_weights: str = "decay"
+    """Rule of weights by accepted prefix, `dpace` or `auf`; with others `shares` are all."""
+    chains: Chains | None = None
+    """Where such a rule is."""
+
+    @property
+    def ends(self) -> tuple[int, int, int]:
+        """Where the sections end."""
+        total = len(self.labels)
+        return self.ar_labels, total - self.alone_labels, total
+
+    def verifiers_of(self, part: slice) -> Tensor:
+        """Of the drafts among the labelled rows `part`."""
+        return self.verifiers[part.start - self.ar_labels : part.stop - self.ar_labels]
+
+    def mix(self, part: slice) -> Tensor:
+        """How much of the agreement loss each draft of `part` takes, fp32: nothing without a
+        teacher."""
+        if self.teacher == "text":
+            return torch.full_like(self.shares[part], self.agreement_weight)
+        return self.agreement_weight * (self.verifiers_of(part) >= 0).float()
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same with its tensors on `device`."""
+        own = (self.rows, self.labels, self.shares, self.verifiers, self.measured)
+        rows, labels, shares, verifiers, measured = (x.to(device, non_blocking=True) for x in own)
+        chains = self.chains.to(device) if self.chains is not None else None
+        return replace(
+            self, rows=rows, labels=labels, shares=shares, verifiers=verifiers,
+            measured=measured, chains=chains,
+        )  # fmt: skip
+
+
+def make_targets(
+    batch: Batch,
+    objective: ObjectiveConfig,
+    ar_labels: int,
+    draft_weight: float,
+    alone_draft_weight: float = 0.0,
+    weights: Tensor | None = None,
+) -> Targets:
+    """The targets of `batch`, on its device; on the host nothing waits for a GPU.
+
+    Args:
+        batch: one micro-batch.
+        objective: with the weights of this step (`ObjectiveConfig.at`).
+        ar_labels: labelled clean tokens of the global batch.
+        draft_weight: `place_weights` of the global batch's slots, summed.
+        alone_draft_weight: the same of its drafts without slots.
+        weights: `place_weights` of `batch`, where they are known, fp32 [D].
+    """
+    # The terms of the joint loss, (alpha · AR + diffusion + rho · alone) / (1 + alpha + rho).
+    weights = place_weights(batch, objective.position_decay) if weights is None else weights
+    ar, draft, alone = 1.0, 0.0, 0.0
+    if objective.drafts:
+        rho = objective.alone_weight if alone_draft_weight > 0 else 0.0
+        whole = 1 + objective.alpha + rho
+        ar, draft, alone = objective.alpha / whole, 1 / whole, rho / whole
+    slots, device = batch.diffusion_labels, weights.device
+    shares = torch.cat(
+        [
+            torch.full((batch.ar_labels,), ar / max(ar_labels, 1), device=device),
+            weights[:slots] * (draft / max(draft_weight, 1e-30)),
+            weights[slots:] * (alone / max(alone_draft_weight, 1e-30)),
+        ]
+    )
+    compares, by_prefix = objective.compares, objective.by_prefix
+    asks_ar = objective.teacher == "ar" and (compares or by_prefix)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return Targets(
+        rows=batch.rows,
+        labels=batch.labels,
+        ar_labels=batch.ar_labels,
+        shares=shares,
+        verifiers=verifying_rows(batch) if asks_ar else none,
+        agreement=objective.agreement if compares else "none",
+        agreement_weight=objective.agreement_weight,
+        smoothing=objective.label_smoothing,
+        alone_labels=batch.alone_labels,
+        teacher=objective.teacher,
+        place_weights=objective.place_weights,
+        chains=chains_of(batch) if by_prefix else None,
+        ar_counts=ar > 0,
+        measured=none if ar > 0 else measured_rows(batch),
+    )
+
+
+def measured_rows(batch: Batch) -> Tensor:
+    """Some of the labelled rows of the AR loss, int64: whole, a loss that does not count would be a
+    third of the head's products. Which ones depends on positions alone, so on no division of the
+    global batch; a sequence's first position, which loses most, is none."""
+    position = batch.position_ids.flatten()[batch.rows[: batch.ar_labels]]
+    return (position % MEASURED == MEASURED // 2).nonzero(as_tuple=True)[0]
+
+
+def verifying_rows(batch: Batch) -> Tensor:
+    """For each draft the clean row whose logits are for the same position, int64 [D]; -1 where the
+    position is a document's first."""
+    width = batch.input_ids.shape[1]
+    slots = batch.blocks.slots[drafted_places(batch)]
+    position = batch.position_ids.flatten()[slots]
+    start = batch.spans.lower.flatten()[slots]
+    before = slots // width * width + position - 1
+    return torch.where(position > start, before, -1)

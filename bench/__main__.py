@@ -12,7 +12,6 @@ import torch
 from bench import attention, data, data_loading, decode, head_loss, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
-from pipeline.host_memory import keep_freed_memory
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 
@@ -73,8 +72,6 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError("--rounds and --threads must be at least 1, --warmup at least 0")
     device = open_device(parsed.device)
     torch.set_num_threads(parsed.threads)
-    if device.type == "cpu":
-        keep_freed_memory()  # as training and evaluation do there
     for name in [parsed.name] if parsed.name else BENCHMARKS:
         module = BENCHMARKS[name]
         options = given_options(parsed, module.Options) if parsed.name else module.Options()

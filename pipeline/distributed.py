@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.host_memory import keep_freed_memory
-
 
 class LostProcessError(RuntimeError):
     """Another process of the run is gone, noticed in a collective."""
@@ -81,7 +79,6 @@ def joined_world() -> Iterator[World]:
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        keep_freed_memory()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))

@@ -7,6 +7,8 @@ BIN=${BIN:-.venv/bin}
 DATA=${DATA:-data/demo}
 RUN=${RUN:-runs/demo}
 export OMP_NUM_THREADS=1   # two processes, a core each
+# A step on a CPU makes the tensors of the step before again: have malloc keep what is freed.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -98,21 +98,14 @@ def make_batch(
     """
     length = len(sequences[0].tokens)
     width = length + num_slots
-    input_ids = np.full((len(sequences), width), mask_token_id, dtype=np.int64)
-    position_ids = np.zeros((len(sequences), width), dtype=np.int64)
-    spans = np.empty((3, len(sequences), width), dtype=np.int32)
+    layouts = [sequence.layout if num_slots else NO_BLOCKS for sequence in sequences]
+    input_ids, position_ids, spans = _sections(sequences, layouts, mask_token_id, num_slots)
     ar_rows, ar_labels, slot_rows, slot_labels = [], [], [], []
     blocks = []
     pairs = slots = 0
-    for number, sequence in enumerate(sequences):
-        layout = sequence.layout if num_slots else NO_BLOCKS
+    for number, (sequence, layout) in enumerate(zip(sequences, layouts, strict=True)):
         windows = sequence.drafted if num_slots else layout.drafted
-        tokens = sequence.tokens.astype(np.int64)
-        first = number * width
-        input_ids[number, :length] = tokens
-        position_ids[number, :length] = np.arange(length)
-        position_ids[number, length : length + layout.num_slots] = layout.slot_position
-        spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
+        tokens, first = input_ids[number, :length], number * width
         pairs += allowed_pairs(sequence.real_lengths, layout, causal_slots)
         predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
@@ -144,6 +137,27 @@ def make_batch(
         digests=b"".join(digests),
         blocks=joined,
     )
+
+
+def _sections(
+    sequences: Sequence[PackedSequence],
+    layouts: Sequence[Layout],
+    mask_token_id: int,
+    num_slots: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """Clean and mask sections side by side: ids and positions, [B, S + M], and the attention rule,
+    [3, B, S + M]."""
+    length = len(sequences[0].tokens)
+    shape = len(sequences), length + num_slots
+    input_ids = np.full(shape, mask_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    spans = np.empty((3, *shape), dtype=np.int32)
+    for number, (sequence, layout) in enumerate(zip(sequences, layouts, strict=True)):
+        input_ids[number, :length] = sequence.tokens
+        position_ids[number, :length] = np.arange(length)
+        position_ids[number, length : length + layout.num_slots] = layout.slot_position
+        spans[:, number] = layout_spans(sequence.document_lengths, layout, num_slots)
+    return input_ids, position_ids, spans
 
 
 RowsOfBlocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]

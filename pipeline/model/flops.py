@@ -83,19 +83,12 @@ def step_flops(
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
     places = slots if drafted is None else drafted
-    total, heads = sequences * rows, sequences * (rows if labelled is None else labelled)
-    if labelled is None:
-        heads += sequences * alone
+    labelled = rows + alone if labelled is None else labelled
+    total, heads = sequences * rows, sequences * labelled
     forward_layers, forward_head = 2 * layers * total, 2 * head * heads
     forward_attention = 4 * config.num_layers * width * sequences * pairs
-    drafting = (
-        2
-        * sequences
-        * (
-            config.num_layers * config.adapter_elements * slots
-            + config.num_cell_products * (places + alone)
-        )
-    )
+    adapters = config.num_layers * config.adapter_elements * slots
+    drafting = 2 * sequences * (adapters + config.num_cell_products * (places + alone))
     # A layer is computed again up to its last product, whose result nothing needs.
     repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
     weights = 3 * (forward_layers + forward_head)

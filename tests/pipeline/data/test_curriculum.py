@@ -7,9 +7,8 @@ from omegaconf import OmegaConf
 from data_prep.block_sizes import BlockSizes
 from data_prep.formats.manifest import Manifest
 from pipeline.data.batch import Batch
-from pipeline.data.curriculum import BlockCurriculum
 from pipeline.data.loader import Share, step_batches
-from pipeline.data.source import LayoutChoice, SequenceSource
+from pipeline.data.source import BlockCurriculum, LayoutChoice, SequenceSource
 from tidar_common.errors import UserError
 
 CHOICE = LayoutChoice(

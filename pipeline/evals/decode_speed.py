@@ -32,6 +32,9 @@ from pipeline.model.transformer import Transformer
 from tidar_common.files import write_text_atomic
 from tidar_common.run_files import EvalRow, HeldOutRow
 
+WHOLE = ""
+"""Beside the names of sources, all of the held-out text."""
+
 
 def evaluate_decode_speed(
     model: Transformer,
@@ -67,20 +70,20 @@ def evaluate_decode_speed(
         model, prompts, categories, decoders, config, block_size, world,
         draft_model_of(model, heldout, config), check,
     )  # fmt: skip
-    parts: dict[str | None, HeldOut] = {None: heldout, **heldout.by_source()}
+    parts = {WHOLE: heldout, **heldout.by_source()}
     scores = {
         name: score_heldout(model, part, config, world, check) for name, part in parts.items()
     }
     entropies = {name: part.unigram().entropy for name, part in parts.items()}
-    stale = score_by_staleness(model, heldout, config, world, scores[None], check)
+    stale = score_by_staleness(model, heldout, config, world, scores[WHOLE], check)
     rows = []
     for temperature in config.temperatures:
         texts = {
             name: describe_text(score, temperature, drafts, entropies[name])
             for name, score in scores.items()
         }
-        whole = texts.pop(None)
-        by_source = {str(name): text for name, text in texts.items()} or None
+        whole = texts.pop(WHOLE)
+        by_source = texts or None
         staleness = describe_staleness(stale, temperature)
         rows += [
             _row(step, decoder, temperature, measured, whole, by_source, staleness)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.training.state import TrainState
+from tidar_common.run_files import EvalRow
 
 if TYPE_CHECKING:  # who only reads a run's files imports no model
     from pipeline.training.step import GlobalCounts, StepDone
@@ -82,7 +83,7 @@ class Moments:
     def on_step(self, metrics: StepMetrics) -> None:
         """An optimizer step is done, and counts."""
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[EvalRow]) -> None:
         """A decode-speed eval is done; `rows` as in `evals/decode_speed.jsonl`."""
 
     def on_checkpoint(self, step: int, name: str) -> None:
@@ -145,7 +146,7 @@ class Together(Moments, Generic[Member]):
         for member in self.members:
             member.on_step(metrics)
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[EvalRow]) -> None:
         for member in self.members:
             member.on_eval(rows)
 

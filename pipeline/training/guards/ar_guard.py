@@ -1,7 +1,7 @@
 """Watches that a base model keeps its autoregressive quality while it learns to draft."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class ArGuard(Guard):
         self.config = config
         self.say = say
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         base = read_base(self.run_dir)
         if base is None or not rows:
             return

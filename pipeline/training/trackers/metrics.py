@@ -1,6 +1,7 @@
 """The files of a run, the truth about it: steps, evals and events. All else mirrors them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class MetricsFiles(Tracker):
     def on_step(self, metrics: StepMetrics) -> None:
         append(self.metrics, [metrics.to_dict()])
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append(self.decode_speed, rows)
 
 
@@ -42,7 +43,7 @@ class EventsFile(Tracker):
         append(self.path, [event])
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add one JSON line per row, in a single write."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """The names under which trackers show a run: the groups train, data, decode and system."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.training.moments import StepMetrics
@@ -29,7 +30,7 @@ def step_values(metrics: StepMetrics) -> dict[str, Any]:
     return values
 
 
-def eval_values(row: dict[str, Any]) -> dict[str, Any]:
+def eval_values(row: Mapping[str, Any]) -> dict[str, Any]:
     """An eval row's numbers under `decode/<method>/temperature_<t>/…`. Of each source of the text
     only single numbers: its lists, position by position, would be most of all."""
     singles = {
@@ -37,7 +38,7 @@ def eval_values(row: dict[str, Any]) -> dict[str, Any]:
         for source, own in (row.get("by_source") or {}).items()
     }
     prefix = f"decode/{row['method']}/temperature_{row['temperature']:g}"
-    return dict(flatten(prefix, row | {"by_source": singles}))
+    return dict(flatten(prefix, {**row, "by_source": singles}))
 
 
 def flatten(prefix: str, row: dict[str, Any]) -> list[tuple[str, Any]]:

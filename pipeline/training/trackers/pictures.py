@@ -1,5 +1,6 @@
 """Small pages for trackers that show HTML: a coloured generation, and acceptance over training."""
 
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,7 +19,7 @@ def generation_page(example: dict[str, Any]) -> str:
     return page(f"<style>{style}</style>", generation_section(example))
 
 
-def acceptance_page(rows: list[dict[str, Any]]) -> str | None:
+def acceptance_page(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """A heat map of the rows' `acceptance_by_position`, one line an eval, None without any.
 
     Args:
@@ -45,7 +46,7 @@ def acceptance_page(rows: list[dict[str, Any]]) -> str | None:
     return page("", f"<p>{text}</p>{svg}")
 
 
-def line(number: int, row: dict[str, Any]) -> str:
+def line(number: int, row: Mapping[str, Any]) -> str:
     """One eval: its step, and a square for each position; an unreached position has none."""
     y = CELL * (number + 1)
     squares = "".join(

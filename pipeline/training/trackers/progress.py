@@ -1,13 +1,14 @@
 """What the terminal shows: a live bar where there is one, a line every few seconds elsewhere."""
 
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.state import TrainState
+from tidar_common.run_files import EvalRow
 
 
 class ProgressDisplay(Tracker):
@@ -54,7 +55,7 @@ class ProgressDisplay(Tracker):
             self.last_line = now
             self._line(f"step {metrics.step}/{self.steps}  {text}")
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[EvalRow]) -> None:
         chosen = {row["temperature"]: row for row in rows if row["method"] == "tidar_chosen"}
         for row in rows:
             if row["method"] == "tidar":
@@ -81,9 +82,9 @@ def describe(metrics: StepMetrics, left_s: float) -> str:
     return "  ".join(parts)
 
 
-def describe_eval(row: dict[str, Any], chosen: dict[str, Any] | None = None) -> str:
+def describe_eval(row: EvalRow, chosen: EvalRow | None = None) -> str:
     """A line about the `tidar` row of an eval, and the row of the chosen step if there is one."""
-    measured = [value for value in row["acceptance_by_position"] if value is not None]
+    measured = [value for value in row["acceptance_by_position"] or [] if value is not None]
     first = f", first draft accepted {measured[0]:.0%}" if measured else ""
     best = f" ({chosen['speedup_over_ar']:.2f}x with the step chosen here)" if chosen else ""
     return (

@@ -1,6 +1,6 @@
 """Rebuilds `report.html` after each eval and at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ class Report(Tracker):
         self.run_dir = run_dir
         self.say = say
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._build()
 
     def on_end(self, state: TrainState, finished: bool) -> None:

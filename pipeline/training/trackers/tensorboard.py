@@ -1,6 +1,6 @@
 """The same numbers for TensorBoard, in run_dir/tensorboard. It never stops a run either."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ class TensorBoard(Tracker):
     def on_step(self, metrics: StepMetrics) -> None:
         self._write(metrics.step, step_values(metrics))
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             self._write(row["step"], eval_values(row))
         if self.writer is not None:

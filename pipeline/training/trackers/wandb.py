@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Wandb(Tracker):
         self.tokens = metrics.tokens
         self._log(metrics.step, step_values(metrics))
 
-    def on_eval(self, rows: list[dict[str, Any]]) -> None:
+    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             axes = {"step": row["step"]} | ({"tokens": self.tokens} if self.tokens else {})
             self._log(row["step"], axes | eval_values(row))
@@ -186,7 +186,7 @@ class Wandb(Tracker):
             )
 
 
-def sources_table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+def sources_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Rows of `SOURCES_TABLE` of all evals, lists as text: a column has one type."""
     return [
         [row["step"], row["temperature"], source]

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from data_prep.corpora import Corpus, open_corpus
 from data_prep.filters.screening import find_copies, is_screened, screen_task
 from data_prep.formats.manifest import MANIFEST, Manifest
+from data_prep.inspect.picture import inspect_sequence
 from data_prep.inspect.stats import describe, read_contents, write_page
 from data_prep.inspect.verify import verify_data
 from data_prep.layout import RESPONSE
-from data_prep.picture import inspect_sequence
 from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
 from data_prep.settings import PrepareSettings
 from data_prep.stages.merge import finished_records, merge

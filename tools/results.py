@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS
+from tidar_common.tables import MISSING, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,7 @@ def spread(results: Iterable[Result], read: Callable[[Result], float | None], fo
     """The mean over seeds, with the smallest and largest where there are several."""
     values = [value for value in map(read, results) if value is not None]
     if not values:
-        return "–"
+        return MISSING
     mean = format(statistics.mean(values), form)
     if len(values) == 1:
         return mean
@@ -78,11 +79,6 @@ def ratio_text(values: list[float]) -> str:
     return text + (" (one seed)" if len(values) == 1 else "")
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def wanted(results: Results) -> str:
     """The two figures that the experiments were set up for, and whether they were reached."""
     bits, expected = (
@@ -102,7 +98,7 @@ def wanted(results: Results) -> str:
         [f"expected tokens per forward, `{RECIPE}` ÷ `published`, equal compute", "≥ 1.15",
          ratio_text(values), verdict(values, lambda v: v >= 1.15)]
     )  # fmt: skip
-    return table(["figure", "wanted", "seen", ""], rows)
+    return Table(["figure", "wanted", "seen", ""], rows).markdown()
 
 
 def verdict(values: list[float], reached: Callable[[float], bool]) -> str:
@@ -121,12 +117,12 @@ def headline(results: Results) -> str:
         own = list(results.get(name, {}).values())
         if own:
             rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
-    return table(
+    return Table(
         ["run", "seeds", "bits/byte", "AR loss", "expected tokens/forward, T = 1",
          "of a unigram draft", "of a bigram draft", "measured T = 0", "measured T = 1",
          "distinct 4-grams T = 0 / 1", "tokens/s ÷ AR on a CPU, T = 0 / 1"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 def quality_cells(own: list[Result]) -> list[str]:
@@ -173,7 +169,7 @@ def gpu(folder: Path) -> str:
     )
     head = ["method", "T", "tokens/forward", "tokens/s ÷ AR", "distinct 4-grams", "AR loss",
             "unigram T/F", "bigram T/F"]  # fmt: skip
-    return f"{quality}\n\n{table(head, rows)}"
+    return f"{quality}\n\n{Table(head, rows).markdown()}"
 
 
 def recipes(results: Results) -> str:
@@ -196,7 +192,7 @@ def recipes(results: Results) -> str:
                     f"{result['training_flops'] / 1e12:.1f}",
                     f"{result['clean_tokens'] / 1e6:.2f}",
                     f"{own['ar_loss']:.3f}",
-                    "–" if over is None else f"{over:.3f}",
+                    number(over, ".3f"),
                     f"{own['bits_per_byte']:.3f}",
                     number(own["diffusion_bits_per_byte"], ".3f"),
                     number(sampled["expected_tokens_per_forward"], ".3f"),
@@ -207,12 +203,12 @@ def recipes(results: Results) -> str:
                     number(own["greedy"]["distinct_4grams"], ".2f"),
                 ]
             )
-    return table(
+    return Table(
         ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte",
          "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "bigram T/F", "T/F, T = 1",
          "T/F, greedy", "distinct 4-grams, greedy"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
@@ -250,16 +246,16 @@ def drafts(results: Results) -> str:
                 spread(found[:1], figure("distinct_4grams", "sampled"), ".2f"),
             ]
         )  # fmt: skip
-    return table(
+    return Table(
         ["run", "K", "seeds", "expected tokens/forward, T = 1", "greedy agreement, chained",
          "head without slots", "bigram table", "unigram", "÷ `published` at this K",
          "AR loss ÷", "distinct 4-grams, T = 1"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 def number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return MISSING if value is None else format(value, form)
 
 
 def missing(results: Results) -> str:
@@ -349,7 +345,7 @@ def benchmarks(folder: Path) -> str:
                 [f"`{path.stem}`", name, target, f"{own['of_medians']:.3f}",
                  f"{low:.3f} to {high:.3f}", "reached" if reached else "missed"]
             )  # fmt: skip
-    return table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows)
+    return Table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows).markdown()
 
 
 def reliability(folder: Path) -> str:
@@ -396,10 +392,10 @@ def conversion(folder: Path) -> str:
         "cores busy, so minutes and speeds are rough; tokens per forward do not depend on them."
     )
     commands = "\n".join(found["commands"])
-    decoding = table(
+    decoding = Table(
         ["method", "T", "tokens/forward", "tokens/s ÷ AR", "text equal to AR's"], decoded
-    )
-    return f"```\n{commands}\n```\n\n{table(head, rows)}\n\n{decoding}\n\n{where}"
+    ).markdown()
+    return f"```\n{commands}\n```\n\n{Table(head, rows).markdown()}\n\n{decoding}\n\n{where}"
 
 
 def findings(results: Results) -> str:
@@ -414,10 +410,10 @@ def findings(results: Results) -> str:
                 f"`{run.name}`: {run.about}", str(len(gains)), change(gains), change(losses)
             ]  # fmt: skip
             lines.append((statistics.mean(gains), row))
-    return table(
+    return Table(
         ["against `published`, equal compute", "seeds", "expected tokens per forward", "AR loss"],
         [row for _, row in sorted(lines, reverse=True)],
-    )
+    ).markdown()
 
 
 def change(ratios: list[float]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 from pipeline.data.source import DamagedShard
 from pipeline.distributed import World
-from pipeline.report.standing import SKIPPED_SHARDS, read_objects
 from pipeline.training.trackers import Event, make_event
 from pipeline.training.trackers.metrics import append
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import SKIPPED_SHARDS
 
 
 class SkippedShards:
@@ -30,7 +31,7 @@ class SkippedShards:
         self._met = met
         self._world = world
         self._handed_in = 0
-        lines = read_objects(self.path) if world.is_main else []
+        lines = read_whole(self.path) if world.is_main else []
         self._known = {(line.get("set"), line.get("shard")) for line in lines}
 
     def new(self) -> int:

@@ -28,7 +28,7 @@ Point = tuple[float, float | None]
 _NAMES = ("ar", "diffusion", "greedy", "sampled", "quiet", "ink", "muted", "rule", "surface")
 COLORS = {name: f"#7fb3{number:02x}" for number, name in enumerate(_NAMES)}
 """Stand-ins while matplotlib draws; the page has the real ones."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tidar",
     "text.parse_math": False,
@@ -105,7 +105,7 @@ class Chart:
         columns = 2 if self.small else 3
         legend = 18 * -(-(len(named) + (self.reference is not None)) // columns)
         width, height = (324, 196 + legend) if self.small else (480, 282 + legend)
-        with _figure(width, height) as figure:
+        with new_figure(width, height) as figure:
             size = (1 - 60 / width, 1 - (74 + legend) / height)
             axes = figure.add_axes((46 / width, 42 / height, *size))
             for series in shown:
@@ -169,7 +169,7 @@ class BarChart:
     def svg(self) -> Markup:
         width, height = 860, 12 + BAR_ROW * len(self.bars)
         labels = [visible(bar.label) for bar in self.bars]
-        with _figure(width, height) as figure:
+        with new_figure(width, height) as figure:
             axes = figure.add_axes((BAR_LEFT / width, 0, 1 - (BAR_LEFT + BAR_RIGHT) / width, 1))
             drawn = axes.barh(range(len(labels)), [bar.value for bar in self.bars], 0.66,
                               color=COLORS["ar"])  # fmt: skip
@@ -210,7 +210,7 @@ def heat_map(rows: Sequence[str], values: Sequence[Sequence[float | None]], labe
     for row, shares in zip(cells, values, strict=True):
         row[: len(shares)] = [np.nan if share is None else share for share in shares]
     width, height = 64 + 34 * count, 24 + 22 * len(rows)
-    with _figure(width, height) as figure:
+    with new_figure(width, height) as figure:
         axes = figure.add_axes((60 / width, 0, 34 * count / width, 1 - 24 / height))
         axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
         for (row, column), share in np.ndenumerate(cells):
@@ -236,8 +236,8 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def svg(figure: "Figure", label: str, natural: bool = False) -> Markup:
-    """A figure as an <svg> element of a page, in the page's font and colours; `natural` keeps its
-    own size instead of the width that there is."""
+    """A figure as an <svg> element of a page, in the page's font and colours, or as a file of its
+    own; `natural` keeps its own size instead of the width that there is."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -245,21 +245,32 @@ def svg(figure: "Figure", label: str, natural: bool = False) -> Markup:
     text = text[text.index(">", text.index("<svg")) + 1 :]
     for pattern, replacement in (
         (r"<defs>\s*<style.*?</style>\s*</defs>", ""),  # would hold for the whole page
-        (r'<g id="[^"]*">', "<g>"),
         (r' clip-path="[^"]*"', ""),  # nothing is drawn outside of the axes
         (r"<defs>\s*<clipPath.*?</defs>", ""),
         (r' transform="rotate\(-?0 [^"]*"', ""),
         (r"font-family: [^;\"]*(; )?", ""),
+        (r'<g id="[^"]*"/>', ""),
+        (r'<g id="[^"]*">', "<g>"),
+        (r"<g>\s*(<(?:use|path)[^>]*/>|<text[^>]*>[^<]*</text>)\s*</g>", r"\1"),
         (r"\n\s*", "\n"),
     ):
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
-    text = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
+    text = re.sub("<[^>]*>", lambda tag: _shorter(tag[0]), text)
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")
     width, height = (round(72 * side) for side in figure.get_size_inches())
     size = Markup('width="{}" height="{}" ').format(width, height) if natural else ""
-    head = Markup('<svg {}viewBox="0 0 {} {}" role="img" aria-label="{}">')
+    head = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        '{}viewBox="0 0 {} {}" role="img" aria-label="{}" '
+        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">'
+    )
     return head.format(size, width, height, visible(label)) + Markup(text)
+
+
+def _shorter(tag: str) -> str:
+    """A tag on one line, its numbers with two decimals: hundredths of a pixel."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag.replace("\n", " "))
 
 
 def tick_text(value: float, place: int | None = None, *, step: float) -> str:
@@ -279,7 +290,7 @@ def tick_text(value: float, place: int | None = None, *, step: float) -> str:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator["Figure"]:
+def new_figure(width: float, height: float) -> Iterator["Figure"]:
     """A figure of so many CSS pixels, in the style of the pages; nothing global stays changed."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -125,7 +125,8 @@ def _read_rows(path: Path, keys: tuple[str, ...], notices: list[str]) -> list[Ro
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if _has_all(jsonlines.whole_object(rest), keys):
         lines.append(rest)
-    rows, bad = [], []
+    rows: list[Row] = []
+    bad = []
     for number, line in enumerate(lines, start=1):
         row = jsonlines.whole_object(line)
         if row is not None and _has_all(row, keys):

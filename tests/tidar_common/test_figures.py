@@ -9,9 +9,8 @@ from tidar_common.figures import Chart, Series, heat_map, tick_text
 
 
 def texts(svg: str) -> list[str]:
-    xlink = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-    root = ElementTree.fromstring(str(svg).replace("<svg ", f"<svg {xlink} ", 1))
-    return [str(node.text) for node in root.iter() if node.tag == "text"]
+    root = ElementTree.fromstring(svg)
+    return [str(node.text) for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 @pytest.mark.parametrize("small", [False, True])

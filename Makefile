@@ -1,7 +1,7 @@
 # One command each; `make help` lists them. Everything is installed into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras demo test test-long lint format bench experiments clean
+.PHONY: help setup setup-extras demo test test-fast test-long lint format bench experiments clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -33,6 +33,10 @@ demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure
 
 test: setup ## run the tests (under 20 minutes)
 	$(BIN)/python -m pytest -m "not long"
+
+test-fast: setup ## what most changes break: a case of each test of the parts below training (under 2 minutes)
+	$(BIN)/python -m pytest --fast -m "not long" tests/tidar_common tests/data_prep tests/docs \
+	  $(addprefix tests/pipeline/,data model objective decoding)
 
 test-long: setup ## run the tests that take long, such as many kills of one run
 	$(BIN)/python -m pytest -m long

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
+from data_prep.corpora.text_files import StdlibConfig, StdlibCorpus
 from data_prep.formats.manifest import Manifest
 from data_prep.prepare import prepare
 from tidar_common.cli import config_dir

@@ -1,33 +1,30 @@
-"""`tidar-prepare`: raw text to packed, laid-out, sharded sequences."""
+"""`tidar-prepare`: raw text to packed, laid-out, sharded sequences, in stages (`write_data`)."""
 
 import errno
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_prep.corpora import Corpus, open_corpus
-from data_prep.filters.screening import find_copies, is_screened, screen_task
-from data_prep.formats.manifest import MANIFEST, Manifest
+from data_prep.corpora import open_corpus
+from data_prep.formats.manifest import Manifest
 from data_prep.inspect.picture import inspect_sequence
 from data_prep.inspect.stats import describe, read_contents, write_page
 from data_prep.inspect.verify import verify_data
-from data_prep.layout import RESPONSE
-from data_prep.preparing import choose_encoder, make_tokenizer, note_trained, summary
 from data_prep.settings import PrepareSettings
 from data_prep.stages.merge import finished_records, merge
 from data_prep.stages.output_folder import (
     clear_finished,
     is_prepared,
     locked_folder,
-    remove_leftovers,
     taking_turns,
 )
-from data_prep.stages.plan import Task, make_tasks, own_tasks
+from data_prep.stages.plan import make_plan, save_tokenizer, tasks_of_this_job
+from data_prep.stages.screen import screen
 from data_prep.stages.task import run_task
 from data_prep.stages.workers import Workers
-from data_prep.tokenizers.load import Tokenizer
 from tidar_common.cli import run
 from tidar_common.errors import UserError
 from tidar_common.progress import Progress
@@ -75,6 +72,35 @@ def prepare(cfg: DictConfig) -> int:
         ) from error
 
 
+def write_data(
+    settings: PrepareSettings, corpus_section: DictConfig, workers: Workers
+) -> Manifest | None:
+    """Do the tasks of this process; where all are done then, put the folder together.
+
+    Returns:
+        Manifest | None: of the finished folder; None where other jobs of an array still work.
+    """
+    corpus = open_corpus(corpus_section)
+    # Plan: the tokenizer, and the corpus in tasks.
+    with taking_turns(settings.output_dir):
+        preparation, tasks = make_plan(settings, corpus)
+        tasks_here = tasks_of_this_job(settings, tasks)
+        # Only now: a mistake in the corpus or the tokenizer must not cost the data that is there.
+        clear_finished(settings.output_dir)
+        save_tokenizer(preparation)
+    # Screen: which documents are left out, by rules, evals and copies.
+    if not screen(preparation, tasks, tasks_here, workers):
+        return None
+    # Read, encode, pack, write: each task by itself, so that what is done is never done again.
+    records = finished_records(settings, tasks)
+    if done := sum(record is not None for record in records):
+        print(f"{done} of {len(tasks)} tasks are done already", flush=True)
+    unfinished = [task for task in tasks_here if records[task.number] is None]
+    workers.run(run_task, unfinished, preparation, Progress().add)
+    # Merge: rests and held-out documents are packed, and the manifest written.
+    return merge(preparation, tasks)
+
+
 def print_stats(folder: Path) -> None:
     """Say what a prepared folder holds, and draw it into the folder."""
     contents = read_contents(folder)
@@ -88,80 +114,28 @@ def print_stats(folder: Path) -> None:
         ) from error
 
 
-def write_data(
-    settings: PrepareSettings, corpus_section: DictConfig, workers: Workers
-) -> Manifest | None:
-    """Do the tasks of this process; where all are done then, put the folder together."""
-    folder = settings.output_dir
-    corpus = open_corpus(corpus_section)
-    if settings.layout.loss_span == RESPONSE and not corpus.has_prompts:
-        raise UserError(
-            "layout.loss_span: response needs a corpus that tells prompts apart; set "
-            "corpus.prompt_field (jsonl, parquet, arrow), or layout.loss_span=document"
+def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
+    """What was prepared, a line for each split."""
+    lines = []
+    for name, split in manifest.splits.items():
+        padding = split.padding / (split.padding + split.tokens)
+        lines.append(
+            f"{name}: {split.documents:,} documents, {split.text_bytes / 1e6:.2f} MB, "
+            f"{split.tokens:,} tokens in {split.sequences:,} sequences and {len(split.shards)} "
+            f"shards, {padding:.2%} padding, {split.cut_documents:,} documents cut"
         )
-    with taking_turns(folder):
-        tokenizer = make_tokenizer(settings, corpus)
-        tasks = make_tasks(settings, corpus, tokenizer)
-        own = own_tasks(settings, tasks)
-        choose_encoder(tokenizer, corpus, tasks)
-        # Only now: a mistake in the corpus or the tokenizer must not cost the data that is there.
-        clear_finished(folder)
-        tokenizer_path = tokenizer.save(folder)
-        note_trained(settings, corpus, tokenizer_path)
-    if not screened(settings, tasks, own, corpus, tokenizer, tokenizer_path, workers):
-        return None
-    records = finished_records(settings, tasks)
-    if done := sum(record is not None for record in records):
-        print(f"{done} of {len(tasks)} tasks are done already", flush=True)
-    unfinished = [task for task in own if records[task.number] is None]
-    work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
-    workers.run(run_task, unfinished, *work)
-    return put_together(settings, tasks, tokenizer, tokenizer_path)
-
-
-def screened(
-    settings: PrepareSettings, tasks: list[Task], own: list[Task], corpus: Corpus,
-    tokenizer: Tokenizer, tokenizer_path: Path, workers: Workers,
-) -> bool:  # fmt: skip
-    """Decide which documents to leave out; whether that is known now of all tasks."""
-    if not settings.screens:
-        return True
-    unscreened = [task for task in own if not is_screened(settings, task)]
-    if unscreened:
-        print(f"screening {len(unscreened)} of {len(own)} tasks ...", flush=True)
-    work = (settings, corpus, tokenizer, tokenizer_path, Progress().add)
-    workers.run(screen_task, unscreened, *work)
-    done = sum(is_screened(settings, task) for task in tasks)
-    if done < len(tasks):
-        print(
-            f"{done} of {len(tasks)} tasks are screened; when all are, start the same jobs once "
-            "more to pack them"
+    total = sum(split.tokens for split in manifest.splits.values())
+    for name, source in manifest.sources.items():
+        lines.append(
+            f"{name}: {source['documents']:,} documents, {source['tokens']:,} tokens, "
+            f"{source['tokens'] / total:.1%} of all, "
+            f"read {source['epochs']:.2f} times"
         )
-        return False
-    with taking_turns(settings.output_dir):
-        find_copies(settings, tasks)
-    return True
-
-
-def put_together(
-    settings: PrepareSettings, tasks: list[Task], tokenizer: Tokenizer, tokenizer_path: Path
-) -> Manifest | None:
-    """Make one folder of what the tasks left; None where other jobs of an array still work on
-    theirs, or one of them did it."""
-    folder = settings.output_dir
-    with taking_turns(folder):
-        if (folder / MANIFEST).exists():
-            return None
-        missing = finished_records(settings, tasks).count(None)
-        if missing:
-            print(
-                f"{len(tasks) - missing} of {len(tasks)} tasks are done; the job that does the "
-                f"last one puts {folder} together"
-            )
-            return None
-        manifest = merge(settings, tasks, tokenizer, tokenizer_path)
-        remove_leftovers(manifest, folder)
-    return manifest
+    for reason, count in manifest.documents["refused"].items():
+        lines.append(f"refused: {count:,} documents, {reason}")
+    for rule, count in Counter(manifest.documents.get("filtered", {})).most_common():
+        lines.append(f"filtered: {count:,} documents, {rule}")
+    return "\n".join([*lines, f"{folder} prepared in {seconds:.1f} s"])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A step on a CPU makes the same few hundred tensors as the one before. glibc takes large ones from
 the system and gives them back after every use, and the system zeroes each page before it hands it
-out again: 20,000 page faults in a step of the smallest model. `docs/performance.md` has figures.
+out again: 20,000 page faults in a step of the smallest model. `docs/results.md` has figures.
 GPUs need none of this: there PyTorch has an allocator of its own that keeps what is freed.
 """
 

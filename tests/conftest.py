@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pytest
 
@@ -12,6 +13,42 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from commands import prepare_small, train_small
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true",
+        help="the first case of each test, and none that runs the project's commands",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast: what most changes break, in the time that one waits for (`make test-fast`)."""
+    if not config.getoption("fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if "trained_run" not in item.fixturenames and not _runs_commands(item):
+            kept.setdefault(item.nodeid.split("[")[0], item)
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept.values()])
+    items[:] = kept.values()
+
+
+def _runs_commands(item: pytest.Item) -> bool:
+    """Whether a test, or a function of its file that it calls, starts the project's commands or
+    ranks: by what it takes from `commands` and `workers`."""
+    seen, left = set(), [item.function.__code__]
+    while left:
+        code = left.pop()
+        seen.add(code)
+        left += [part for part in code.co_consts if isinstance(part, CodeType)]
+        for name in code.co_names:
+            value = item.module.__dict__.get(name)
+            if getattr(value, "__module__", None) in ("commands", "workers"):
+                return True
+            if isinstance(value, FunctionType) and value.__code__ not in seen:
+                left.append(value.__code__)
+    return "run_workers" in item.module.__dict__
 
 
 @pytest.fixture(scope="session", autouse=True)

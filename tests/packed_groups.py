@@ -1,8 +1,10 @@
 """Groups of packed sequences that no preparation made, as the writer of shards takes them."""
 
+import io
+
 import numpy as np
 
-from data_prep.formats.groups import group_arrays, npy_form
+from data_prep.formats.groups import group_arrays
 
 
 def arrays_of(sequences):
@@ -27,4 +29,9 @@ def groups_of(sequences, group_size):
 
 def encoded(arrays):
     """The members of one sample as the bytes that stand in a shard."""
-    return {name: b"".join(npy_form(array)) for name, array in arrays.items()}
+    members = {}
+    for name, array in arrays.items():
+        content = io.BytesIO()
+        np.save(content, array)
+        members[name] = content.getvalue()
+    return members

@@ -56,9 +56,8 @@ def spread(results: Iterable[Result], read: Callable[[Result], float | None], fo
     if not values:
         return MISSING
     mean = format(statistics.mean(values), form)
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+    low, high = format(min(values), form), format(max(values), form)
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def ratio(
@@ -75,7 +74,7 @@ def ratio_text(values: list[float]) -> str:
         return "not measured"
     text = f"{statistics.mean(values):.3f}"
     if len(values) > 1:
-        text += f" ({min(values):.3f} to {max(values):.3f} over {len(values)} seeds)"
+        text += f" ({min(values):.3f}–{max(values):.3f}, {len(values)} seeds)"
     return text + (" (one seed)" if len(values) == 1 else "")
 
 
@@ -116,21 +115,14 @@ def headline(results: Results) -> str:
     for name in (*twins, *TWINS):
         own = list(results.get(name, {}).values())
         if own:
-            rows.append([f"`{name}`: {own[0]['about']}", *quality_cells(own), *speed_cells(own)])
+            bits = spread(own, figure("bits_per_byte"), ".3f")
+            rows.append([f"`{name}`", str(len(own)), bits, *speed_cells(own)])
     return Table(
-        ["run", "seeds", "bits/byte", "AR loss", "expected tokens/forward, T = 1",
-         "of a unigram draft", "of a bigram draft", "measured T = 0", "measured T = 1",
-         "distinct 4-grams T = 0 / 1", "tokens/s ÷ AR on a CPU, T = 0 / 1"],
+        ["run", "seeds", "bits/byte", "expected tokens/forward", "of a unigram draft",
+         "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1",
+         "tokens/s ÷ AR T = 0 / 1"],
         rows,
     ).markdown()  # fmt: skip
-
-
-def quality_cells(own: list[Result]) -> list[str]:
-    return [
-        str(len(own)),
-        spread(own, figure("bits_per_byte"), ".3f"),
-        spread(own, figure("ar_loss"), ".3f"),
-    ]
 
 
 def speed_cells(own: list[Result]) -> list[str]:
@@ -140,7 +132,6 @@ def speed_cells(own: list[Result]) -> list[str]:
     return [
         spread(own, figure("expected_tokens_per_forward", "sampled"), ".3f"),
         spread(own, figure("unigram_expected_tokens_per_forward", "sampled"), ".2f"),
-        spread(own, figure("bigram_expected_tokens_per_forward", "sampled"), ".2f"),
         spread(own, figure("tokens_per_forward", "greedy"), ".2f"),
         spread(own, figure("tokens_per_forward", "sampled"), ".2f"),
         distinct,
@@ -175,7 +166,6 @@ def gpu(folder: Path) -> str:
 def recipes(results: Results) -> str:
     """Every run of the first seed, and the same at each block length for mixed ones."""
     seed = HEADLINE_SEEDS[0]
-    twin = results.get("ar_tokens", {}).get(seed)
     rows = []
     for run in RUNS:
         result = results.get(run.name, {}).get(seed)
@@ -183,30 +173,20 @@ def recipes(results: Results) -> str:
             continue
         for own in result["scores"]:
             k = own["block_size"]
-            over = own["ar_loss"] / score(twin)["ar_loss"] if twin else None
             sampled = own["sampled"]
             rows.append(
                 [
                     f"`{run.name}`",
                     run.about + (f", decoded at K = {k}" if len(result["scores"]) > 1 else ""),
-                    f"{result['training_flops'] / 1e12:.1f}",
                     f"{result['clean_tokens'] / 1e6:.2f}",
                     f"{own['ar_loss']:.3f}",
-                    number(over, ".3f"),
                     f"{own['bits_per_byte']:.3f}",
-                    number(own["diffusion_bits_per_byte"], ".3f"),
                     number(sampled["expected_tokens_per_forward"], ".3f"),
                     number(sampled["unigram_expected_tokens_per_forward"], ".2f"),
-                    number(sampled.get("bigram_expected_tokens_per_forward"), ".2f"),
-                    number(sampled["tokens_per_forward"], ".2f"),
-                    number(own["greedy"]["tokens_per_forward"], ".2f"),
-                    number(own["greedy"]["distinct_4grams"], ".2f"),
                 ]
             )
     return Table(
-        ["run", "what", "TFLOPs", "M tokens", "AR loss", "÷ `ar_tokens`", "bits/byte",
-         "bits/byte, masked", "expected T/F, T = 1", "unigram T/F", "bigram T/F", "T/F, T = 1",
-         "T/F, greedy", "distinct 4-grams, greedy"],
+        ["run", "what", "M tokens", "AR loss", "bits/byte", "T/F", "unigram T/F"],
         rows,
     ).markdown()  # fmt: skip
 
@@ -243,13 +223,11 @@ def drafts(results: Results) -> str:
                 ),
                 "1" if run.name == base else ratio_text(gains),
                 "1" if run.name == base else ratio_text(losses),
-                spread(found[:1], figure("distinct_4grams", "sampled"), ".2f"),
             ]
         )  # fmt: skip
     return Table(
-        ["run", "K", "seeds", "expected tokens/forward, T = 1", "greedy agreement, chained",
-         "head without slots", "bigram table", "unigram", "÷ `published` at this K",
-         "AR loss ÷", "distinct 4-grams, T = 1"],
+        ["run", "K", "seeds", "expected tokens/forward", "greedy", "without slots", "bigram",
+         "unigram", "÷ `published` at this K", "AR loss ÷"],
         rows,
     ).markdown()  # fmt: skip
 
@@ -258,17 +236,18 @@ def number(value: float | None, form: str) -> str:
     return MISSING if value is None else format(value, form)
 
 
-def missing(results: Results) -> str:
-    """Which runs of `make experiments` have no result yet."""
-    absent = [
-        f"`{run.name}` with seed {seed}"
-        for seed in HEADLINE_SEEDS
-        for run in RUNS
-        if (run.headline or seed == HEADLINE_SEEDS[0]) and seed not in results.get(run.name, {})
-    ]
+def missing(*studies: Results) -> str:
+    """Which runs have no result in any study yet."""
+    absent: dict[str, list[str]] = {}
+    for seed in HEADLINE_SEEDS:
+        for run in RUNS:
+            wanted_here = run.headline or seed == HEADLINE_SEEDS[0]
+            if wanted_here and not any(seed in study.get(run.name, {}) for study in studies):
+                absent.setdefault(run.name, []).append(str(seed))
     if not absent:
-        return "All runs of `make experiments` are here."
-    return f"Not run yet: {', '.join(absent)}."
+        return "All runs are here."
+    runs = "; ".join(f"`{name}` {', '.join(seeds)}" for name, seeds in absent.items())
+    return f"Not run yet, by seed: {runs}."
 
 
 TEXTS = {
@@ -343,7 +322,7 @@ def benchmarks(folder: Path) -> str:
             target = f"≤ {most:g}" if "at_most" in value else f"≥ {least:g}"
             rows.append(
                 [f"`{path.stem}`", name, target, f"{own['of_medians']:.3f}",
-                 f"{low:.3f} to {high:.3f}", "reached" if reached else "missed"]
+                 f"{low:.3f}–{high:.3f}", "reached" if reached else "missed"]
             )  # fmt: skip
     return Table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows).markdown()
 
@@ -360,7 +339,7 @@ def reliability(folder: Path) -> str:
         f"A run killed {kills} times at chosen moments came out {equal} to one left alone; "
         f"{found['damaged files refused']} of {found['damaged files tried']} damaged checkpoint "
         f"files and {found['bad inputs refused']} of {found['bad inputs tried']} malicious ones "
-        "were refused. [reliability.md](reliability.md) says what is promised."
+        "were refused ([promises](training.md#promises))."
     )
 
 
@@ -406,12 +385,10 @@ def findings(results: Results) -> str:
         gains = ratio(results, run.name, "published", read)
         losses = ratio(results, run.name, "published", figure("ar_loss"))
         if run.name != "published" and gains and run.start and not run.score_at:
-            row = [
-                f"`{run.name}`: {run.about}", str(len(gains)), change(gains), change(losses)
-            ]  # fmt: skip
+            row = [f"`{run.name}`", str(len(gains)), change(gains), change(losses)]
             lines.append((statistics.mean(gains), row))
     return Table(
-        ["against `published`, equal compute", "seeds", "expected tokens per forward", "AR loss"],
+        ["against `published`, equal compute", "seeds", "expected tokens/forward", "AR loss"],
         [row for _, row in sorted(lines, reverse=True)],
     ).markdown()
 
@@ -420,20 +397,20 @@ def change(ratios: list[float]) -> str:
     """The mean of ratios as a change in percent, with its range where there are several."""
     text = f"{statistics.mean(ratios) - 1:+.1%}"
     if len(ratios) > 1:
-        text += f" ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
+        text += f" ({min(ratios) - 1:+.1%}, {max(ratios) - 1:+.1%})"
     return text
 
 
 def page(folder: Path = RESULTS) -> str:
     """The whole page."""
-    results = load(folder, "stdlib")
+    results, drafted = load(folder, "stdlib"), load(folder, "stdlib", "drafts")
     filled = {
         "wanted": wanted(results),
         "headline": headline(results),
         "findings": findings(results),
-        "drafts": drafts(load(folder, "stdlib", "drafts")),
+        "drafts": drafts(drafted),
         "recipes": recipes(results),
-        "missing": missing(results),
+        "missing": missing(results, drafted),
         "larger": larger(load(folder, "installed")),
         "origin": origin(results),
         "benchmarks": benchmarks(folder),

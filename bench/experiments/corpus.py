@@ -19,8 +19,12 @@ from typing import Any
 
 from data_prep.corpora.base import Document
 from data_prep.corpora.files import File, local_file
-from data_prep.corpora.python_stdlib import LEFT_OUT, StdlibConfig, StdlibCorpus
-from data_prep.corpora.text_folder import FilesCorpus
+from data_prep.corpora.text_files import (
+    SKIPPED_FOLDERS,
+    FilesCorpus,
+    StdlibConfig,
+    StdlibCorpus,
+)
 from data_prep.settings import in_heldout
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
@@ -111,7 +115,11 @@ def open_sources(choice: CorpusChoice) -> FilesCorpus:
     if choice.name == "stdlib":
         return stdlib
     root = Path(sysconfig.get_path("purelib"))
-    paths = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(root).parts)]
+    paths = [
+        p
+        for p in sorted(root.rglob("*.py"))
+        if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)
+    ]
     beside = [local_file(p, f"site-packages/{p.relative_to(root).as_posix()}") for p in paths]
     return FilesCorpus([*stdlib.files, *_first_bytes(beside, choice.max_bytes, stdlib.total_bytes)])
 

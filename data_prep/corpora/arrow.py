@@ -1,5 +1,6 @@
 """Folders that Hugging Face `datasets` saved to disk: Arrow streams, one document a row."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,6 @@ class ArrowCorpus(Corpus):
     """
 
     def __init__(self, config: ArrowConfig) -> None:
-        super().__init__()
         self.config = config
         found = find_files(config.path, ("*.arrow",), "corpus.path")
         self.files = [f for f in found if not f.name.rpartition("/")[2].startswith("cache-")]
@@ -58,7 +58,7 @@ class ArrowCorpus(Corpus):
             ]
         return made
 
-    def read_part(self, part: Part) -> Iterator[Document]:
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         import pyarrow
 
         (path,), (name,) = part.paths, part.names

@@ -65,20 +65,23 @@ class Corpus(ABC):
     A corpus travels to other processes: it holds its config and a list of files, nothing open.
     """
 
-    def __init__(self) -> None:
-        self.refused: Counter[str] = Counter()
-        """Documents left out, by reason; of the latest reading."""
-
-    def documents(self, parts: Iterable[Part] | None = None) -> Iterator[Document]:
+    def documents(
+        self, parts: Iterable[Part] | None = None, refused: Counter[str] | None = None
+    ) -> Iterator[Document]:
         """The documents of `parts`, by default all, but those that are refused; reading streams,
-        memory stays flat."""
-        self.refused.clear()
+        memory stays flat.
+
+        Args:
+            parts: of this corpus.
+            refused: counts the documents that are left out, by reason, as they are met.
+        """
+        counts = Counter() if refused is None else refused
         for part in self.parts() if parts is None else parts:
-            for document in self.read_part(part):
+            for document in self.read_part(part, counts):
                 if not document.text:
-                    self.refused["empty"] += 1
+                    counts["empty"] += 1
                 elif not _is_utf8(document.whole):
-                    self.refused[NOT_UTF8] += 1
+                    counts[NOT_UTF8] += 1
                 else:
                     yield replace(document, source=part.source) if part.source else document
 
@@ -100,7 +103,7 @@ class Corpus(ABC):
         """The corpus in pieces of about `part_bytes`, in order; together they are all of it."""
 
     @abstractmethod
-    def read_part(self, part: Part) -> Iterator[Document]:
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         """Every document of one part; adds to `refused` what it cannot read."""
 
 

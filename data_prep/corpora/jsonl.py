@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,7 +41,6 @@ class JsonlCorpus(Corpus):
     """
 
     def __init__(self, config: JsonlConfig) -> None:
-        super().__init__()
         self.config = config
         self.files = find_files(config.path, PATTERNS, "corpus.path")
         fields = {
@@ -73,7 +73,7 @@ class JsonlCorpus(Corpus):
             ]
         return made
 
-    def read_part(self, part: Part) -> Iterator[Document]:
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         (path,), (name,) = part.paths, part.names
         try:
             with open_text_stream(path) as file:

@@ -1,6 +1,7 @@
 """Several corpora as one, each with a share of the tokens."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,12 +40,9 @@ class MixCorpus(Corpus):
     the others as often as their shares ask for, in whole epochs and a part of one."""
 
     def __init__(self, sources: dict[str, Source], max_epochs: float) -> None:
-        super().__init__()
         self.sources = sources
         self.max_epochs = max_epochs
         self._tokens_per_byte: dict[str, float] = {}
-        for source in sources.values():
-            source.corpus.refused = self.refused
 
     @property
     def has_prompts(self) -> bool:
@@ -53,7 +51,7 @@ class MixCorpus(Corpus):
     @property
     def total_bytes(self) -> int:
         wanted = self.wanted_epochs()
-        return sum(int(wanted[n] * one.corpus.total_bytes) for n, one in self.sources.items())
+        return sum(int(wanted[n] * source.corpus.total_bytes) for n, source in self.sources.items())
 
     def weigh(self, count_tokens: Counts) -> None:
         """Measure how many tokens a byte of each source gives, on some of its text."""
@@ -87,7 +85,7 @@ class MixCorpus(Corpus):
             for name, source in self.sources.items()
         }
         longest = max(per_epoch.values())
-        wanted = {name: longest / max(own, 1e-9) for name, own in per_epoch.items()}
+        wanted = {name: longest / max(tokens, 1e-9) for name, tokens in per_epoch.items()}
         for name, epochs in wanted.items():
             if epochs > self.max_epochs:
                 raise UserError(
@@ -97,20 +95,20 @@ class MixCorpus(Corpus):
         return wanted
 
     def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
-        made: list[Part] = []
+        parts_read: list[Part] = []
         for name, epochs in self.wanted_epochs().items():
             parts = self.sources[name].corpus.parts(part_bytes)
             for epoch in range(int(epochs)):
-                made += [replace(part, source=name, epoch=epoch) for part in parts]
+                parts_read += [replace(part, source=name, epoch=epoch) for part in parts]
             drawn = list(parts)
             random.Random(name).shuffle(drawn)
             left = (epochs - int(epochs)) * sum(part.bytes for part in parts)
             for part in drawn:
                 if left < part.bytes / 2:
                     break
-                made.append(replace(part, source=name, epoch=int(epochs)))
+                parts_read.append(replace(part, source=name, epoch=int(epochs)))
                 left -= part.bytes
-        return made
+        return parts_read
 
-    def read_part(self, part: Part) -> Iterator[Document]:
-        return self.sources[part.source].corpus.read_part(part)
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
+        return self.sources[part.source].corpus.read_part(part, refused)

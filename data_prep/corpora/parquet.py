@@ -1,5 +1,6 @@
 """Parquet files: one document a row."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,6 @@ class ParquetCorpus(Corpus):
     extra. A null is empty text."""
 
     def __init__(self, config: ParquetConfig) -> None:
-        super().__init__()
         self.config = config
         self.files = find_files(config.path, ("*.parquet",), "corpus.path")
         needed("pyarrow.parquet", "corpus=parquet", "parquet")
@@ -92,7 +92,7 @@ class ParquetCorpus(Corpus):
             ]
         return made
 
-    def read_part(self, part: Part) -> Iterator[Document]:
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         import pyarrow
 
         (path,), (name,) = part.paths, part.names

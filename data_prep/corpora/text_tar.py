@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +30,6 @@ class TextTarCorpus(Corpus):
     refused and counted."""
 
     def __init__(self, config: TextTarConfig) -> None:
-        super().__init__()
         self.config = config
         self.files = find_files(config.path, PATTERNS, "corpus.path")
 
@@ -40,41 +40,43 @@ class TextTarCorpus(Corpus):
     def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
         return [Part((f.path,), (f.name,), f.size, f.stamp) for f in self.files]
 
-    def read_part(self, part: Part) -> Iterator[Document]:
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         (path,), (name,) = part.paths, part.names
         missing = f"no member {self.config.member}"
         last: str | None = None
-        found = True
+        has_text = True
         try:
             with open_binary(path) as raw, tarfile.open(fileobj=raw, mode="r|*") as tar:
                 for member in tar:
                     if member.isdir():
                         continue
                     if odd := _odd(member):
-                        self.refused[odd] += 1
+                        refused[odd] += 1
                         continue
                     folder, slash, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     key = folder + slash + stem
                     if key != last:
-                        self.refused[missing] += not found
-                        last, found = key, False
+                        if not has_text:
+                            refused[missing] += 1
+                        last, has_text = key, False
                     if extension == self.config.member:
-                        found = True
+                        has_text = True
                         content = tar.extractfile(member)
                         assert content is not None, "it is a file"
-                        yield from self._document(content.read(), f"{name}:{key}", path)
-                self.refused[missing] += not found
+                        yield from self._document(content.read(), f"{name}:{key}", path, refused)
+                if not has_text:
+                    refused[missing] += 1
         except (OSError, EOFError, tarfile.TarError) as error:
             raise UserError(f"{path}: cannot be read to its end ({error})") from error
-        finally:
-            self.refused += type(self.refused)()  # leaves out what was counted 0 times
 
-    def _document(self, content: bytes, identity: str, path: str) -> Iterator[Document]:
+    def _document(
+        self, content: bytes, identity: str, path: str, refused: Counter[str]
+    ) -> Iterator[Document]:
         try:
             text = content.decode()
         except UnicodeDecodeError:
-            self.refused[NOT_UTF8] += 1
+            refused[NOT_UTF8] += 1
             return
         field = self.config.text_field
         if field is not None:

@@ -5,6 +5,7 @@ frozen: OmegaConf does not merge into a frozen dataclass inside another.
 """
 
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tidar_common.errors import UserError
@@ -128,3 +129,14 @@ class DecontaminateConfig:
     @property
     def any(self) -> bool:
         return bool(self.evals)
+
+
+def datatrove_version() -> str:
+    """The version that is installed; UserError where there is none."""
+    try:
+        return version("datatrove")
+    except PackageNotFoundError as error:
+        raise UserError(
+            "filters, dedup, decontaminate: need datatrove; pip install 'tidar-pretrain[filters]', "
+            "or filters=none and neither of the others"
+        ) from error

@@ -3,12 +3,9 @@
 What is written and read here is described in `data_prep.formats.shards`.
 """
 
-import ast
 import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import overload
 
 import numpy as np
@@ -19,16 +16,8 @@ from data_prep.layout import COLUMNS, Layout
 TOKENS = "tokens.npy"
 MEMBERS = (TOKENS, "document_lengths.npy", "layout.npy", "continued.npy")
 PROMPTS = "prompt_lengths.npy"
-Bytes = bytes | memoryview
-Arrays = dict[str, NDArray[np.integer]]
-"""The members of one sample by name; what is written is each in the smallest type that holds it."""
-NPY_START = b"\x93NUMPY\x01\x00"
-"""Magic and version 1.0 of the `.npy` format, which numpy writes for plain arrays."""
-NPY_FIRST = len(NPY_START) + 2
-"""Where the header's text starts, behind its length."""
-NPY_HEADER = re.compile(
-    rb"\{'descr': '([<|]u[1248])', 'fortran_order': False, 'shape': (\([0-9, ]+\)), \} *\n"
-)
+Arrays = dict[str, NDArray[np.unsignedinteger]]
+"""The members of one sample by name, each in the smallest type that holds its values."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,12 @@ def group_arrays(
     arrays = dict(zip(MEMBERS, (tokens, lengths, _tables(*layouts), marks), strict=True))
     if prompt_lengths is not None:
         arrays[PROMPTS] = _filled_up(prompt_lengths, lengths.shape[1])
-    return arrays
+    return {name: _smallest(array) for name, array in arrays.items()}
+
+
+def _smallest(array: NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
+    """In the smallest unsigned type that holds its values."""
+    return array.astype(np.min_scalar_type(int(array.max(initial=0))), copy=False)
 
 
 def _filled_up(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.integer]:
@@ -92,22 +86,6 @@ def _tables(rows: NDArray[np.integer], counts: NDArray[np.int64]) -> NDArray[np.
         table[:count] = rows[start : start + count]
         start += count
     return filled
-
-
-def npy_form(array: NDArray[np.integer]) -> tuple[bytes, memoryview]:
-    """The `.npy` form of `array` in the smallest unsigned type that holds its values: what stands
-    before the values, and the values."""
-    kind = np.min_scalar_type(int(array.max(initial=0)))
-    values = np.ascontiguousarray(array, dtype=kind)
-    return _npy_header(values.dtype, values.shape), values.data
-
-
-@lru_cache(maxsize=4096)
-def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
-    return header.getvalue()
 
 
 class PackedGroup(Sequence[PackedSequence]):
@@ -134,14 +112,16 @@ class PackedGroup(Sequence[PackedSequence]):
         continued: NDArray[np.integer],
         prompts: NDArray[np.integer] | None = None,
     ) -> None:
+        if tokens.ndim != 2 or lengths.ndim != 2:
+            raise ValueError("tokens and document lengths need two dimensions")
+        if layouts.ndim != 3 or layouts.shape[2] != len(COLUMNS):
+            raise ValueError(f"layout tables are [n, blocks, 4], got {list(layouts.shape)}")
         if not len(tokens) == len(lengths) == len(layouts) or lengths.shape != continued.shape:
             raise ValueError("members with different numbers of sequences")
         if not (lengths.sum(1) == tokens.shape[1]).all():
             raise ValueError("document lengths that do not add up to the sequence length")
         if prompts is not None and (prompts.shape != lengths.shape or (prompts > lengths).any()):
             raise ValueError("prompts that do not fit their documents")
-        if layouts.ndim != 3 or layouts.shape[2] != len(COLUMNS):
-            raise ValueError(f"layout tables are [n, blocks, 4], got {list(layouts.shape)}")
         self._tokens, self._lengths, self._prompts = tokens, lengths, prompts
         self._continued = continued.astype(bool)
         self._documents = _filled(lengths > 0, "document lengths")
@@ -184,11 +164,11 @@ class PackedGroup(Sequence[PackedSequence]):
         )
 
 
-def decode_group(sample: Mapping[str, Bytes]) -> PackedGroup:
-    """The sequences of one sample, its members as bytes; they are views of these bytes.
+def decode_group(sample: Mapping[str, bytes]) -> PackedGroup:
+    """The sequences of one sample, its members as bytes.
 
     Raises:
-        ValueError: when members are missing or do not fit together.
+        ValueError: when members are missing, damaged, or do not fit together.
     """
     missing = [name for name in MEMBERS if name not in sample]
     if missing:
@@ -198,51 +178,21 @@ def decode_group(sample: Mapping[str, Bytes]) -> PackedGroup:
     return PackedGroup(tokens, lengths, layouts, continued, prompts)
 
 
-def npy_arrays(content: Bytes) -> Iterator[NDArray[np.integer]]:
-    """The arrays of `npy_form` that stand one behind another."""
-    view = memoryview(content)
-    while view:
-        array = npy_array(view)
-        header = int.from_bytes(view[len(NPY_START) : NPY_FIRST], "little")
-        yield array
-        view = view[NPY_FIRST + header + array.nbytes :]
-
-
-def npy_array(content: Bytes) -> NDArray[np.integer]:
-    """The array of a `.npy` file; the plain ones that shards hold are views of `content`.
+def npy_array(content: bytes) -> NDArray[np.integer]:
+    """The array of whole numbers in a `.npy` file.
 
     Raises:
-        ValueError: when it is no such file, or holds objects.
+        ValueError: when it is no such file, or holds something else.
     """
-    view = memoryview(content)
-    if view[: len(NPY_START)] == NPY_START:
-        start = NPY_FIRST + int.from_bytes(view[len(NPY_START) : NPY_FIRST], "little")
-        plain = _plain_header(bytes(view[NPY_FIRST:start]))
-        if plain is not None:
-            dtype, shape, count = plain
-            if count * dtype.itemsize > len(view) - start:
-                raise ValueError("an array that ends early")
-            return np.frombuffer(view, dtype, count, start).reshape(shape)
-    return np.load(io.BytesIO(view), allow_pickle=False)
-
-
-@lru_cache(maxsize=4096)
-def _plain_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], int] | None:
-    """Type, shape and number of values that a header of version 1.0 says; None for what numpy
-    itself should read."""
-    found = NPY_HEADER.fullmatch(header)
-    if found is None:
-        return None
     try:
-        shape = ast.literal_eval(found[2].decode())
-    except SyntaxError:
-        return None
-    if not isinstance(shape, tuple) or 0 in shape:
-        return None
-    count = 1
-    for size in shape:
-        count *= size
-    return np.dtype(found[1].decode()), shape, count
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except ValueError:
+        raise
+    except Exception as error:  # what numpy's parser of a damaged header runs into
+        raise ValueError(f"no array can be read ({error})") from error
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"an array of {array.dtype}, which no shard has")
+    return array
 
 
 def _filled(real: NDArray[np.bool_], what: str) -> list[int]:

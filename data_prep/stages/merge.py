@@ -1,4 +1,4 @@
-"""All tasks done: what they left becomes one data folder with one manifest.
+"""Merge: what all tasks left becomes one data folder with one manifest.
 
 Shards get their numbers in the order of the tasks, which is that of the plan, not that in which
 they ended. What did not fill a sequence inside its task is packed here with that of all others,
@@ -6,19 +6,15 @@ and so is the held-out split.
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_prep.filters.identity import datatrove_version
-from data_prep.filters.screening import Screen, contaminated_lines
 from data_prep.formats.manifest import (
-    CONTAMINATED,
     FORMAT_VERSION,
+    MANIFEST,
     SHARD_INDEX,
     SPLITS,
     TOKEN_COUNTS,
@@ -27,10 +23,11 @@ from data_prep.formats.manifest import (
     Split,
 )
 from data_prep.settings import PrepareSettings
-from data_prep.stages.plan import Task, epochs_read, plan_key
-from data_prep.stages.task import FOLDER, Count, Record, load_record, load_rests
+from data_prep.stages.output_folder import TASKS_FOLDER, remove_leftovers, taking_turns
+from data_prep.stages.plan import Preparation, Task, epochs_read, plan_key
+from data_prep.stages.screen import describe_screening
+from data_prep.stages.task import Count, Counts, Record, load_record, load_rests
 from data_prep.stages.write import SplitWriter, Written
-from data_prep.tokenizers.load import Tokenizer
 from tidar_common.errors import UserError
 from tidar_common.files import fsync_folder, sha256_of, write_text_atomic, written_atomically
 
@@ -38,18 +35,9 @@ MERGING = "merging"
 """In the tasks' folder: the plan whose shards are being moved to their final names."""
 
 
-@dataclass
-class _Totals:
-    counts: dict[str, Count] = field(default_factory=lambda: {name: Count() for name in SPLITS})
-    sources: dict[str, Count] = field(default_factory=dict)
-    refused: Counter[str] = field(default_factory=Counter)
-    filtered: Counter[str] = field(default_factory=Counter)
-    epochs: dict[str, float] = field(default_factory=dict)
-
-
 def finished_records(settings: PrepareSettings, tasks: Sequence[Task]) -> list[Record | None]:
     """The record of each task, None for those that are not finished."""
-    folder = settings.output_dir / FOLDER
+    folder = settings.output_dir / TASKS_FOLDER
     merging = _is_merging(folder, plan_key(settings, tasks))
     records: list[Record | None] = []
     number = 0
@@ -71,69 +59,72 @@ def finished_records(settings: PrepareSettings, tasks: Sequence[Task]) -> list[R
     return records
 
 
-def merge(
-    settings: PrepareSettings, tasks: Sequence[Task], tokenizer: Tokenizer, tokenizer_path: Path
-) -> Manifest:
-    """Put the output folder together; every task must be finished. The manifest comes last.
+def merge(preparation: Preparation, tasks: Sequence[Task]) -> Manifest | None:
+    """Make one folder of what the tasks left; None where other jobs of an array still work on
+    theirs, or one of them did it. Raises UserError when a split came out empty."""
+    settings = preparation.settings
+    folder = settings.output_dir
+    with taking_turns(folder):
+        if (folder / MANIFEST).exists():
+            return None
+        records = finished_records(settings, tasks)
+        finished = [record for record in records if record is not None]
+        if len(finished) < len(tasks):
+            print(
+                f"{len(finished)} of {len(tasks)} tasks are done; the job that does the last one "
+                f"puts {folder} together"
+            )
+            return None
+        manifest = put_together(preparation, tasks, finished)
+        manifest.save(folder)
+        remove_leftovers(manifest, folder)
+    return manifest
 
-    Raises:
-        UserError: when a split came out empty.
-    """
-    folder = settings.output_dir / FOLDER
-    records = [record for record in finished_records(settings, tasks) if record is not None]
-    assert len(records) == len(tasks), "every task is finished"
-    totals = _sum(records)
-    totals.epochs = epochs_read(tasks)
+
+def put_together(
+    preparation: Preparation, tasks: Sequence[Task], records: Sequence[Record]
+) -> Manifest:
+    """Pack the rests, give all shards their final names, and describe what the folder holds."""
+    settings = preparation.settings
+    folder = settings.output_dir / TASKS_FOLDER
+    totals = Counts()
+    for record in records:
+        totals.add(record.counts)
     _check_not_empty(settings, totals)
-    rests = {name: SplitWriter(settings, name, tokenizer, len(tasks)) for name in SPLITS}
+    writers = {
+        name: SplitWriter(settings, name, preparation.tokenizer, len(tasks)) for name in SPLITS
+    }
     for task in tasks:
-        pieces, token_counts = load_rests(folder, task)
-        rests["train"].token_counts += token_counts
-        for split, own in pieces.items():
-            for piece in own:
-                rests[split].add(piece)
+        rests, token_counts = load_rests(folder, task)
+        writers["train"].token_counts += token_counts
+        for split, pieces in rests.items():
+            for piece in pieces:
+                writers[split].add(piece)
     written = {
         split: writer.finish(folder, f"{split}-", keep_rests=False)[0]
-        for split, writer in rests.items()
+        for split, writer in writers.items()
     }
     write_text_atomic(folder / MERGING, plan_key(settings, tasks))
     train = [*(record.train for record in records), written["train"]]
     splits, offsets = {}, []
     for split, parts in (("train", train), ("heldout", [written["heldout"]])):
-        splits[split] = _moved(settings, split, parts, totals.counts[split])
+        splits[split] = _moved(settings, split, parts, totals.splits[split])
         offsets += [numbers for part in parts for numbers in part.offsets]
-    _save_array(settings.output_dir / TOKEN_COUNTS, rests["train"].token_counts)
+    _save_array(settings.output_dir / TOKEN_COUNTS, writers["train"].token_counts)
     index = np.concatenate([np.array(numbers, dtype=np.int64) for numbers in offsets])
     _save_array(settings.output_dir / SHARD_INDEX, index)
-    if settings.decontaminate.any:
-        lines = contaminated_lines(settings, tasks)
-        write_text_atomic(settings.output_dir / CONTAMINATED, "".join(f"{x}\n" for x in lines))
-    manifest = make_manifest(settings, totals, splits, tokenizer, tokenizer_path)
-    manifest.save(settings.output_dir)
-    return manifest
+    return make_manifest(preparation, tasks, totals, splits)
 
 
-def _sum(records: Sequence[Record]) -> _Totals:
-    totals = _Totals()
-    for record in records:
-        for name, own in record.counts.items():
-            totals.counts[name].add(own)
-        for name, own in sorted(record.sources.items()):
-            totals.sources.setdefault(name, Count()).add(own)
-        totals.refused.update(record.refused)
-        totals.filtered.update(record.filtered)
-    return totals
-
-
-def _check_not_empty(settings: PrepareSettings, totals: _Totals) -> None:
-    packed = sum(own.documents for own in totals.counts.values())
+def _check_not_empty(settings: PrepareSettings, totals: Counts) -> None:
+    packed = sum(count.documents for count in totals.splits.values())
     if packed == 0:
         left_out = totals.refused + totals.filtered
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         what = "no text is left" if totals.filtered else "holds no text"
         raise UserError(f"corpus: {what} ({reasons or 'no documents'}); give another")
-    for name, own in totals.counts.items():
-        if own.documents == 0:
+    for name, count in totals.splits.items():
+        if count.documents == 0:
             change = "raise" if name == "heldout" else "lower"
             raise UserError(
                 f"heldout_fraction: none of {packed} documents fell into the {name} split with "
@@ -149,7 +140,7 @@ def _moved(settings: PrepareSettings, split: str, parts: Sequence[Written], coun
     for part in parts:
         for shard in part.shards:
             final = _final(settings, split, len(shards))
-            waiting = settings.output_dir / FOLDER / shard.name
+            waiting = settings.output_dir / TASKS_FOLDER / shard.name
             if waiting.exists():
                 os.replace(waiting, final)
             name = final.relative_to(settings.output_dir).as_posix()
@@ -169,11 +160,12 @@ def _moved(settings: PrepareSettings, split: str, parts: Sequence[Written], coun
 
 
 def make_manifest(
-    settings: PrepareSettings, totals: _Totals, splits: dict[str, Split], tokenizer: Tokenizer,
-    tokenizer_path: Path,
-) -> Manifest:  # fmt: skip
+    preparation: Preparation, tasks: Sequence[Task], totals: Counts, splits: dict[str, Split]
+) -> Manifest:
     """The manifest of a finished preparation."""
+    settings, tokenizer = preparation.settings, preparation.tokenizer
     packed = sum(split.documents for split in splits.values())
+    epochs = epochs_read(tasks)
     return Manifest(
         format_version=FORMAT_VERSION,
         config=settings.decisive,
@@ -184,7 +176,7 @@ def make_manifest(
         coverage=settings.layout.coverage,
         shift=settings.layout.shift,
         loss_span=settings.layout.loss_span,
-        tokenizer=tokenizer.info(tokenizer_path),
+        tokenizer=tokenizer.info(settings.output_dir / tokenizer.file_name),
         token_counts_sha256=sha256_of(settings.output_dir / TOKEN_COUNTS),
         train=splits["train"],
         heldout=splits["heldout"],
@@ -196,23 +188,12 @@ def make_manifest(
         },
         shard_index_sha256=sha256_of(settings.output_dir / SHARD_INDEX),
         sources={
-            name: {**asdict(own), "epochs": round(totals.epochs[name], 4)}
-            for name, own in sorted(totals.sources.items())
+            name: {**asdict(count), "epochs": round(epochs[name], 4)}
+            for name, count in sorted(totals.sources.items())
         },
-        encoder=tokenizer.encoder,
-        filters=_filters(settings),
+        encoder=preparation.encoder,
+        filters=describe_screening(settings, tasks),
     )
-
-
-def _filters(settings: PrepareSettings) -> dict[str, Any]:
-    """What removed documents, beside the config: the manifest's `filters`."""
-    if not settings.screens:
-        return {}
-    found: dict[str, Any] = {"datatrove": datatrove_version()}
-    if settings.decontaminate.any:
-        found["evals"] = Screen.of(settings).evals.described()
-        found["contaminated_sha256"] = sha256_of(settings.output_dir / CONTAMINATED)
-    return found
 
 
 def _is_merging(folder: Path, key: str) -> bool:

@@ -18,13 +18,14 @@ from data_prep.formats.manifest import (
     Manifest,
 )
 from data_prep.settings import PrepareSettings
-from data_prep.stages.task import FOLDER
 from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 from tidar_common.errors import UserError
 
+TASKS_FOLDER = "tasks"
+"""What tasks leave until all are put together; see `stages.task`."""
 TOKENIZER_FILES = {SENTENCEPIECE_FILE, HUGGINGFACE_FILE, HUGGINGFACE_CONFIG}
-OWN_NAMES = {
-    *SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, CONTAMINATED, STATS_PAGE, FOLDER,
+KNOWN_NAMES = {
+    *SPLITS, MANIFEST, TOKEN_COUNTS, SHARD_INDEX, CONTAMINATED, STATS_PAGE, TASKS_FOLDER,
     *TOKENIZER_FILES,
 }  # fmt: skip
 """Everything that a prepared folder, finished or not, may hold beside temporary files."""
@@ -63,7 +64,7 @@ def locked_folder(folder: Path, *, shared: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        for place in (folder / FOLDER, folder):
+        for place in (folder / TASKS_FOLDER, folder):
             with suppress(OSError):
                 place.rmdir()  # only when nothing was written
 
@@ -71,8 +72,8 @@ def locked_folder(folder: Path, *, shared: bool) -> Iterator[None]:
 @contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
     """Wait until no other job of an array is inside."""
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / FOLDER, os.O_RDONLY)
+    (folder / TASKS_FOLDER).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / TASKS_FOLDER, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -89,17 +90,17 @@ def is_prepared(settings: PrepareSettings) -> bool:
             `overwrite` is off.
     """
     folder = settings.output_dir
-    found = {path.name for path in folder.iterdir()}
-    foreign = sorted(name for name in found - OWN_NAMES if not name.endswith(".writing"))
+    names = {path.name for path in folder.iterdir()}
+    foreign = sorted(name for name in names - KNOWN_NAMES if not name.endswith(".writing"))
     if foreign:
         raise UserError(
             f"output_dir: {folder} holds {foreign[0]}, which no preparation writes; choose an "
             "empty or a new folder"
         )
-    if MANIFEST not in found or settings.overwrite:
+    if MANIFEST not in names or settings.overwrite:
         return False
     manifest = Manifest.load(folder)
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)  # where the last run ended just before
+    shutil.rmtree(folder / TASKS_FOLDER, ignore_errors=True)  # where the last run ended just before
     if manifest.config_hash != settings.config_hash:
         raise UserError(
             f"output_dir: {folder} was prepared with other settings; choose another folder, or "
@@ -134,7 +135,7 @@ def remove_leftovers(manifest: Manifest, folder: Path) -> None:
         kept.add(CONTAMINATED)
     if manifest.tokenizer.file == HUGGINGFACE_FILE:
         kept.add(HUGGINGFACE_CONFIG)
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / TASKS_FOLDER, ignore_errors=True)
     for place in (folder, *(folder / split for split in SPLITS)):
         for path in place.iterdir():
             if path.is_file() and path.relative_to(folder).as_posix() not in kept:

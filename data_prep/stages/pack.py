@@ -1,5 +1,5 @@
-"""Documents to sequences of one length: best-fit decreasing over a window of documents, or one
-document after another, cut where a sequence ends.
+"""Pack: documents to sequences of one length, best-fit decreasing over a window of documents, or
+one document after another, cut where a sequence ends.
 
 Best fit never cuts a document that fits into a sequence. A longer one is cut into full sequences
 and a rest, which is packed like a document of its own. Source: Ding et al., *Fewer Truncations
@@ -9,7 +9,6 @@ the memory. Concatenation wastes nothing, but cuts a document at the end of near
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -39,37 +38,28 @@ class Piece(NamedTuple):
         return Piece(ids, self.continued or start > 0, prompt)
 
 
-@dataclass
-class Packed:
-    """A finished sequence before it has a layout. Its tokens are put side by side only when they
-    are written (`joined`)."""
+Packed = list[Piece]
+"""A finished sequence before it has a layout; what is missing behind its pieces is padding. Tokens
+are put side by side only when they are written (`joined`)."""
 
-    pieces: list[Piece]
-    padding: int
+
+def padding_of(packed: Packed, sequence_length: int) -> int:
     """Tokens that are missing behind the pieces."""
-
-    @property
-    def document_lengths(self) -> list[int]:
-        """Without the padding."""
-        return [len(piece.ids) for piece in self.pieces]
-
-    @property
-    def prompts(self) -> list[int]:
-        """Of each piece: how many of its tokens, at the start, are a prompt's."""
-        return [piece.prompt for piece in self.pieces]
+    return sequence_length - sum(len(piece.ids) for piece in packed)
 
 
 def joined(
     packed: Sequence[Packed], sequence_length: int, pad_id: int, dtype: np.dtype[np.integer]
 ) -> Ids:
-    """The tokens of some sequences, padding at the end of each, [n, S]."""
+    """The tokens of n sequences, padding at the end of each, [n, S]."""
     tokens = np.empty((len(packed), sequence_length), dtype=dtype)
-    padding = np.full(max(one.padding for one in packed), pad_id, dtype=dtype)
+    paddings = [padding_of(pieces, sequence_length) for pieces in packed]
+    filling = np.full(max(paddings), pad_id, dtype=dtype)
     parts = []
-    for one in packed:
-        parts += [piece.ids for piece in one.pieces]
-        if one.padding:
-            parts.append(padding[: one.padding])
+    for pieces, padding in zip(packed, paddings, strict=True):
+        parts += [piece.ids for piece in pieces]
+        if padding:
+            parts.append(filling[:padding])
     np.concatenate(parts, out=tokens.reshape(-1), casting="unsafe")
     return tokens
 
@@ -98,10 +88,10 @@ class Packer:
             self.cuts += -(-size // length) - 1
             full = size - size % length
             for start in range(0, full, length):
-                yield Packed([document.part(start, start + length)], 0)
+                yield [document.part(start, start + length)]
             rest = document.part(full, size)
         if len(rest.ids) == length:
-            yield Packed([rest], 0)
+            yield [rest]
         elif len(rest.ids):
             self._pieces.append(rest)
             if len(self._pieces) == self.window:
@@ -112,10 +102,7 @@ class Packer:
         bins = best_fit_decreasing([len(piece.ids) for piece in self._pieces], self.sequence_length)
         pieces, self._pieces = self._pieces, []
         for numbers in bins:
-            yield self._close([pieces[number] for number in numbers])
-
-    def _close(self, pieces: list[Piece]) -> Packed:
-        return Packed(pieces, self.sequence_length - sum(len(piece.ids) for piece in pieces))
+            yield [pieces[number] for number in numbers]
 
 
 class Concatenator(Packer):
@@ -143,7 +130,7 @@ class Concatenator(Packer):
     def finish(self) -> Iterator[Packed]:
         pieces, self._pieces = self._pieces, []
         if pieces:
-            yield self._close(pieces)
+            yield pieces
 
 
 def make_packer(packing: str, sequence_length: int) -> Packer:

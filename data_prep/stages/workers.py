@@ -1,11 +1,13 @@
 """Processes that do tasks, each as fast as it can, and what they tell the main one.
 
-Not `concurrent.futures`: its workers share one pipe for results, and one that is killed in the
-middle of a result leaves the pool waiting for the rest of it for ever. Here such a pipe just ends.
+Not `concurrent.futures` or loky: when the main process is killed, their workers stay behind, for
+they hold the pipes' other ends themselves. Here every pipe has one end in each process, so it just
+ends. (loky also starts each worker as a new Python: a second, as long as a small task takes.)
 """
 
 import gc
 import os
+import queue
 import signal
 import sys
 import threading
@@ -13,38 +15,42 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import Corpus
-from data_prep.settings import PrepareSettings
-from data_prep.stages.plan import Task
-from data_prep.stages.task import Report
-from data_prep.tokenizers.load import Tokenizer, load_encoder
+from data_prep.stages.plan import Preparation, Task
 from tidar_common.errors import UserError
 
 START = "fork" if sys.platform == "linux" else "spawn"
 """A copy of this process costs nothing; a new one is a second start of Python, as long as the text
 of a small task. Elsewhere system libraries do not bear to be copied."""
-Job = Callable[[Task, PrepareSettings, Corpus, Tokenizer, Report], None]
+Report = Callable[[int, int, int], None]
+"""Called with documents, text bytes and tokens done since the last call."""
+Job = Callable[[Task, Preparation, Report], None]
 """What is done for a task: a function of a module, so that it can be sent to a process."""
 Message = tuple[Any, ...]
 """`("progress", documents, bytes, tokens)`, `("done",)`, or what ended the worker: `("mistake",
 text)`, `("system", errno, text)`, `("fault", traceback)`."""
+REPORT_EVERY_DOCUMENTS = 500
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a worker is told once before it gets tasks."""
+class BatchedReport:
+    """Passes on what is done, many documents at a time: out of a worker each call is a message."""
 
-    job: Job
-    settings: PrepareSettings
-    corpus: Corpus
-    tokenizer_path: Path
-    encoder: str
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._since = (0, 0, 0)
+
+    def add(self, documents: int, text_bytes: int, tokens: int) -> None:
+        before = self._since
+        self._since = before[0] + documents, before[1] + text_bytes, before[2] + tokens
+        if self._since[0] >= REPORT_EVERY_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._report(*self._since)
+        self._since = (0, 0, 0)
 
 
 class Workers:
@@ -75,9 +81,8 @@ class Workers:
             worker.stop()
 
     def run(
-        self, job: Job, tasks: Sequence[Task], settings: PrepareSettings, corpus: Corpus,
-        tokenizer: Tokenizer, tokenizer_path: Path, report: Report,
-    ) -> None:  # fmt: skip
+        self, job: Job, tasks: Sequence[Task], preparation: Preparation, report: Report
+    ) -> None:
         """Do `job` for all `tasks`.
 
         Raises:
@@ -85,12 +90,12 @@ class Workers:
         """
         if min(self.count, len(tasks)) <= 1:
             for task in tasks:
-                job(task, settings, corpus, tokenizer, report)
+                job(task, preparation, report)
             return
         waiting = deque(tasks)
         busy: dict[Connection, Worker] = {}
         for worker in self.started[: len(tasks)]:
-            worker.send(Work(job, settings, corpus, tokenizer_path, tokenizer.encoder))
+            worker.send((job, preparation))
             worker.send(waiting.popleft())
             busy[worker.pipe] = worker
         while busy:
@@ -123,8 +128,8 @@ class Worker:
             self.process.start()
         theirs.close()
 
-    def send(self, item: Work | Task) -> None:
-        """Give it work, or the next task of its work. Raises UserError when it is dead."""
+    def send(self, item: tuple[Job, Preparation] | Task) -> None:
+        """Give it a job for the tasks to come, or the next task. UserError when it is dead."""
         try:
             self.pipe.send(item)
         except OSError as error:
@@ -185,14 +190,12 @@ def _serve(pipe: Connection, copied: Sequence[Connection]) -> None:
     for other in copied:
         other.close()  # or the ends that others wait for would never come
     gc.freeze()  # what was there before is not looked through again and again
-    given: deque[Work | Task] = deque()
-    there = threading.Semaphore(0)
+    received: queue.SimpleQueue[tuple[Job, Preparation] | Task] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
             while True:
-                given.append(pipe.recv())
-                there.release()
+                received.put(pipe.recv())
         except (EOFError, OSError):
             os._exit(0)
 
@@ -202,12 +205,12 @@ def _serve(pipe: Connection, copied: Sequence[Connection]) -> None:
     threading.Thread(target=listen, daemon=True).start()
     try:
         while True:
-            there.acquire()
-            item = given.popleft()
-            if isinstance(item, Work):
-                work, tokenizer = item, load_encoder(item.tokenizer_path, item.encoder)
+            item = received.get()
+            if isinstance(item, tuple):
+                work = item
             else:
-                work.job(item, work.settings, work.corpus, tokenizer, report)
+                job, preparation = work
+                job(item, preparation, report)
                 pipe.send(("done",))
     except UserError as error:
         pipe.send(("mistake", str(error)))

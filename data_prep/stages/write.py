@@ -1,4 +1,4 @@
-"""One split of a task on its way to shards: packed, shuffled, laid out, written, counted."""
+"""Write: one split of a task on its way to shards, packed, shuffled, laid out, written, counted."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from data_prep.formats.manifest import SPLITS, ShardInfo
 from data_prep.formats.shards import write_shard
 from data_prep.layout import RESPONSE, Int32Array, aligned_tables, build_layout
 from data_prep.settings import PrepareSettings
-from data_prep.stages.pack import Packed, Piece, joined, make_packer
+from data_prep.stages.pack import Packed, Piece, joined, make_packer, padding_of
 from data_prep.tokenizers.load import Tokenizer
 
 COUNTS_PER_ID = 4
@@ -49,7 +49,6 @@ class SplitWriter:
         self.dtype = tokenizer.dtype
         self.pad_id = tokenizer.pad_id
         self.packer = make_packer(settings.packing, settings.sequence_length)
-        self._with_prompts = settings.layout.loss_span == RESPONSE
         self._uncounted: list[NDArray[np.integer]] = []
         self._packed: list[Packed] = []
         self._written = Written()
@@ -65,11 +64,14 @@ class SplitWriter:
         returned, to be packed together with those of other tasks.
         """
         self._packed += self.packer.finish()
-        rests: list[Piece] = []
+        unfilled: list[Packed] = []
         if keep_rests:
             room = self.settings.sequence_length // ROOM_SHARE
-            rests = [piece for one in self._packed if one.padding > room for piece in one.pieces]
-            self._packed = [one for one in self._packed if one.padding <= room]
+            length = self.settings.sequence_length
+            full: list[Packed] = []
+            for pieces in self._packed:
+                (full if padding_of(pieces, length) <= room else unfilled).append(pieces)
+            self._packed = full
         random.Random(f"{self.settings.seed} {self.split} {self.task}").shuffle(self._packed)
         first = 0
         while first < len(self._packed):
@@ -77,11 +79,10 @@ class SplitWriter:
             self._write(folder, prefix, first, self._packed[first : first + count])
             first += count
         self._packed.clear()
-        done = self._written
-        done.cut_documents = self.packer.cut_documents
-        done.cut_though_fitting = self.packer.cut_though_fitting
-        done.cuts = self.packer.cuts
-        return done, rests
+        self._written.cut_documents = self.packer.cut_documents
+        self._written.cut_though_fitting = self.packer.cut_though_fitting
+        self._written.cuts = self.packer.cuts
+        return self._written, [piece for pieces in unfilled for piece in pieces]
 
     def _shard_size(self, first: int) -> int:
         """Sequences of the next shard. Those left are divided evenly, in whole groups, so that no
@@ -101,7 +102,7 @@ class SplitWriter:
         size = self.settings.group_size
         starts = range(0, len(packed), size)
         groups = (self._group(first + start, packed[start : start + size]) for start in starts)
-        padding = sum(one.padding for one in packed)
+        padding = sum(padding_of(pieces, self.settings.sequence_length) for pieces in packed)
         name = f"{prefix}{len(self._written.shards):03d}.tar"
         info, offsets = write_shard(folder / name, name, groups, padding)
         self._written.shards.append(info)
@@ -116,12 +117,13 @@ class SplitWriter:
         if len(self._uncounted) * tokens.size > len(self.token_counts) * COUNTS_PER_ID:
             self._count()
         key = (SPLITS.index(self.split), self.task, first)
+        with_prompts = self.settings.layout.loss_span == RESPONSE
         return group_arrays(
             tokens,
-            [with_padding(one) for one in packed],
+            [stored_lengths(pieces, self.settings.sequence_length) for pieces in packed],
             stored_layouts(self.settings, key, packed),
-            [[piece.continued for piece in one.pieces] for one in packed],
-            [one.prompts for one in packed] if self._with_prompts else None,
+            [[piece.continued for piece in pieces] for pieces in packed],
+            [[piece.prompt for piece in pieces] for pieces in packed] if with_prompts else None,
         )
 
     def _count(self) -> None:
@@ -131,9 +133,11 @@ class SplitWriter:
             self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
 
 
-def with_padding(packed: Packed) -> list[int]:
-    """The lengths that a shard stores: padding has become a last document."""
-    return [*packed.document_lengths, *([packed.padding] if packed.padding else [])]
+def stored_lengths(packed: Packed, sequence_length: int) -> list[int]:
+    """The document lengths that a shard stores: padding has become a last document."""
+    lengths = [len(piece.ids) for piece in packed]
+    padding = sequence_length - sum(lengths)
+    return [*lengths, padding] if padding else lengths
 
 
 def stored_layouts(
@@ -146,20 +150,24 @@ def stored_layouts(
     and the first sequence's in the task), and its place behind the first.
     """
     choice, mixed = settings.layout, settings.layout.mixed()
+    lengths = [[len(piece.ids) for piece in pieces] for pieces in packed]
+    prompts = None
+    if choice.loss_span == RESPONSE:
+        prompts = [[piece.prompt for piece in pieces] for pieces in packed]
     drawn = choice.coverage < 1.0 or choice.shift or mixed is not None
-    if not drawn and choice.loss_span != RESPONSE:
-        return aligned_tables([one.document_lengths for one in packed], choice.block_size)
+    if not drawn and prompts is None:
+        return aligned_tables(lengths, choice.block_size)
     split, task, first = key
     tables = []
-    for number, one in enumerate(packed, first):
-        rng = np.random.default_rng([settings.seed, split, task, number])
+    for number in range(len(packed)):
+        rng = np.random.default_rng([settings.seed, split, task, first + number])
         layout = build_layout(
-            one.document_lengths,
+            lengths[number],
             mixed.draw(rng) if mixed else choice.block_size,
             coverage=choice.coverage,
             shift=choice.shift,
             rng=rng,
-            prompt_lengths=one.prompts,
+            prompt_lengths=prompts[number] if prompts else None,
         )
         tables.append(layout.table())
     return np.concatenate(tables), np.array([len(table) for table in tables])

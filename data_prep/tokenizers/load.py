@@ -6,28 +6,23 @@ normalisation, no added or removed spaces. Ids of control symbols never come out
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
 from data_prep.formats.manifest import TokenizerInfo
-from data_prep.tokenizers.bpe_lines import (
-    SPACE_SIGN,
-    boundary_of,
-    is_bpe,
-    plain_pieces,
-    runs_of_lines,
-)
 from data_prep.tokenizers.byte_bpe import ByteBpe, byte_bpe
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked, sha256_of, write_text_atomic, written_atomically
 
+SPACE_SIGN = "\u2581"
+"""What SentencePiece writes for a space; in a text of its own it must not become one."""
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
 HUGGINGFACE_CONFIG = "tokenizer_config.json"
@@ -37,8 +32,14 @@ HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 
 
+Ids = NDArray[np.int32]
+
+
 class Tokenizer(ABC):
-    """Text to ids and back. Documents become `[ids…, eos_id]`; nothing adds a bos by itself."""
+    """Text to ids and back. Documents become `[ids…, eos_id]`; nothing adds a bos by itself.
+
+    It travels to other processes as its file's content.
+    """
 
     kind: str
     file_name: str
@@ -48,13 +49,12 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     """Not an id that text can have; the mask's where the vocabulary has none for padding."""
-    encoder = "plain"
-    """The way in use. A faster one has to be compared with `encode` on the text at hand."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Ways of `encode_batch`, the fastest first; the last is `encode` itself."""
-        return "batch", "plain"
+        """Ways of `encode_batch`, the fastest first; the last, `plain`, is `encode` itself. Another
+        has to be compared with it on the text at hand."""
+        return ("plain",)
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -73,15 +73,9 @@ class Tokenizer(ABC):
     def content(self) -> bytes:
         """The tokenizer's file."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """What `encode` gives for each text, as arrays."""
-        if self.encoder == "plain":
-            return [np.array(self.encode(text), dtype=np.int32) for text in texts]
-        return self._encode_fast(texts)
-
-    @abstractmethod
-    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """`encode_batch` by the way in `encoder`, which is not `plain`."""
+    def encode_batch(self, texts: Sequence[str], encoder: str = "plain") -> list[Ids]:
+        """What `encode` gives for each text, by one of `encoders`; int32 [tokens] each."""
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     @property
     def sha256(self) -> str:
@@ -118,14 +112,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, source: str) -> None:
         self._content = content
-        self._boundary: re.Pattern[str] | None = None
+        self._source = source
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"{source}: not a SentencePiece model") from error
         self.vocab_size = self._model.vocab_size()
-        if is_bpe(content):
-            self._boundary = boundary_of(plain_pieces(self._model))
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         self.mask_id = self._model.piece_to_id(MASK_PIECE)
         pad = self._model.pad_id()
@@ -142,9 +134,8 @@ class SentencePieceTokenizer(Tokenizer):
             # A model that puts a space before each text would put one before each part.
             self._space_sign = None
 
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return (*(("lines",) if self._boundary else ()), "batch", "plain")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._content, self._source)
 
     def encode(self, text: str) -> list[int]:
         if self._space_sign is None or SPACE_SIGN not in text:
@@ -156,29 +147,14 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._model.encode(part)
         return ids
 
-    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        if self.encoder == "lines":
-            encoded = self._encode_lines(texts)
-        else:
-            # One by one: for a list SentencePiece starts a thread, and its caches are cold.
-            encoded = [self._model.encode(text, return_type="numpy") for text in texts]
-        for number, text in enumerate(texts):
-            if SPACE_SIGN in text:
-                encoded[number] = np.array(self.encode(text), dtype=np.int32)
-        return encoded
-
-    def _encode_lines(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Encode runs of lines by themselves: merging takes n log n in the length of a text."""
-        assert self._boundary is not None, "set for BPE, which alone has this encoder"
-        runs = [runs_of_lines(self._boundary.split(text)) for text in texts]
-        flat = self._model.encode(
-            [run for own in runs for run in own], return_type="numpy", num_threads=1
-        )
-        encoded, first = [], 0
-        for own in runs:
-            encoded.append(np.concatenate(flat[first : first + len(own)]))
-            first += len(own)
-        return encoded
+    def encode_batch(self, texts: Sequence[str], encoder: str = "plain") -> list[Ids]:
+        # One by one: for a list SentencePiece starts a thread, and its caches are cold.
+        return [
+            np.array(self.encode(text), dtype=np.int32)
+            if SPACE_SIGN in text
+            else self._model.encode(text, return_type="numpy")
+            for text in texts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -196,6 +172,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, source: str, eos_token: str | None = None) -> None:
         import tokenizers
 
+        self._source = source
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises Exception itself
@@ -212,21 +189,23 @@ class HuggingFaceTokenizer(Tokenizer):
         # Ids of added tokens may leave gaps, so a count of the tokens would be too small.
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         names = (eos_token,) if eos_token else HUGGINGFACE_EOS
-        eos_id = self._first_id(names)
-        if eos_id is None:
+        eos = self._first_known(names)
+        if eos is None:
             raise UserError(
                 f"tokenizer.eos_token: {source} has none of {', '.join(names)}; name its "
                 "end-of-document token"
             )
-        self.eos_id = eos_id
-        bos_id = self._first_id(HUGGINGFACE_BOS)
-        self.bos_id = eos_id if bos_id is None else bos_id
+        self._eos_token = eos
+        self.eos_id = self._model.token_to_id(eos)
+        self.bos_id = self._model.token_to_id(self._first_known(HUGGINGFACE_BOS) or eos)
         # Text could hold any other token; the mask is ours alone.
         self.pad_id = self.mask_id
 
-    def _first_id(self, names: Sequence[str]) -> int | None:
-        ids = (self._model.token_to_id(name) for name in names)
-        return next((i for i in ids if i is not None), None)
+    def _first_known(self, names: Sequence[str]) -> str | None:
+        return next((name for name in names if self._model.token_to_id(name) is not None), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer, (self.content(), self._source, self._eos_token)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -240,26 +219,32 @@ class HuggingFaceTokenizer(Tokenizer):
     def encoders(self) -> tuple[str, ...]:
         return (*(("tiktoken",) if self._byte_bpe else ()), "batch", "plain")
 
-    def _encode_fast(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        if self.encoder == "tiktoken":
+    def encode_batch(self, texts: Sequence[str], encoder: str = "plain") -> list[Ids]:
+        if encoder == "tiktoken":
             if self._byte_bpe is None:
                 raise UserError(
                     "tokenizer: tiktoken was chosen where these data were begun and is missing "
                     "here; pip install 'tidar-pretrain[tiktoken]'"
                 )
-            fast = map(self._byte_bpe.encode, texts)
+            by_tiktoken = map(self._byte_bpe.encode, texts)
             return [
                 np.array(self.encode(text), dtype=np.int32) if ids is None else ids
-                for ids, text in zip(fast, texts, strict=True)
+                for ids, text in zip(by_tiktoken, texts, strict=True)
             ]
-        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        if encoder == "batch":
+            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        return super().encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def content(self) -> bytes:
+    @cached_property
+    def _content(self) -> bytes:
         return self._model.to_str().encode()
+
+    def content(self) -> bytes:
+        return self._content
 
     def save(self, folder: Path) -> Path:
         """Write `tokenizer.json`, and beside it `tokenizer_config.json`, which names the control
@@ -272,13 +257,6 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         write_text_atomic(folder / HUGGINGFACE_CONFIG, json.dumps(names, indent=2) + "\n")
         return super().save(folder)
-
-
-def load_encoder(path: Path, encoder: str) -> Tokenizer:
-    """The tokenizer saved at `path`, set to a way of encoding that was compared elsewhere."""
-    tokenizer = load_tokenizer(path)
-    tokenizer.encoder = encoder
-    return tokenizer
 
 
 def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
@@ -294,10 +272,10 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         names = (SENTENCEPIECE_FILE, HUGGINGFACE_FILE)
-        found = next((path / name for name in names if (path / name).is_file()), None)
-        if found is None:
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
             raise UserError(f"{path}: holds neither {names[0]} nor {names[1]}")
-        path = found
+        path = file
     try:
         content = path.read_bytes()
     except OSError as error:

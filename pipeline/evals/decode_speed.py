@@ -37,7 +37,7 @@ def evaluate_decode_speed(
     step: int | None,
     check: Check = never,
 ) -> list[dict[str, Any]]:
-    """One row for each (method, temperature), equal on all ranks; keys as in `docs/metrics.md`.
+    """One row for each (method, temperature), equal on all ranks; keys as in `docs/evals.md`.
 
     Every rank must call it with the same full weights; each takes its share of prompts and
     sequences. But for clock times the rows do not depend on the number of ranks.

@@ -67,7 +67,7 @@ def evaluate_likelihood(
     config: LikelihoodConfig,
     world: World,
 ) -> dict[str, Any]:
-    """Losses and drafts on held-out text, equal on all ranks; keys as in `docs/metrics.md`.
+    """Losses and drafts on held-out text, equal on all ranks; keys as in `docs/evals.md`.
 
     Every rank must call it with the same full weights.
 

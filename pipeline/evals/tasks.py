@@ -24,7 +24,7 @@ BOOTSTRAP_ROUNDS = 1000
 def evaluate_tasks(
     model: Transformer, tokenizer: Tokenizer, config: TasksConfig, world: World
 ) -> dict[str, Any]:
-    """Scores by task and group, equal on all ranks; keys as in `docs/metrics.md`.
+    """Scores by task and group, equal on all ranks; keys as in `docs/evals.md`.
 
     All tasks run with the first decoder; with the others only those that generate.
 

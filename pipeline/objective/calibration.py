@@ -30,7 +30,7 @@ def binned(confidence: Tensor, right: Tensor, verified: Tensor) -> Tensor:
 
 def describe(bins: Tensor) -> dict[str, Any]:
     """Shares by bin, None where a bin has no draft, and the expected calibration error; the keys
-    of `docs/metrics.md`. None for no drafts at all."""
+    of `docs/evals.md`. None for no drafts at all."""
     drafts, confidence, right, _ = bins
     total = float(drafts.sum())
     if not total:

@@ -30,7 +30,7 @@ MEASURED = 8
 class ObjectiveConfig:
     """`name=tidar` trains both sections; `name=ar` has no mask section, the plain twin.
 
-    The defaults are the published objective; `docs/objective.md` says what the rest is for.
+    The defaults are the published objective; `docs/training.md` says what the rest is for.
     """
 
     name: str = "tidar"

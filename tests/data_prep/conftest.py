@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_prep.corpora import open_corpus
-from data_prep.corpora.python_stdlib import StdlibConfig, StdlibCorpus
+from data_prep.corpora.text_files import StdlibConfig, StdlibCorpus
 from data_prep.prepare import prepare
 from data_prep.stages.plan import Task
 from data_prep.tokenizers.load import SentencePieceTokenizer

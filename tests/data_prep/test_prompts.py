@@ -10,8 +10,8 @@ from data_prep.corpora.base import Document
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.inspect.picture import PROMPT, attention_picture
-from data_prep.stages.encode import encode_documents
 from data_prep.stages.pack import PACKINGS, Piece, make_packer
+from data_prep.stages.read import encode_documents
 from data_prep.tokenizers.load import load_tokenizer
 
 PAIRS = [
@@ -150,14 +150,15 @@ def test_a_prompt_is_encoded_apart(tokenizer):
         Document("b", "tail"),
         Document("c", "headtail"),
     ]
-    apart, alone, together = encode_documents(documents, tokenizer)
+    encoded = list(encode_documents(documents, tokenizer, "plain"))
+    assert [document for document, _ in encoded] == documents
+    apart, alone, together = (piece for _, piece in encoded)
     end = tokenizer.eos_id
     assert apart.ids.tolist() == [*tokenizer.encode("head"), *tokenizer.encode("tail"), end]
     assert together.ids.tolist() == [*tokenizer.encode("headtail"), end]
     assert apart.ids.dtype == tokenizer.dtype
-    assert apart.prompt_tokens == len(tokenizer.encode("head"))
-    assert apart.text_bytes == together.text_bytes == 8
-    assert (alone.prompt_tokens, together.prompt_tokens) == (0, 0)
+    assert apart.prompt == len(tokenizer.encode("head"))
+    assert (alone.prompt, together.prompt) == (0, 0)
 
 
 def test_a_text_that_is_cut_gets_no_end_token(command, overrides, tmp_path, tokenizer):
@@ -196,8 +197,8 @@ def test_cuts_divide_a_prompt(packing):
         for number, (length, prompt) in enumerate(shapes, 1)
     ]
     done = [one for document in documents for one in packer.add(document)]
-    for one in [*done, *packer.finish()]:
-        for piece in one.pieces:
+    for pieces in [*done, *packer.finish()]:
+        for piece in pieces:
             number, first = divmod(int(piece.ids[0]), 100)
             prompt = shapes[number - 1][1]
             assert piece.prompt == sum(t < prompt for t in range(first, first + len(piece.ids)))

@@ -1,4 +1,4 @@
-"""`docs/metrics.md` explains exactly the keys that are written."""
+"""`docs/evals.md` explains exactly the keys that are written."""
 
 import json
 from pathlib import Path

@@ -1,16 +1,16 @@
-"""Every test that docs/reliability.md names as a proof exists."""
+"""Every test that docs/training.md names as a proof of a promise exists."""
 
 import re
 
-from commands import ROOT
+from documented import ROOT, section
+
+PROMISES = section(ROOT / "docs" / "training.md", "Promises")
 
 
 def test_the_named_tests_exist():
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    promises = text[text.index("## Promises") : text.index("## Figures")]
     files = {path.name: path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
     named, current = 0, None
-    for file, test in re.findall(r"`(?:[\w/]*?(test_\w+\.py))?(?:::)?(test_\w+)?`", promises):
+    for file, test in re.findall(r"`(?:[\w/]*?(test_\w+\.py))?(?:::)?(test_\w+)?`", PROMISES):
         current = file or current
         if not current:
             continue
@@ -22,9 +22,7 @@ def test_the_named_tests_exist():
 
 
 def test_every_promise_names_a_proof():
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    table = text[text.index("## Promises") : text.index("## Figures")]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in PROMISES.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 15
     for row in rows:
         promise, proof = [cell for cell in re.split(r"(?<!`)\|", row) if cell.strip()][:2]

@@ -1,15 +1,16 @@
-"""The messages that docs/troubleshooting.md explains are messages of the code."""
+"""The messages that docs/cluster.md explains are messages of the code."""
 
 import re
-from pathlib import Path
 
 import pytest
+from documented import ROOT, section
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-FOREIGN = {"CUDA out of memory", "data_wait_seconds"}
-"""What torch says, and a key of metrics.jsonl."""
-MESSAGES = sorted(set(re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)) - FOREIGN)
+FOREIGN = {"CUDA out of memory", "data_wait_seconds", "invalid device ordinal"}
+"""What torch and CUDA say, and a key of metrics.jsonl."""
+FIRST_CELLS = re.findall(
+    r"^\| `([^`]+)`", section(ROOT / "docs" / "cluster.md", "Troubleshooting"), re.MULTILINE
+)
+MESSAGES = sorted(set(FIRST_CELLS) - FOREIGN - {"loss_diffusion"})
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,4 @@ def test_a_message_is_one_of_the_code(message, code):
 
 
 def test_many_are_explained():
-    assert len(MESSAGES) >= 15
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
+    assert len(MESSAGES) >= 20

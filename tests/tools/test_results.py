@@ -58,7 +58,7 @@ def test_ratios_pair_runs_by_seed():
     expected = results.figure("expected_tokens_per_forward", "sampled")
     assert results.ratio(found, "published", "ar_tokens", expected) == []
     own = list(found["published"].values())
-    assert results.spread(own, losses, ".2f") == "3.50 (3.00 to 4.00)"
+    assert results.spread(own, losses, ".2f") == "3.50 (3.00–4.00)"
     assert results.spread(own[:1], losses, ".2f") == "3.00"
     assert results.spread(found["ar_tokens"].values(), expected, ".2f") == "–"
 
@@ -68,10 +68,10 @@ def test_runs_without_a_result_are_named():
         run.name: {seed: {} for seed in (results.HEADLINE_SEEDS if run.headline else (0,))}
         for run in results.RUNS
     }
-    assert results.missing(every) == "All runs of `make experiments` are here."
+    assert results.missing(every) == "All runs are here."
     del every["published"][2], every["shift"]
     text = results.missing(every)
-    assert text == "Not run yet: `shift` with seed 0, `published` with seed 2."
+    assert text == "Not run yet, by seed: `shift` 0; `published` 2."
 
 
 def test_a_verdict_says_what_was_reached():

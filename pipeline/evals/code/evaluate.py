@@ -35,7 +35,7 @@ def evaluate_code(
     model: Transformer, tokenizer: Tokenizer, config: CodeConfig, world: World
 ) -> dict[str, Any]:
     """Scores and speeds of every benchmark and decoder, equal on all ranks; keys as in
-    `docs/metrics.md`. Every rank answers its share of the problems.
+    `docs/evals.md`. Every rank answers its share of the problems.
 
     Raises:
         UserError: when code may not be run, a file or package is missing, the model cannot draft,

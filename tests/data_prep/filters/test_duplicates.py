@@ -67,7 +67,7 @@ def test_the_groups_are_those_of_datatroves_own_steps(tmp_path):
     from datatrove.data import Document
     from datatrove.pipeline.dedup import minhash
 
-    from data_prep.filters.signatures import Signer, minhash_config
+    from data_prep.filters.duplicates import Signer, minhash_config
     from data_prep.filters.words import plain_words
 
     texts, tasks = near_copies(), 4
@@ -103,10 +103,10 @@ def test_the_groups_are_those_of_datatroves_own_steps(tmp_path):
 
 def test_a_long_text_has_the_keys_of_its_shingles_at_once(monkeypatch):
     pytest.importorskip("datatrove")
-    from data_prep.filters import signatures
+    from data_prep.filters import duplicates
 
     text = " ".join(near_copies(6))
-    whole = signatures.Signer(DedupConfig(minhash=True)).keys(text)[0]
-    monkeypatch.setattr(signatures, "SHINGLES_TOGETHER", 50)
-    parts = signatures.Signer(DedupConfig(minhash=True)).keys(text)[0]
+    whole = duplicates.Signer(DedupConfig(minhash=True)).keys(text)[0]
+    monkeypatch.setattr(duplicates, "SHINGLES_TOGETHER", 50)
+    parts = duplicates.Signer(DedupConfig(minhash=True)).keys(text)[0]
     assert whole.tolist() == parts.tolist()

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from data_prep.filters import identity
+from data_prep.filters import config as filter_config
 from data_prep.filters.config import (
     C4Rules,
     FiltersConfig,
@@ -202,9 +202,10 @@ def test_an_interrupted_screening_goes_on(
     prepared, arguments, command, tmp_path, monkeypatch, place
 ):
     from data_prep import prepare as entry_point
-    from data_prep.filters import screening
+    from data_prep.stages import screen
 
-    real, calls = getattr(entry_point, place), []
+    module = entry_point if place == "run_task" else screen
+    real, calls = getattr(module, place), []
 
     def dies(*given):
         calls.append(given)
@@ -214,16 +215,16 @@ def test_an_interrupted_screening_goes_on(
 
     output = f"output_dir={tmp_path / 'data'}"
     with monkeypatch.context() as patched:
-        patched.setattr(entry_point, place, dies)
+        patched.setattr(module, place, dies)
         assert command(*arguments, output).code == 130
     again = []
-    screen = screening.screen_task
+    judge = screen.screen_task
 
     def counted(task, *given):
         again.append(task)
-        screen(task, *given)
+        judge(task, *given)
 
-    monkeypatch.setattr(entry_point, "screen_task", counted)
+    monkeypatch.setattr(screen, "screen_task", counted)
     assert command(*arguments, output).code == 0
     assert files_of(tmp_path / "data") == files_of(prepared)
     assert bool(again) == (place == "screen_task")
@@ -312,7 +313,7 @@ def test_a_missing_datatrove_is_named(arguments, command, tmp_path, monkeypatch)
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(identity, "version", missing)
+    monkeypatch.setattr(filter_config, "version", missing)
     result = command(*arguments, f"output_dir={tmp_path / 'data'}")
     assert result.code == 2
     assert "pip install 'tidar-pretrain[filters]'" in result.err

@@ -1,7 +1,6 @@
 """Groups read at once hold what reading them row by row with numpy alone gives."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -9,15 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_groups import arrays_of, encoded
 
-from data_prep.formats import shards
 from data_prep.formats.groups import (
-    MEMBERS,
     PackedGroup,
     PackedSequence,
     decode_group,
     npy_array,
 )
-from data_prep.formats.shards import tar_members
 from data_prep.layout import Layout, build_layout
 
 S = 24
@@ -92,10 +88,9 @@ def test_a_group_is_its_rows(seed, count, prompts):
 def test_arrays_are_those_that_numpy_reads(array, version):
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=version)
-    for content in (buffer.getvalue(), memoryview(bytearray(buffer.getvalue()))):
-        found = npy_array(content)
-        assert (found.dtype, found.shape) == (array.dtype, array.shape)
-        assert np.array_equal(found, array)
+    found = npy_array(buffer.getvalue())
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    assert np.array_equal(found, array)
 
 
 def test_arrays_that_are_none_are_refused():
@@ -104,13 +99,28 @@ def test_arrays_that_are_none_are_refused():
     whole = buffer.getvalue()
     huge = whole.replace(b"(40,), }" + b" " * 20, b"(" + b"9" * 22 + b",), }")
     assert len(huge) == len(whole)
-    for content in (whole[:-1], whole[:100], whole[:9], b"", b"?" * 200, huge):
-        with pytest.raises((ValueError, EOFError, OSError)):
+    for content in (whole[:-1], whole[:100], whole[:9], b"", b"?" * 200, b"PK\3\4" * 50, huge):
+        with pytest.raises(ValueError):  # noqa: PT011
             npy_array(content)
-    pickled = io.BytesIO()
-    np.save(pickled, np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        npy_array(pickled.getvalue())
+    for array, reason in (([{}], "allow_pickle"), ([1.5], "float64"), (["a"], "<U1")):
+        other = io.BytesIO()
+        np.save(other, np.array(array))
+        with pytest.raises(ValueError, match=reason):
+            npy_array(other.getvalue())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 127), st.binary(min_size=1, max_size=8))
+def test_a_damaged_header_is_a_value_error_or_another_array(place, change):
+    """Nothing else may come out of numpy's parser: it would be a traceback."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(12, dtype="<u2").reshape(3, 4))
+    whole = buffer.getvalue()
+    try:
+        found = npy_array(whole[:place] + change + whole[place + len(change) :])
+    except ValueError:
+        return
+    assert found.nbytes <= len(whole)
 
 
 def test_what_does_not_fit_together_is_refused():
@@ -126,6 +136,8 @@ def test_what_does_not_fit_together_is_refused():
             PackedGroup(*arrays.values())
 
     PackedGroup(tokens, lengths, layouts, continued, prompts)
+    refused("two dimensions", tokens=tokens[0])
+    refused("two dimensions", lengths=np.array(7))
     refused("different numbers", tokens=tokens[:3])
     refused("different numbers", continued=continued[:, 1:])
     refused("add up", tokens=tokens[:, 1:])
@@ -139,39 +151,3 @@ def test_what_does_not_fit_together_is_refused():
     moved = layouts.copy()
     moved[0, 0, 3] += 1
     refused("slot_start", layouts=moved)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.integers(0, 2**33 - 1), st.sampled_from(MEMBERS), st.integers(0, 511),
-    st.binary(max_size=8), st.booleans(),
-)  # fmt: skip
-def test_headers_are_read_as_tarfile_reads_them(size, member, place, change, summed):
-    """Whole, and with some bytes changed, `summed` anew or not: the same name and size, or both
-    refuse."""
-    entry = tarfile.TarInfo(f"{size % 10**8:08d}.{member}")
-    entry.size = size
-    whole = entry.tobuf(tarfile.USTAR_FORMAT)
-    assert shards._name_and_size(whole) == (entry.name, size)
-    changed = (whole[:place] + change + whole[place + len(change) :])[:512]
-    if summed:
-        rest = changed[:148] + b" " * 8 + changed[156:]
-        changed = changed[:148] + b"%06o\0 " % sum(rest) + changed[156:]
-    try:
-        expected = tarfile.TarInfo.frombuf(changed, "utf-8", "surrogateescape")
-        shards.check_member(expected)
-    except (tarfile.TarError, ValueError):
-        with pytest.raises((tarfile.TarError, ValueError)):
-            shards._name_and_size(changed)
-    else:
-        assert shards._name_and_size(changed) == (expected.name, expected.size)
-
-
-@pytest.mark.parametrize("size", [-512, -1024, 10**6])
-def test_a_member_of_an_impossible_size_is_refused(size):
-    """One below zero would have the reader go back, and never end."""
-    entry = tarfile.TarInfo("00000000.tokens.npy")
-    entry.size = size
-    header = entry.tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises((EOFError, tarfile.TarError, ValueError)):
-        tar_members(memoryview(header + bytes(512)))

@@ -4,10 +4,13 @@ import hashlib
 import io
 import os
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packed_groups import groups_of
 
 from data_prep.formats.shards import (
@@ -107,7 +110,7 @@ def test_types_are_the_smallest_unsigned_that_hold_the_values(tmp_path, highest,
     assert sample["layout.npy"].dtype == np.uint8
 
 
-def test_what_is_written_is_read_by_both_readers(shard):
+def test_what_is_written_is_read_in_any_order(shard):
     made = sequences(10)
     assert_equal(list(read_shard(shard)), made)
     reader = ShardReader(shard)
@@ -216,6 +219,58 @@ def test_a_flipped_byte_in_the_structure_is_named(shard, place):
     with pytest.raises(UserError, match="missing or damaged shard") as caught:
         read_groups(shard, offsets)
     assert str(shard) in str(caught.value)
+
+
+@pytest.mark.parametrize("last", ["continued", "prompt_lengths"])
+def test_a_damaged_header_of_the_last_member_is_named(tmp_path, last):
+    """tarfile ends there in silence, and prompts are a member that need not be there."""
+    path, made = tmp_path / "000000.tar", sequences(8)
+    if last == "prompt_lengths":
+        made = [replace(one, prompt_lengths=np.zeros_like(one.document_lengths)) for one in made]
+    write(path, made)
+    offsets = group_offsets(path)
+    with tarfile.open(path) as tar:
+        members = {member.name: member for member in tar}
+    content = bytearray(path.read_bytes())
+    content[members[f"00000000.{last}.npy"].offset + 150] ^= 0x15
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="missing or damaged shard"):
+        read_groups(path, offsets)
+
+
+@pytest.mark.parametrize("size", [-512, -1024, 10**6])
+def test_a_member_of_an_impossible_size_is_named(tmp_path, size):
+    """One below zero would have some versions of tarfile go back, and never end."""
+    entry = tarfile.TarInfo("00000000.tokens.npy")
+    entry.size = size
+    path = tmp_path / "000000.tar"
+    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(512))
+    with pytest.raises(UserError, match="missing or damaged shard"):
+        ShardReader(path, [0, 1024]).read_group(0)
+    with pytest.raises(UserError, match="missing or damaged shard"):
+        list(read_shard(path))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2000), st.binary(min_size=1, max_size=12))
+def test_any_damaged_bytes_are_one_error_or_another_group(whole_group, place, change):
+    """Tar headers and array headers: no other exception, and no reading without end."""
+    path, content = whole_group
+    damaged = content[:place] + change + content[place + len(change) :]
+    path.write_bytes(damaged[: len(content)])
+    try:
+        group = ShardReader(path, [0, len(content)]).read_group(0)
+        assert all(len(sequence.tokens) > 0 for sequence in group)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+
+
+@pytest.fixture(scope="module")
+def whole_group(tmp_path_factory):
+    """A path to write to, and the bytes of a group without what ends an archive."""
+    path = tmp_path_factory.mktemp("group") / "000000.tar"
+    write(path, sequences(2))
+    return path, path.read_bytes()[: group_offsets(path)[1]]
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 from data_prep.formats.groups import PackedGroup, group_arrays
 from data_prep.layout import aligned_tables, build_layout
-from data_prep.stages.pack import PACKINGS, Piece, best_fit_decreasing, joined, make_packer
-from data_prep.stages.write import with_padding
+from data_prep.stages.pack import (
+    PACKINGS,
+    Piece,
+    best_fit_decreasing,
+    joined,
+    make_packer,
+    padding_of,
+)
+from data_prep.stages.write import stored_lengths
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=150)
 PAD = 0
@@ -41,10 +48,11 @@ def test_every_token_stands_in_exactly_one_place(lengths, length, packing, windo
     found = []
     for one in sequences:
         tokens = joined([one], length, PAD, np.dtype(np.uint16))[0]
-        assert tokens.tolist()[: length - one.padding] == [n for p in one.pieces for n in p.ids]
-        assert sum(one.document_lengths) + one.padding == length
-        assert (tokens[length - one.padding :] == PAD).all()
-        for piece in one.pieces:
+        padding = padding_of(one, length)
+        assert padding >= 0
+        assert tokens.tolist()[: length - padding] == [n for p in one for n in p.ids]
+        assert (tokens[length - padding :] == PAD).all()
+        for piece in one:
             ids = piece.ids.tolist()
             assert 1 <= len(ids) <= length
             assert ids == list(range(ids[0], ids[0] + len(ids))), "in order, of one document"
@@ -58,7 +66,7 @@ def test_every_token_stands_in_exactly_one_place(lengths, length, packing, windo
     if packing == "best_fit":
         assert packer.cut_though_fitting == 0
     elif sequences:
-        assert sum(one.padding for one in sequences[:-1]) == 0
+        assert sum(padding_of(one, length) for one in sequences[:-1]) == 0
 
 
 @QUICK
@@ -71,14 +79,15 @@ def test_what_is_stored_fits_together(lengths, length, block_size):
     kind = np.dtype(np.uint16)
     arrays = group_arrays(
         joined(sequences, length, PAD, kind),
-        [with_padding(one) for one in sequences],
-        aligned_tables([one.document_lengths for one in sequences], block_size),
-        [[piece.continued for piece in one.pieces] for one in sequences],
+        [stored_lengths(one, length) for one in sequences],
+        aligned_tables([[len(piece.ids) for piece in one] for one in sequences], block_size),
+        [[piece.continued for piece in one] for one in sequences],
     )
     for sequence, one in zip(PackedGroup(*arrays.values()), sequences, strict=True):
         assert int(sequence.document_lengths.sum()) == length
-        assert sequence.real_tokens(PAD) == length - one.padding == sequence.layout.num_slots
-        alone = build_layout(one.document_lengths, block_size)
+        assert sequence.real_tokens(PAD) == length - padding_of(one, length)
+        assert sequence.real_tokens(PAD) == sequence.layout.num_slots
+        alone = build_layout([len(piece.ids) for piece in one], block_size)
         assert np.array_equal(sequence.layout.table(), alone.table())
 
 

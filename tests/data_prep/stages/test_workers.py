@@ -4,21 +4,22 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
 
 from data_prep.corpora import open_corpus
-from data_prep.stages.plan import make_tasks
+from data_prep.stages.plan import Preparation, make_tasks
 from data_prep.stages.task import run_task
-from data_prep.stages.workers import Work, Worker, Workers
+from data_prep.stages.workers import Worker, Workers
 from tidar_common import files
 from tidar_common.errors import UserError
 
 
 @pytest.fixture
 def job(overrides, tokenizer, tmp_path):
-    """Settings, corpus and tasks of a preparation that has not begun."""
+    """A preparation that has not begun, and its tasks."""
     from hydra import compose, initialize_config_dir
 
     from data_prep.settings import PrepareSettings
@@ -27,7 +28,7 @@ def job(overrides, tokenizer, tmp_path):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("prepare", [*overrides, f"output_dir={tmp_path / 'data'}", "workers=2"])
     settings, corpus = PrepareSettings.from_config(cfg), open_corpus(OmegaConf.create(cfg.corpus))
-    return settings, corpus, make_tasks(settings, corpus, tokenizer)
+    return Preparation(settings, corpus, tokenizer), make_tasks(settings, corpus, tokenizer)
 
 
 def gone(pid):
@@ -43,15 +44,15 @@ def quiet(*_):
     """A report that nobody reads."""
 
 
-def working(tokenizer_path, settings, corpus):
+def working(preparation):
     """A worker that has been told what to do with tasks."""
     worker = Worker()
-    worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+    worker.send((run_task, preparation))
     return worker
 
 
-def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path):
-    settings, corpus, tasks = job
+def test_a_dead_worker_is_one_clear_error(job):
+    preparation, tasks = job
     made = []
 
     def kill(*_):
@@ -60,31 +61,31 @@ def test_a_dead_worker_is_one_clear_error(job, tokenizer, tokenizer_path):
     def run():
         with Workers(2) as workers:
             made.extend(worker.process for worker in workers.started)
-            workers.run(run_task, tasks * 20, settings, corpus, tokenizer, tokenizer_path, kill)
+            workers.run(run_task, tasks * 20, preparation, kill)
 
     with pytest.raises(UserError, match=r"^workers: a process died \(exit code -9"):
         run()
     assert all(not process.is_alive() for process in made), "the others must not stay behind"
 
 
-def test_workers_stay_for_the_next_stage(job, tokenizer, tokenizer_path):
-    settings, corpus, tasks = job
-    folder = settings.output_dir / "tasks"
+def test_workers_stay_for_the_next_stage(job):
+    preparation, tasks = job
+    folder = preparation.settings.output_dir / "tasks"
     with Workers(2) as workers:
         first = [worker.process.pid for worker in workers.started]
         for _ in range(2):
-            workers.run(run_task, tasks, settings, corpus, tokenizer, tokenizer_path, quiet)
+            workers.run(run_task, tasks, preparation, quiet)
             made = {path.name: path.read_bytes() for path in folder.iterdir()}
             assert len([name for name in made if name.endswith(".json")]) == len(tasks)
         assert [worker.process.pid for worker in workers.started] == first
         assert len({os.getpid(), *first}) == 3
     for task in tasks:
-        run_task(task, settings, corpus, tokenizer, quiet)
+        run_task(task, preparation, quiet)
     assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_path):
-    settings, corpus, tasks = job
+def test_an_exception_ends_the_workers_in_the_middle(job):
+    preparation, tasks = job
     started = []
 
     def interrupt(*_):
@@ -92,18 +93,18 @@ def test_an_exception_ends_the_workers_in_the_middle(job, tokenizer, tokenizer_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
-        workers.run(run_task, tasks * 50, settings, corpus, tokenizer, tokenizer_path, interrupt)
+        workers.run(run_task, tasks * 50, preparation, interrupt)
     assert time.monotonic() - started[0] < 5
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_worker_ends_with_the_pipe(job, tokenizer_path, which):
+def test_a_worker_ends_with_the_pipe(job, which):
     """As the system closes it when the main process is killed; none holds that of another."""
-    settings, corpus, tasks = job
+    preparation, tasks = job
     with Workers(2) as workers:
         worker = workers.started[which]
-        worker.send(Work(run_task, settings, corpus, tokenizer_path, "plain"))
+        worker.send((run_task, preparation))
         worker.send(tasks[0])
         while worker.receive()[0] != "done":
             pass
@@ -115,28 +116,30 @@ def test_a_worker_ends_with_the_pipe(job, tokenizer_path, which):
         assert not gone(workers.started[1 - which].process.pid)
 
 
-def test_a_fault_inside_a_worker_keeps_its_traceback(job, tokenizer_path):
-    settings, corpus, _ = job
-    worker = working(tokenizer_path, settings, corpus)
+def test_a_fault_inside_a_worker_keeps_its_traceback(job):
+    preparation, _ = job
+    worker = working(preparation)
     worker.send(3)
     with pytest.raises(RuntimeError, match=r"in a worker process: Traceback[\s\S]*AttributeError"):
         worker.receive()
     worker.stop()
 
 
-def test_all_that_a_task_left_has_its_name_on_the_disk(job, tokenizer, monkeypatch):
+def test_all_that_a_task_left_has_its_name_on_the_disk(job, monkeypatch):
     """The folder is synced once, behind the record, which comes last."""
-    settings, corpus, tasks = job
+    preparation, tasks = job
     synced = []
 
     def note(folder):
         synced.append(sorted(path.name for path in folder.iterdir()))
 
     monkeypatch.setattr(files, "fsync_folder", note)
-    run_task(tasks[0], settings, corpus, tokenizer, quiet)
+    run_task(tasks[0], preparation, quiet)
     (names,) = synced
     assert {"000000.json", "000000.rests", "000000-000.tar"} <= set(names)
-    assert names == sorted(path.name for path in (settings.output_dir / "tasks").iterdir())
+    assert names == sorted(
+        path.name for path in (preparation.settings.output_dir / "tasks").iterdir()
+    )
 
 
 def ending(worker):
@@ -145,17 +148,18 @@ def ending(worker):
         worker.receive()
 
 
-def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job, tokenizer_path):
-    settings, corpus, tasks = job
-    settings.output_dir.mkdir()
-    (settings.output_dir / "tasks").write_text("a file where a folder goes")
-    worker = working(tokenizer_path, settings, corpus)
+def test_a_full_disk_and_a_broken_line_arrive_as_what_they_are(job):
+    preparation, tasks = job
+    preparation.settings.output_dir.mkdir()
+    (preparation.settings.output_dir / "tasks").write_text("a file where a folder goes")
+    worker = working(preparation)
     worker.send(tasks[0])
     with pytest.raises(FileExistsError):
         ending(worker)
     worker.stop()
+    corpus = preparation.corpus
     corpus = type(corpus)(type(corpus.config)(path=corpus.config.path, text_field="body"))
-    worker = working(tokenizer_path, settings, corpus)
+    worker = working(replace(preparation, corpus=corpus))
     worker.send(tasks[0])
     with pytest.raises(UserError, match=r"text\.jsonl:\d+: has no field 'body'"):
         ending(worker)

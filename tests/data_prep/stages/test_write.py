@@ -10,7 +10,7 @@ from data_prep.formats.manifest import SPLITS
 from data_prep.formats.shards import read_shard
 from data_prep.layout import Layout, build_layout
 from data_prep.settings import PrepareSettings
-from data_prep.stages.pack import Packed, Piece
+from data_prep.stages.pack import Piece
 from data_prep.stages.write import SplitWriter, stored_layouts
 
 CONFIG = {
@@ -71,7 +71,7 @@ def pieces_of(sequence, pad_id):
 
 def as_packed(lengths):
     """Sequences of documents of these lengths, without tokens."""
-    return [Packed([Piece(np.zeros(n, dtype=np.uint16)) for n in own], 0) for own in lengths]
+    return [[Piece(np.zeros(n, dtype=np.uint16)) for n in own] for own in lengths]
 
 
 def layouts_of(own, key, packed):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 pytest.importorskip("tiktoken")
 
 from data_prep.formats.manifest import Manifest
-from data_prep.preparing import choose_encoder
+from data_prep.stages.plan import fastest_encoder
 from data_prep.tokenizers.byte_bpe import byte_bpe
 from data_prep.tokenizers.load import HuggingFaceTokenizer
 
@@ -58,9 +58,10 @@ def loaded(request, mixed):
 
 def test_ids_are_those_of_the_file_on_all_kinds_of_text(loaded, mixed):
     assert loaded.encoders == ("tiktoken", "batch", "plain")
-    loaded.encoder = "tiktoken"
     odd = ["a <tool_call> b", "<|endoftext|><|mask|>", " " * 3000, "e\u0301 \u212b", "한글", "\0"]
-    for ids, text in zip(loaded.encode_batch([*mixed, *odd]), [*mixed, *odd], strict=True):
+    for ids, text in zip(
+        loaded.encode_batch([*mixed, *odd], "tiktoken"), [*mixed, *odd], strict=True
+    ):
         assert ids.dtype == np.int32
         assert ids.tolist() == loaded.encode(text)
 
@@ -114,8 +115,7 @@ def test_one_that_gives_other_ids_is_not_used(corpus_of, tmp_path, capsys):
     tokenizer = joined_otherwise()
     assert tokenizer.encoders[0] == "tiktoken"
     corpus, tasks = corpus_of(tmp_path, ["abc abc", "nothing"])
-    choose_encoder(tokenizer, corpus, tasks)
-    assert tokenizer.encoder == "batch"
+    assert fastest_encoder(tokenizer, corpus, tasks) == "batch"
     said = capsys.readouterr().out
     assert said == "encoder tiktoken: other ids on 1 of 2 documents, so it is not used\n"
 

@@ -1,6 +1,7 @@
 """A Hugging Face `tokenizer.json`: no silent control symbols, one mask, the eos that is meant."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -51,10 +52,18 @@ def test_spelled_out_symbols_are_text(folder):
 
 def test_a_batch_gives_what_single_texts_give(folder, texts):
     loaded = load_tokenizer(folder)
-    loaded.encoder = "batch"
-    for ids, text in zip(loaded.encode_batch([TEXT, *texts]), [TEXT, *texts], strict=True):
+    for ids, text in zip(loaded.encode_batch([TEXT, *texts], "batch"), [TEXT, *texts], strict=True):
         assert ids.dtype == np.int32
         assert ids.tolist() == loaded.encode(text)
+
+
+def test_a_copy_for_a_worker_is_the_same(folder):
+    loaded = load_tokenizer(folder, "<|im_end|>")
+    copied = pickle.loads(pickle.dumps(loaded))
+    assert copied.encode(TEXT) == loaded.encode(TEXT)
+    path = folder / "tokenizer.json"
+    assert copied.info(path) == loaded.info(path)
+    assert copied.content() == loaded.content()
 
 
 def test_the_mask_is_appended_once(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Every objective over whole logits, row by row as docs/objective.md states it, for autograd."""
+"""Every objective over whole logits, row by row as docs/training.md states it, for autograd."""
 
 import torch
 import torch.nn.functional as F

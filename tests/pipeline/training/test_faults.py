@@ -1,4 +1,4 @@
-"""Faults in real runs: each ends, or goes on, as `docs/reliability.md` promises."""
+"""Faults in real runs: each ends, or goes on, as `docs/training.md` promises."""
 
 import json
 import os

@@ -15,6 +15,7 @@ import torch
 
 from bench.measure import Samples
 from tidar_common.files import write_text_atomic
+from tidar_common.tables import Table, significant
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -101,15 +102,15 @@ def revision() -> str | None:
 
 def table(outcome: Outcome) -> str:
     """The outcome for a reader: times in milliseconds, ratios with their spread and target."""
-    width = max(map(len, [*outcome.variants, *outcome.ratios, *outcome.figures]))
-    lines = [f"{'':{width}}  {'wall ms: min':>12} {'median':>10} {'max':>10} {'CPU median':>11}"]
+    times = []
     for name, variant in outcome.variants.items():
-        wall = [1e3 * variant["wall_seconds"][key] for key in ("min", "median", "max")]
-        cpu = 1e3 * variant["cpu_seconds"]["median"]
-        lines.append(f"{name:{width}}  {wall[0]:12.2f} {wall[1]:10.2f} {wall[2]:10.2f} {cpu:11.2f}")
-    lines += [f"{name:{width}}  {_ratio_line(value)}" for name, value in outcome.ratios.items()]
-    lines += [f"{name:{width}}  {_figure(value)}" for name, value in outcome.figures.items()]
-    return "\n".join(lines)
+        seconds = [variant["wall_seconds"][key] for key in ("min", "median", "max")]
+        seconds.append(variant["cpu_seconds"]["median"])
+        times.append([name, *(f"{1e3 * value:.2f}" for value in seconds)])
+    numbers = [[name, _ratio_line(value)] for name, value in outcome.ratios.items()]
+    numbers += [[name, significant(value)] for name, value in outcome.figures.items()]
+    parts = [Table(("", "wall ms: min", "median", "max", "CPU median"), times)] if times else []
+    return "\n".join(part.text() for part in [*parts, Table((), numbers, left=(0, 1))])
 
 
 def _ratio_line(value: dict[str, Any]) -> str:
@@ -122,7 +123,3 @@ def _ratio_line(value: dict[str, Any]) -> str:
     if "at_least" in value:
         text += f"; target at least {value['at_least']:g}"
     return text
-
-
-def _figure(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from pipeline.planning.plan import make_plan
 from pipeline.planning.settings import Planned
-from pipeline.planning.show import show
+from pipeline.planning.show import describe
 from tidar_common.cli import run
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic
@@ -18,7 +17,7 @@ from tidar_common.files import write_text_atomic
 def plan(cfg: DictConfig) -> int:
     planned = Planned.from_config(cfg)
     result = make_plan(planned)
-    show(result, Console())
+    print(describe(result), flush=True)
     if planned.plan.json is not None:
         try:
             text = json.dumps(result.to_dict(), indent=2) + "\n"

@@ -6,9 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.report.read import Run, as_number, read_run
 from pipeline.report.standing import (
     PACE_STEPS,
@@ -17,11 +14,11 @@ from pipeline.report.standing import (
     read_starts,
     skipped_shards,
 )
-from pipeline.report.wording import compact, fixed
 from pipeline.training.trackers.progress import duration
 from tidar_common.cli import EXIT_BAD_INPUT, report_mistake
 from tidar_common.errors import UserError
 from tidar_common.run_files import newest_checkpoint
+from tidar_common.tables import Table, compact, fixed
 
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""
@@ -159,10 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
             report_mistake(str(error))
             found = EXIT_BAD_INPUT
             continue
-        table = Table(title=str(run_dir), title_justify="left", show_header=False, box=None)
-        for row in status.rows():
-            table.add_row(*row)
-        Console(highlight=False).print(table)
+        print(run_dir, Table((), status.rows(), left=(0, 1)).text("  "), sep="\n")
     sys.exit(found)
 
 

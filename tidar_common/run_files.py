@@ -14,6 +14,16 @@ SKIPPED_SHARDS = "skipped_shards.jsonl"
 """Damaged shards that the run went on without, a line each."""
 DECODE_SPEED = "evals/decode_speed.jsonl"
 EXAMPLE = "evals/example.json"
+METHOD_LABELS = {
+    "ar": "AR",
+    "tidar": "TiDAR",
+    "tidar_chosen": "TiDAR, chosen step",
+    "recurrent": "draft head alone",
+    "block_diffusion": "block diffusion (not lossless)",
+    "prompt_lookup": "prompt lookup",
+    "speculative": "speculative",
+}
+"""What readers are shown for the `method` of a row of `DECODE_SPEED`."""
 
 
 class Exit(IntEnum):

@@ -4,15 +4,13 @@ sequences: `python -m tools.plans`.
 The figures are those of tidar-plan; a test compares the files with what it says today.
 """
 
-import io
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from rich.console import Console
 
 from pipeline.planning.plan import GIB, Plan, make_plan
 from pipeline.planning.settings import Planned
-from pipeline.planning.show import show
+from pipeline.planning.show import describe
 from tidar_common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,9 +72,8 @@ def text(name: str) -> str:
         lines += [row([*one, f"cluster.gpu={gpu}"], 1, gpu) for gpu in GPUS]
     for nodes, gpu in clusters:
         lines.append(row([*own, f"cluster.nodes={nodes}", f"cluster.gpu={gpu}"], 8 * nodes, gpu))
-    out = io.StringIO()
-    show(plan_of([*own, f"cluster.gpu={GPUS[0]}"]), Console(file=out))
-    return "\n".join([*lines, "", f"On 8 {GPUS[0]}:", "", out.getvalue()])
+    shown = describe(plan_of([*own, f"cluster.gpu={GPUS[0]}"]))
+    return "\n".join([*lines, "", f"On 8 {GPUS[0]}:", "", shown, ""])
 
 
 if __name__ == "__main__":

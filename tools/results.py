@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS
+from tidar_common.tables import MISSING, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,7 @@ def spread(results: Iterable[Result], read: Callable[[Result], float | None], fo
     """The mean over seeds, with the smallest and largest where there are several."""
     values = [value for value in map(read, results) if value is not None]
     if not values:
-        return "–"
+        return MISSING
     mean = format(statistics.mean(values), form)
     low, high = format(min(values), form), format(max(values), form)
     return mean if low == high else f"{mean} ({low}–{high})"
@@ -77,11 +78,6 @@ def ratio_text(values: list[float]) -> str:
     return text + (" (one seed)" if len(values) == 1 else "")
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def wanted(results: Results) -> str:
     """The two figures that the experiments were set up for, and whether they were reached."""
     bits, expected = (
@@ -101,7 +97,7 @@ def wanted(results: Results) -> str:
         [f"expected tokens per forward, `{RECIPE}` ÷ `published`, equal compute", "≥ 1.15",
          ratio_text(values), verdict(values, lambda v: v >= 1.15)]
     )  # fmt: skip
-    return table(["figure", "wanted", "seen", ""], rows)
+    return Table(["figure", "wanted", "seen", ""], rows).markdown()
 
 
 def verdict(values: list[float], reached: Callable[[float], bool]) -> str:
@@ -121,12 +117,12 @@ def headline(results: Results) -> str:
         if own:
             bits = spread(own, figure("bits_per_byte"), ".3f")
             rows.append([f"`{name}`", str(len(own)), bits, *speed_cells(own)])
-    return table(
+    return Table(
         ["run", "seeds", "bits/byte", "expected tokens/forward", "of a unigram draft",
          "measured T = 0", "measured T = 1", "distinct 4-grams T = 0 / 1",
          "tokens/s ÷ AR T = 0 / 1"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 def speed_cells(own: list[Result]) -> list[str]:
@@ -164,7 +160,7 @@ def gpu(folder: Path) -> str:
     )
     head = ["method", "T", "tokens/forward", "tokens/s ÷ AR", "distinct 4-grams", "AR loss",
             "unigram T/F", "bigram T/F"]  # fmt: skip
-    return f"{quality}\n\n{table(head, rows)}"
+    return f"{quality}\n\n{Table(head, rows).markdown()}"
 
 
 def recipes(results: Results) -> str:
@@ -189,10 +185,10 @@ def recipes(results: Results) -> str:
                     number(sampled["unigram_expected_tokens_per_forward"], ".2f"),
                 ]
             )
-    return table(
+    return Table(
         ["run", "what", "M tokens", "AR loss", "bits/byte", "T/F", "unigram T/F"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
@@ -229,15 +225,15 @@ def drafts(results: Results) -> str:
                 "1" if run.name == base else ratio_text(losses),
             ]
         )  # fmt: skip
-    return table(
+    return Table(
         ["run", "K", "seeds", "expected tokens/forward", "greedy", "without slots", "bigram",
          "unigram", "÷ `published` at this K", "AR loss ÷"],
         rows,
-    )  # fmt: skip
+    ).markdown()  # fmt: skip
 
 
 def number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return MISSING if value is None else format(value, form)
 
 
 def missing(*studies: Results) -> str:
@@ -328,7 +324,7 @@ def benchmarks(folder: Path) -> str:
                 [f"`{path.stem}`", name, target, f"{own['of_medians']:.3f}",
                  f"{low:.3f}–{high:.3f}", "reached" if reached else "missed"]
             )  # fmt: skip
-    return table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows)
+    return Table(["file", "ratio", "wanted", "seen", "over rounds", ""], rows).markdown()
 
 
 def reliability(folder: Path) -> str:
@@ -375,10 +371,10 @@ def conversion(folder: Path) -> str:
         "cores busy, so minutes and speeds are rough; tokens per forward do not depend on them."
     )
     commands = "\n".join(found["commands"])
-    decoding = table(
+    decoding = Table(
         ["method", "T", "tokens/forward", "tokens/s ÷ AR", "text equal to AR's"], decoded
-    )
-    return f"```\n{commands}\n```\n\n{table(head, rows)}\n\n{decoding}\n\n{where}"
+    ).markdown()
+    return f"```\n{commands}\n```\n\n{Table(head, rows).markdown()}\n\n{decoding}\n\n{where}"
 
 
 def findings(results: Results) -> str:
@@ -391,10 +387,10 @@ def findings(results: Results) -> str:
         if run.name != "published" and gains and run.start and not run.score_at:
             row = [f"`{run.name}`", str(len(gains)), change(gains), change(losses)]
             lines.append((statistics.mean(gains), row))
-    return table(
+    return Table(
         ["against `published`, equal compute", "seeds", "expected tokens/forward", "AR loss"],
         [row for _, row in sorted(lines, reverse=True)],
-    )
+    ).markdown()
 
 
 def change(ratios: list[float]) -> str:

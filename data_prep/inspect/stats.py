@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.bars import Bar, BarChart, page
 from data_prep.formats.manifest import STATS_PAGE, Manifest, Split
 from data_prep.formats.shards import ShardReader
+from tidar_common.figures import Bar, BarChart, chart_grid
 from tidar_common.files import write_text_atomic
+from tidar_common.page import Section, page
 
-BAR = 40
-"""Characters of the longest bar."""
 PADDING_AIMED_AT = 0.001
 TOP_REASONS = 20
 """Reasons that the page has a bar for, the most frequent ones."""
@@ -62,31 +61,15 @@ def read_contents(folder: Path) -> Contents:
 
 
 def describe(contents: Contents) -> str:
-    """Counts of both splits, the lengths of what stands in train, sources, and what was left out,
-    as lines of text."""
-    manifest, lengths = contents.manifest, contents.lengths
+    """Counts of both splits, and the charts, as lines of text."""
+    manifest = contents.manifest
     lines = [
         f"{contents.folder}: sequences of {manifest.sequence_length} tokens, "
         f"encoder {manifest.encoder}"
     ]
     for name, split in manifest.splits.items():
         lines += _describe_split(name, split)
-    lines.append("train: pieces by length in tokens (whole documents, and what cuts made)")
-    most = max(lengths.values())
-    for power in range(min(lengths), max(lengths) + 1):
-        low, high = _span(power)
-        bar = "#" * round(BAR * lengths[power] / most)
-        lines.append(f"  {low:>8,} to {high:>8,}  {lengths[power]:>10,}  {bar}".rstrip())
-    lines.append(f"  {contents.continued:,} of them go on from a cut")
-    for name, own in contents.sources.items():
-        lines.append(
-            f"source {name}: {own['tokens']:,} tokens, {own['tokens'] / contents.tokens:.1%} of "
-            f"all, {own['tokens'] / own['text_bytes']:.3f} tokens per byte, "
-            f"read {own['epochs']:.2f} times"
-        )
-    for kind, reason, count in contents.left_out:
-        lines.append(f"{kind}: {count:,} of {manifest.documents['read']:,} documents, {reason}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(chart.text() for chart in charts(contents))])
 
 
 def write_page(contents: Contents) -> Path:
@@ -102,7 +85,8 @@ def write_page(contents: Contents) -> Path:
         paragraphs.append("; ".join(line.strip() for line in lines) + ".")
     path = contents.folder / STATS_PAGE
     title = f"Prepared data: {contents.folder.resolve().name}"
-    write_text_atomic(path, page(title, paragraphs, charts(contents)))
+    drawn = Section("", chart_grid(charts(contents)))
+    write_text_atomic(path, page(title, [drawn], paragraphs=paragraphs))
     return path
 
 

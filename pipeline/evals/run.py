@@ -1,7 +1,7 @@
 """`tidar-evaluate` put together: its settings, and the evals that were asked for."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,18 @@ from pipeline.data.place import DataConfig, open_place
 from pipeline.data.remote import is_remote
 from pipeline.data.source import LayoutChoice
 from pipeline.distributed import World
-from pipeline.evals.code.evaluate import evaluate_code
-from pipeline.evals.code.table import code_rows
+from pipeline.evals.code.evaluate import code_rows, evaluate_code
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.markdown import comparison_table
 from pipeline.evals.settings import CodeConfig, DecodeSpeedConfig, LikelihoodConfig, TasksConfig
-from pipeline.evals.table import text_table
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked, write_text_atomic
+from tidar_common.run_files import METHOD_LABELS
+from tidar_common.tables import Table, percent, significant
 
 SCHEMAS = {
     "decode_speed": DecodeSpeedConfig,
@@ -213,10 +212,57 @@ def describe(results: dict[str, Any]) -> str:
         if name in results:
             columns = ROWS[name](results[name]) if name in ROWS else results[name]
             columns = columns if isinstance(columns, list) else [columns]
-            parts.append(f"{name}\n{text_table(columns)}")
+            parts.append(f"{name}\n{measures_table(columns).text()}")
         if name == "decode_speed" and name in results:
-            parts.append(comparison_table(results[name]))
+            parts.append(comparison_table(results[name]).markdown())
     return "\n\n".join(parts)
+
+
+def measures_table(columns: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each measure, one column for each thing measured; measures that are None in
+    every column are left out, a list takes several lines."""
+    flat = [dict(_flat(column)) for column in columns]
+    names = dict.fromkeys(name for column in flat for name in column)
+    rows = [
+        [name, *(significant(column.get(name)) for column in flat)]
+        for name in names
+        if any(column.get(name) is not None for column in flat)
+    ]
+    return Table((), rows)
+
+
+def _flat(column: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Draft positions of a block count from 1 (0 is the verifier's), its places from 0."""
+    for name, value in column.items():
+        if isinstance(value, list):
+            first = 0 if name.endswith("_by_place") else 1
+            yield from ((f"{name} {number}", entry) for number, entry in enumerate(value, first))
+        elif isinstance(value, dict):
+            yield from ((f"{name} {key}", entry) for key, entry in _flat(value))
+        else:
+            yield name, value
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each method and temperature of the rows of one decode-speed eval."""
+    head = ("method", "T", "K", "tokens/forward", "tokens/s", "over AR", "conversion",
+            "equal to AR")  # fmt: skip
+    cells = []
+    for row in rows:
+        match, spread = row["exact_match_ar"], row["speedup_over_ar_range"]
+        cells.append(
+            [
+                METHOD_LABELS[row["method"]],
+                f"{row['temperature']:g}",
+                str(row["block_size"]),
+                f"{row['tokens_per_forward']:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['speedup_over_ar']:.2f}× ({spread['min']:.2f} to {spread['max']:.2f})",
+                percent(row["conversion"]),
+                "–" if match is None else f"{percent(match)} of {row['prompts']}",
+            ]
+        )
+    return Table(head, cells)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,41 +1,19 @@
-"""A plan for people: tables on a terminal, the same lines as plain text elsewhere."""
-
-from rich.console import Console
-from rich.table import Table
+"""A plan for people, as lines of text."""
 
 from pipeline.planning.memory import learning
 from pipeline.planning.plan import GIB, Plan
+from tidar_common.tables import Table
 
 Rows = list[tuple[str, str, str]]
 """Name, value, remark."""
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print the plan, and last what is wrong with it."""
-    for title, rows in (("run", run_rows(plan)), ("memory per GPU", memory_rows(plan)),
-                        ("time and disk", cost_rows(plan))):  # fmt: skip
-        if console.is_terminal:
-            console.print(table(title, rows))
-        else:
-            console.print(plain(title, rows), markup=False, highlight=False, soft_wrap=True)
-    for text in plan.warnings:
-        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def table(title: str, rows: Rows) -> Table:
-    drawn = Table(title=title, title_justify="left", show_header=False)
-    drawn.add_column(style="bold")
-    drawn.add_column(justify="right")
-    drawn.add_column(style="dim")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
-
-
-def plain(title: str, rows: Rows) -> str:
-    names, values = (max(len(row[column]) for row in rows) for column in (0, 1))
-    lines = [f"{n:<{names}}  {v:>{values}}  {remark}".rstrip() for n, v, remark in rows]
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+def describe(plan: Plan) -> str:
+    """The plan, and last what is wrong with it."""
+    parts = [("run", run_rows(plan)), ("memory per GPU", memory_rows(plan)),
+             ("time and disk", cost_rows(plan))]  # fmt: skip
+    lines = [f"{title}\n{Table((), rows, left=(0, 2)).text('  ')}" for title, rows in parts]
+    return "\n".join([*lines, *(f"note: {text}" for text in plan.warnings)])
 
 
 def run_rows(plan: Plan) -> Rows:

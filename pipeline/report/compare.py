@@ -11,18 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.svg import Chart, Series
 from pipeline.training.moments import CLOCK
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
+from tidar_common.figures import Chart, Series, chart_grid
 from tidar_common.files import write_text_atomic
+from tidar_common.page import Section, page
 
 EXIT_DIFFERENT = 1
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 14px sans-serif; margin: 2em }} svg {{ max-width: 60em }}
-.grid, .tick {{ stroke: #ccc; fill: #555 }} path, polyline {{ fill: none; stroke: #06c }}
-</style><h1>{title}</h1><p>{text}</p>{chart}</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -124,9 +120,9 @@ def draw(found: Comparison, key: str, path: Path, title: str) -> None:
     """Write a page with the differences over the steps."""
     series = Series(key, list(zip(found.steps, found.differences, strict=True)), "ar")
     label = f"relative difference of {key}"
-    chart = Chart(label, [series], x_label="step", y_label=label).draw()
-    text = describe(found, key).replace("\n", "<br>")
-    write_text_atomic(path, PAGE.format(title=title, text=text, chart=chart))
+    charts = chart_grid([Chart(label, [series], "step", label)])
+    lines = describe(found, key).splitlines()
+    write_text_atomic(path, page(title, [Section("", charts)], paragraphs=lines))
 
 
 @telling_mistakes

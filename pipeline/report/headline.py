@@ -1,55 +1,38 @@
 """The figures at the top of the page, each with what it has to be read against, and warnings."""
 
-from dataclasses import dataclass
-
 from pipeline.report.read import Row, Run, as_number
-from pipeline.report.wording import compact, escape, fixed, percent
+from tidar_common.page import Tile
+from tidar_common.tables import compact, fixed, percent
 
 REPETITION_LIMIT = 0.5
 """Share of distinct 4-grams below which tokens per forward says little about the method."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One headline figure; all plain text."""
-
-    label: str
-    value: str
-    context: str
-
-    def draw(self) -> str:
-        return (
-            f'<div class="figure"><dt>{escape(self.label)}</dt>'
-            f'<dd><span class="value">{escape(self.value)}</span>'
-            f'<span class="context">{escape(self.context)}</span></dd></div>'
-        )
-
-
-def headline(run: Run) -> list[Figure]:
+def headline(run: Run) -> list[Tile]:
     """The figures this run can show, most important first."""
     greedy, sampled = run.last_eval("tidar", 0.0), run.last_eval("tidar", 1.0)
-    figures: list[Figure] = []
+    tiles: list[Tile] = []
     if greedy:
-        figures.append(_tokens_per_forward("Tokens per forward, greedy", greedy))
+        tiles.append(_tokens_per_forward("Tokens per forward, greedy", greedy))
     if sampled:
-        figures.append(_tokens_per_forward("Tokens per forward, T = 1", sampled))
+        tiles.append(_tokens_per_forward("Tokens per forward, T = 1", sampled))
     if greedy:
         chosen = [run.last_eval("tidar_chosen", temperature) for temperature in (0.0, 1.0)]
-        figures += [_speed(greedy, sampled, *chosen), _exact_match(greedy), _first_draft(greedy)]
-    figures += [_ar_loss(run), _training(run)]
+        tiles += [_speed(greedy, sampled, *chosen), _exact_match(greedy), _first_draft(greedy)]
+    tiles += [_ar_loss(run), _training(run)]
     if greedy:
-        figures.append(_repetition(greedy))
-    return figures
+        tiles.append(_repetition(greedy))
+    return tiles
 
 
-def _tokens_per_forward(label: str, row: Row) -> Figure:
+def _tokens_per_forward(label: str, row: Row) -> Tile:
     value = as_number(row.get("tokens_per_forward"))
     size = row.get("block_size")
     context = f"at most K = {size}; AR decoding has 1" if size else "AR decoding has 1"
-    return Figure(label, fixed(value), f"{context}; prefill included")
+    return Tile(label, fixed(value), f"{context}; prefill included")
 
 
-def _speed(greedy: Row, sampled: Row | None, chosen: Row | None, drawn: Row | None) -> Figure:
+def _speed(greedy: Row, sampled: Row | None, chosen: Row | None, drawn: Row | None) -> Tile:
     """That of the step chosen for the machine where it was measured, which is how one decodes."""
     best, other = (chosen, drawn) if chosen else (greedy, sampled)
     value = as_number(best.get("speedup_over_ar"))
@@ -60,15 +43,15 @@ def _speed(greedy: Row, sampled: Row | None, chosen: Row | None, drawn: Row | No
     second = as_number(other.get("speedup_over_ar")) if other else None
     if second is not None:
         context += f"; {fixed(second)}× at T = 1"
-    return Figure("Speed over AR, greedy", "–" if value is None else f"{value:.2f}×", context)
+    return Tile("Speed over AR, greedy", "–" if value is None else f"{value:.2f}×", context)
 
 
-def _exact_match(greedy: Row) -> Figure:
+def _exact_match(greedy: Row) -> Tile:
     prompts = greedy.get("prompts")
     context = "prompts whose greedy text equals greedy AR's, token for token"
     if prompts:
         context = f"of {prompts} " + context
-    return Figure("Exact match with AR", percent(as_number(greedy.get("exact_match_ar"))), context)
+    return Tile("Exact match with AR", percent(as_number(greedy.get("exact_match_ar"))), context)
 
 
 def first_acceptance(row: Row, name: str) -> float | None:
@@ -77,32 +60,32 @@ def first_acceptance(row: Row, name: str) -> float | None:
     return as_number(values[0])
 
 
-def _first_draft(greedy: Row) -> Figure:
+def _first_draft(greedy: Row) -> Tile:
     measured = first_acceptance(greedy, "acceptance_by_position")
     context = "greedy, draft position 1"
     for draft in ("unigram", "bigram"):
         share = first_acceptance(greedy, f"{draft}_acceptance")
         if share is not None:
             context += f"; a {draft} draft would get {percent(share)}"
-    return Figure("First draft accepted", percent(measured), context)
+    return Tile("First draft accepted", percent(measured), context)
 
 
-def _ar_loss(run: Run) -> Figure:
+def _ar_loss(run: Run) -> Tile:
     row = next(
         (row for row in run.latest_rows() if as_number(row.get("ar_loss")) is not None), None
     )
     if row is None:
         last = as_number(run.metrics[-1].get("loss_ar"))
-        return Figure("AR loss, training", fixed(last), "nats per token at the last step")
+        return Tile("AR loss, training", fixed(last), "nats per token at the last step")
     loss, entropy = as_number(row.get("ar_loss")), as_number(row.get("unigram_entropy"))
     context = "nats per token"
     if loss is not None and entropy is not None:
         side = "below" if loss <= entropy else "ABOVE"
         context += f"; {abs(entropy - loss):.2f} {side} the unigram entropy {entropy:.2f}"
-    return Figure("AR loss, held out", fixed(loss), context)
+    return Tile("AR loss, held out", fixed(loss), context)
 
 
-def _training(run: Run) -> Figure:
+def _training(run: Run) -> Tile:
     last = run.metrics[-1]
     planned = run.setting("steps")
     steps = f"{last['step']:,} steps"
@@ -110,12 +93,12 @@ def _training(run: Run) -> Figure:
         steps = f"{last['step']:,} of {planned:,} steps"
     if run.parameters:
         steps += f"; {compact(run.parameters)} parameters"
-    return Figure("Training tokens", compact(as_number(last.get("tokens"))), steps)
+    return Tile("Training tokens", compact(as_number(last.get("tokens"))), steps)
 
 
-def _repetition(greedy: Row) -> Figure:
+def _repetition(greedy: Row) -> Tile:
     share = as_number(greedy.get("distinct_4grams"))
-    return Figure(
+    return Tile(
         "Distinct 4-grams, greedy",
         fixed(share),
         "share of the generated text's 4-grams; low means it repeats itself",

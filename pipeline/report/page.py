@@ -1,26 +1,42 @@
-"""The page as a whole: sections in order, put into the template, written in one piece."""
+"""`report.html`: the sections of a run's page, in order."""
 
-import os
-from importlib import resources
+import re
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from markupsafe import Markup
 
 from pipeline.report import plots
-from pipeline.report.generation import generation_section
 from pipeline.report.headline import headline, warnings
-from pipeline.report.read import Run, read_run
+from pipeline.report.read import Row, Run, as_number, read_run
 from pipeline.report.standing import (
-    Starts,
     read_starts,
     skipped_shards,
-    standing_section,
+    standing_tables,
 )
-from pipeline.report.svg import Chart
-from pipeline.report.tables import acceptance_table, eval_table, sources_table
-from pipeline.report.wording import compact, escape
-from tidar_common.run_files import newest_checkpoint
+from tidar_common.figures import chart_grid
+from tidar_common.files import write_text_atomic
+from tidar_common.page import Section, page, render, visible
+from tidar_common.run_files import METHOD_LABELS, METRICS, newest_checkpoint
+from tidar_common.tables import MISSING, Table, compact, fixed, percent
 
 FILE_NAME = "report.html"
+PROMPT_CHARACTERS = 480
+FOOTER = (
+    "TiDAR: Think in Diffusion, Talk in Autoregression (arXiv 2511.08923). Made from config.yaml, "
+    "metrics.jsonl and evals/ of this run; rebuild with python -m pipeline.report RUN_DIR."
+)
+ACCEPTANCE = Markup(
+    "<p>A draft is accepted when the AR half of the same model agrees with it. Position 1 is the "
+    "first token after the one that the verifier itself has set. <em>While decoding</em>: share of "
+    "the steps that got as far as this position in which its draft was accepted. "
+    "<em>Teacher-forced</em>: the acceptance to expect on held-out text. <em>Unigram draft</em>: "
+    "what a draft without any knowledge of the context would get. <em>Bigram draft</em>: what a "
+    "table of token pairs would get, which knows the token before the position; only a lead over "
+    "it is worth a model.</p>"
+)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -38,54 +54,33 @@ def build_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     checkpoint = newest_checkpoint(run_dir)
     run = read_run(run_dir)
-    updated = (run_dir / "metrics.jsonl").stat().st_mtime
-    page = render(run, read_starts(run_dir), checkpoint, updated, skipped_shards(run_dir))
+    standing = standing_tables(
+        run,
+        read_starts(run_dir),
+        checkpoint,
+        (run_dir / METRICS).stat().st_mtime,
+        skipped_shards(run_dir),
+    )
+    text = page(
+        run.name,
+        _sections(run, standing),
+        kicker="TiDAR training report",
+        subtitle=_subtitle(run),
+        tiles=headline(run),
+        warnings=[*warnings(run), *run.notices],
+        footer=FOOTER,
+    )
     target = run_dir / FILE_NAME
-    partial = run_dir / f".{FILE_NAME}.{os.getpid()}"
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text_atomic(target, text)
     return target
 
 
-def render(
-    run: Run,
-    starts: Starts | None = None,
-    checkpoint: str | None = None,
-    updated: float | None = None,
-    skipped: str | None = None,
-) -> str:
-    """The whole page as HTML, with the run's starts, the name of its newest checkpoint, and the
-    shards that it went on without.
-
-    `updated` is when the last step was recorded, in seconds since the epoch.
-    """
-    standing = standing_section(run, starts, checkpoint, updated, skipped)
-    package = resources.files("pipeline.report")
-    parts = {
-        "title": escape(f"{run.name}: TiDAR training report"),
-        "name": escape(run.name),
-        "subtitle": escape(_subtitle(run)),
-        "figures": "\n".join(figure.draw() for figure in headline(run)),
-        "warnings": _warnings(run),
-        "sections": "\n".join(_sections(run, standing)),
-        "style": package.joinpath("style.css").read_text(encoding="utf-8"),
-        "script": package.joinpath("script.js").read_text(encoding="utf-8"),
-    }
-    template = package.joinpath("template.html").read_text(encoding="utf-8")
-    return Template(template).substitute(parts)
-
-
 def _subtitle(run: Run) -> str:
-    last = run.metrics[-1]
     objective = run.setting("objective", "name") or run.setting("objective", "kind")
     if objective is None and isinstance(run.setting("objective"), str):
         objective = run.setting("objective")
-    parts = [f"step {last['step']:,}"]
-    if objective:
-        parts.insert(0, f"objective {objective}")
+    parts = [f"objective {objective}"] if objective else []
+    parts.append(f"step {run.metrics[-1]['step']:,}")
     if run.block_size:
         parts.append(f"block length {run.block_size}")
     if run.parameters:
@@ -95,63 +90,157 @@ def _subtitle(run: Run) -> str:
     return " · ".join(parts)
 
 
-def _warnings(run: Run) -> str:
-    lines = [*warnings(run), *run.notices]
-    if not lines:
-        return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<aside class="warnings"><h2>Read with care</h2><ul>{items}</ul></aside>'
-
-
-def _sections(run: Run, standing: str) -> list[str]:
+def _sections(run: Run, standing: list[Table]) -> list[Section]:
     sections = []
     if run.example is not None:
-        sections.append(
-            _section("A generation, forward by forward", generation_section(run.example))
-        )
-    decoding = plots.decode_charts(run)
-    if decoding:
-        sections.append(_section("Decode speed over training", _grid(decoding, 3)))
-    acceptance = plots.acceptance_charts(run)
-    if acceptance:
-        sections.append(_section("What the drafts are worth", _ACCEPTANCE + _grid(acceptance, 2)))
-    sections.append(_section("Loss", _grid(plots.loss_charts(run), 2)))
-    sections.append(_section("Training", _grid(plots.training_charts(run), 3)))
+        sections.append(Section("A generation, forward by forward", generation(run.example)))
+    if decoding := plots.decode_charts(run):
+        sections.append(Section("Decode speed over training", chart_grid(decoding, 3)))
+    if acceptance := plots.acceptance_charts(run):
+        body = ACCEPTANCE + chart_grid(acceptance, 2)
+        sections.append(Section("What the drafts are worth", body))
+    sections.append(Section("Loss", chart_grid(plots.loss_charts(run), 2)))
+    sections.append(Section("Training", chart_grid(plots.training_charts(run), 3)))
     if run.evals:
-        sections.append(_section(f"Eval at step {run.evals[-1]['step']:,}", _tables(run)))
+        sections += _eval_sections(run)
     else:
         sections.append(
-            _section("Evals", '<p class="empty">No decode-speed eval has been recorded yet.</p>')
+            Section("Evals", Markup("<p>No decode-speed eval has been recorded yet.</p>"))
         )
-    sections.append(_section("Where the run stands", standing))
+    tables = Markup("").join(table.html() for table in standing)
+    sections.append(Section("Where the run stands", tables))
     if run.config_text:
-        config = f"<pre>{escape(run.config_text)}</pre>"
-        sections.append(f"<details><summary>Resolved config</summary>{config}</details>")
+        config = Markup("<pre>{}</pre>").format(visible(run.config_text))
+        sections.append(Section("Resolved config", config, folded=True))
     return sections
 
 
-_ACCEPTANCE = (
-    "<p>A draft is accepted when the AR half of the same model agrees with it. Position 1 is the "
-    "first token after the one that the verifier itself has set. <em>While decoding</em>: share of "
-    "the steps that got as far as this position in which its draft was accepted. "
-    "<em>Teacher-forced</em>: the acceptance to expect on held-out text. <em>Unigram draft</em>: "
-    "what a draft without any knowledge of the context would get. <em>Bigram draft</em>: what a "
-    "table of token pairs would get, which knows the token before the position; only a lead over "
-    "it is worth a model.</p>"
+def generation(example: Row) -> Markup:
+    """A real generation, with each token coloured by the forward pass that produced it."""
+    tokens: list[dict[str, Any]] = example["tokens"]
+    forwards = [
+        (int(forward), [_white_space_shown(str(token["text"])) for token in members])
+        for forward, members in groupby(tokens, key=lambda token: token["forward"])
+    ]
+    if not forwards:
+        return Markup('<p class="empty">The last eval generated no tokens.</p>')
+    prompt = str(example.get("prompt", ""))
+    cut = "…" if len(prompt) > PROMPT_CHARACTERS else ""
+    temperature = float(example.get("temperature", 0.0))
+    how = "greedy" if temperature == 0 else f"T = {temperature:g}"
+    method = METHOD_LABELS.get(str(example.get("method")), "this model")
+    sizes = [len(texts) for _, texts in forwards]
+    counts = [f"{size}: {sizes.count(size)}×" for size in range(1, max(sizes) + 1)]
+    return render(
+        "generation.html",
+        sentence=f"{len(tokens)} tokens from {len(forwards)} forwards "
+        f"({len(tokens) / len(forwards):.2f} tokens per forward) by {method}, {how}, after "
+        f"{example.get('step', '?')} training steps. The prompt is grey. Tokens on one background "
+        "came from the same forward pass.",
+        prompt=_white_space_shown(cut + prompt[-PROMPT_CHARACTERS:]),
+        forwards=forwards,
+        most=max(sizes),
+        counts=", ".join(counts),
+    )
+
+
+def _white_space_shown(text: str) -> Markup:
+    """Text whose white space shows; what is copied from the page is still the text, but for control
+    characters. The style sheet draws the marks on elements around the real characters."""
+    text = text.replace("\r\n", "␍\n").replace("\r", "␍")
+    kinds = {" ": "space", "\t": "tab", "\n": "newline"}
+    return Markup("").join(
+        Markup('<i class="{}">{}</i>').format(kinds[part], part) if part in kinds else visible(part)
+        for part in re.split(r"([ \t\n])", text)
+    )
+
+
+def _number(digits: int, scale: float = 1, unit: str = "") -> Callable[[Any], str]:
+    def show(value: Any) -> str:
+        number = as_number(value)
+        return MISSING if number is None else fixed(scale * number, digits) + unit
+
+    return show
+
+
+def _share(value: Any) -> str:
+    return percent(as_number(value))
+
+
+EVAL_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("method", "method", lambda name: METHOD_LABELS.get(name, str(name))),
+    ("temperature", "temperature", _number(1)),
+    ("prompts", "prompts", _number(0)),
+    ("tokens", "tokens", _number(0)),
+    ("forwards", "forwards", _number(0)),
+    ("tokens per forward", "tokens_per_forward", _number(2)),
+    ("tokens/s", "tokens_per_second", _number(1)),
+    ("speed over AR", "speedup_over_ar", _number(2, unit="×")),
+    ("conversion", "conversion", _share),
+    ("queries per forward", "queries_per_forward", _number(0)),
+    ("ms per forward", "seconds_per_decoding_forward", _number(1, 1e3)),
+    ("exact match with AR", "exact_match_ar", _share),
+    ("largest logit gap at a difference", "largest_divergence_gap", _number(2)),
+    ("distinct 4\N{NON-BREAKING HYPHEN}grams", "distinct_4grams", _number(2)),
+    ("peak memory", "peak_memory_bytes", _number(2, 2**-30, " GiB")),
+)
+"""Head, key of a row, and how a value is shown."""
+SOURCE_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("AR loss", "ar_loss", _number(3)),
+    ("diffusion loss", "diffusion_loss", _number(3)),
+    ("expected tokens per forward", "expected_tokens_per_forward", _number(2)),
+    ("of a unigram draft", "unigram_expected_tokens_per_forward", _number(2)),
+    ("of a bigram draft", "bigram_expected_tokens_per_forward", _number(2)),
+    ("of the draft head alone", "recurrent_expected_tokens_per_forward", _number(2)),
+    ("calibration error", "draft_calibration_error", _number(3)),
 )
 
 
-def _tables(run: Run) -> str:
-    numbers = acceptance_table(run)
-    folded = f"<details><summary>Acceptance in numbers</summary>{numbers}</details>"
-    sources = sources_table(run)
-    by_source = f"<h3>Held-out text by source</h3>{sources}" if sources else ""
-    return eval_table(run) + (folded if numbers else "") + by_source
+def _eval_sections(run: Run) -> list[Section]:
+    """The last eval: methods, acceptance in numbers, and drafts on each source of the text."""
+    rows = sorted(run.latest_rows(), key=lambda row: (row["temperature"], row["method"]))
+    table = Table(
+        [head for head, _, _ in EVAL_COLUMNS],
+        [[show(row.get(key)) for _, key, show in EVAL_COLUMNS] for row in rows],
+    )
+    sections = [Section(f"Eval at step {run.evals[-1]['step']:,}", table.html())]
+    if (acceptance := _acceptance_table(run)) is not None:
+        sections.append(Section("Acceptance in numbers", acceptance.html(), folded=True))
+    if (sources := _sources_table(run)) is not None:
+        sections.append(Section("Held-out text by source", sources.html()))
+    return sections
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+def _acceptance_table(run: Run) -> Table | None:
+    """The numbers behind the acceptance charts; None when TiDAR was not measured."""
+    body = [
+        [measure, fixed(temperature, 1), *map(fixed, _values(row, key))]
+        for temperature in (0.0, 1.0)
+        if (row := run.last_eval("tidar", temperature)) is not None
+        for key, measure, *_ in plots.ACCEPTANCE
+    ]
+    positions = max(map(len, body), default=2) - 2
+    if not positions:
+        return None
+    return Table(("measure", "temperature", *map(str, range(1, positions + 1))), body)
 
 
-def _grid(charts: list[Chart], columns: int) -> str:
-    return f'<div class="grid g{columns}">{"".join(chart.draw() for chart in charts)}</div>'
+def _sources_table(run: Run) -> Table | None:
+    """How drafts do on each source of held-out text, at the last eval; None without sources."""
+    body = []
+    for temperature in (0.0, 1.0):
+        row = run.last_eval("tidar", temperature)
+        sources = row.get("by_source") if row else None
+        for source, own in (sources if isinstance(sources, Mapping) else {}).items():
+            cells = [show(own.get(key)) for _, key, show in SOURCE_COLUMNS]
+            kept = map(fixed, _values(own, "teacher_forced_survival"))
+            body.append([source, fixed(temperature, 1), *cells, *kept])
+    if not body:
+        return None
+    head = ["source", "temperature", *(name for name, _, _ in SOURCE_COLUMNS)]
+    positions = max(map(len, body)) - len(head)
+    return Table([*head, *(f"kept up to {n}" for n in range(1, positions + 1))], body)
+
+
+def _values(row: Row, key: str) -> list[float | None]:
+    return [value for _, value in plots.by_position(row, key)]

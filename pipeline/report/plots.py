@@ -1,230 +1,160 @@
 """The charts of a run: which numbers go on which axes, and what the reader should know of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.report.read import Row, Run, as_number
-from pipeline.report.svg import Chart, Point, Reference, Series
-from pipeline.report.wording import percent
+from tidar_common.figures import Chart, Point, Series
+from tidar_common.tables import percent
 
 MAX_DRAWN_POINTS = 600
+ACCEPTANCE = (
+    ("acceptance_by_position", "while decoding", True, False, "circle"),
+    ("teacher_forced_acceptance", "teacher-forced", True, True, "ring"),
+    ("unigram_acceptance", "unigram draft", False, True, "square"),
+    ("bigram_acceptance", "bigram draft", False, False, "ring"),
+    ("recurrent_acceptance", "draft head without slots", True, True, "square"),
+)
+"""Key of a row, name, whether in the temperature's colour, dashed, marker."""
 TEMPERATURES = ((0.0, "greedy", "greedy", "circle"), (1.0, "T = 1", "sampled", "square"))
 
 
 def loss_charts(run: Run) -> list[Chart]:
     """Training losses by step, and held-out losses by eval where there are any."""
-    series = [
-        *smoothed("AR", run.column("loss_ar"), "ar"),
-        *smoothed("diffusion", run.column("loss_diffusion"), "diffusion"),
-    ]
-    charts = [
-        Chart(
-            "Training loss",
-            series,
-            "step",
-            "nats per token",
-            note=f"Faint: every step. Bold: mean over {window(len(run.metrics))} steps around it.",
-            references=entropy_line(run),
-            x_end=last_step(run),
-        )
-    ]
-    if run.evals:
-        charts.append(_heldout_chart(run))
-    return charts
-
-
-def _heldout_chart(run: Run) -> Chart:
-    ar = per_eval(run, "ar_loss")
-    diffusion = per_eval(run, "diffusion_loss")
-    unigram = per_eval(run, "unigram_loss")
-    return Chart(
+    training = _by_step(
+        run,
+        "Training loss",
+        [
+            *smoothed("AR", run.column("loss_ar"), "ar"),
+            *smoothed("diffusion", run.column("loss_diffusion"), "diffusion"),
+        ],
+        "nats per token",
+        f"Faint: every step. Bold: mean over {window(len(run.metrics))} steps around it.",
+        reference=unigram_entropy(run),
+    )
+    if not run.evals:
+        return [replace(training, small=False)]
+    unigram = Series("unigram model", per_eval(run, "unigram_loss"), "quiet", True, marker="ring")
+    heldout = _by_step(
+        run,
         "Held-out loss",
         [
-            Series("AR", ar, "ar", marker="circle"),
-            Series("diffusion", diffusion, "diffusion", marker="square"),
-            Series("unigram model", unigram, "quiet", dashed=True, marker="ring"),
+            Series("AR", per_eval(run, "ar_loss"), "ar", marker="circle"),
+            Series("diffusion", per_eval(run, "diffusion_loss"), "diffusion", marker="square"),
+            unigram,
         ],
-        "step",
         "nats per token",
-        note="Teacher-forced, on documents never trained on. The unigram model knows only how "
-        "frequent each token is in the training text.",
-        references=entropy_line(run) if not any(y is not None for _, y in unigram) else (),
-        x_end=last_step(run),
+        "Teacher-forced, on documents never trained on. The unigram model knows only how frequent "
+        "each token is in the training text.",
+        reference=None if unigram.has_values else unigram_entropy(run),
     )
+    return [replace(chart, small=False) for chart in (training, heldout)]
 
 
 def acceptance_charts(run: Run) -> list[Chart]:
     """Acceptance by draft position at the last eval, one chart per temperature."""
-    charts = []
-    for temperature, words, color, _ in TEMPERATURES:
-        row = run.last_eval("tidar", temperature)
-        if row is None:
-            continue
-        series = [
-            Series(
-                "while decoding", by_position(row, "acceptance_by_position"), color, marker="circle"
-            ),
-            Series(
-                "teacher-forced",
-                by_position(row, "teacher_forced_acceptance"),
-                color,
-                dashed=True,
-                marker="ring",
-            ),
-            Series(
-                "unigram draft",
-                by_position(row, "unigram_acceptance"),
-                "quiet",
-                dashed=True,
-                marker="square",
-            ),
-            Series("bigram draft", by_position(row, "bigram_acceptance"), "quiet", marker="ring"),
-            Series(
-                "draft head without slots",
-                by_position(row, "recurrent_acceptance"),
-                color,
-                dashed=True,
-                marker="square",
-            ),
-        ]
-        charts.append(
-            Chart(
-                f"Acceptance by draft position, {words}",
-                series,
-                "draft position",
-                "share accepted",
-                y_range=(0.0, 1.0),
-            )
+    return [
+        Chart(
+            f"Acceptance by draft position, {words}",
+            [
+                Series(measure, by_position(row, key), color if own else "quiet", dashed,
+                       marker=marker)
+                for key, measure, own, dashed, marker in ACCEPTANCE
+            ],
+            "draft position",
+            "share accepted",
+            y_range=(0.0, 1.0),
         )
-    return charts
+        for temperature, words, color, _ in TEMPERATURES
+        if (row := run.last_eval("tidar", temperature)) is not None
+    ]  # fmt: skip
 
 
 def decode_charts(run: Run) -> list[Chart]:
     """Tokens per forward, speed over AR and repetition, by step; none for a run without drafts."""
     limit = f"Between 1 and the block length {run.block_size}. " if run.block_size else ""
     charts = [
-        Chart(
+        _by_step(
+            run,
             "Tokens per forward",
             _both_temperatures(run, "tokens_per_forward"),
-            "step",
             "tokens per forward",
-            note=limit + "Prefill counts as a forward.",
-            references=[Reference(1.0, "one token per forward (AR)")],
-            small=True,
-            x_end=last_step(run),
+            limit + "Prefill counts as a forward.",
+            reference=(1.0, "one token per forward (AR)"),
         ),
-        Chart(
+        _by_step(
+            run,
             "Speed over AR",
             _both_temperatures(run, "speedup_over_ar"),
-            "step",
             "× AR tokens/s",
-            note="Wall-clock tokens per second of TiDAR over those of AR decoding: same weights, "
-            "same prompts, same machine.",
-            references=[Reference(1.0, "as fast as AR")],
+            "Wall-clock tokens per second of TiDAR over those of AR decoding: same weights, same "
+            "prompts, same machine.",
+            reference=(1.0, "as fast as AR"),
             y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
         ),
-        Chart(
+        _by_step(
+            run,
             "Distinct 4-grams",
             _both_temperatures(run, "distinct_4grams"),
-            "step",
             "share distinct",
-            note="Of the generated text. Text that repeats itself is easy to draft, so tokens per "
+            "Of the generated text. Text that repeats itself is easy to draft, so tokens per "
             "forward means little where this is low.",
-            references=[Reference(0.5, "below: much repetition")],
+            reference=(0.5, "below: much repetition"),
             y_range=(0.0, 1.0),
-            small=True,
-            x_end=last_step(run),
         ),
     ]
-    return _with_values(charts)
+    return [chart for chart in charts if chart.has_values]
 
 
 def training_charts(run: Run) -> list[Chart]:
-    """Throughput, gradient norm, learning rate, use of the machine and the mask token by step."""
-    throughput = run.column("tokens_per_second")
+    """Throughput, gradient norm, learning rate, rate of model FLOPs (as a share of the peak where
+    that is known), memory and the mask token by step."""
     waiting = share_waiting(run)
     note = "" if waiting is None else f"Waiting for data: {percent(waiting, 1)} of the time."
-    charts = [
-        Chart(
-            "Training throughput",
-            smoothed("clean tokens/s", throughput, "ar"),
-            "step",
-            "tokens/s",
-            note=note,
-            y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
-        ),
-        Chart(
-            "Gradient norm",
-            smoothed("before clipping", run.column("grad_norm"), "ar"),
-            "step",
-            "L2 norm",
-            y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
-        ),
-        Chart(
-            "Learning rate",
-            [Series("learning rate", thin(run.column("learning_rate")), "ar")],
-            "step",
-            "learning rate",
-            y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
-        ),
-        *machine_charts(run),
-        Chart(
-            "Mask token's embedding",
-            [Series("norm", thin(run.column("mask_embedding_norm")), "diffusion")],
-            "step",
-            "L2 norm",
-            small=True,
-            x_end=last_step(run),
-        ),
-    ]
-    return _with_values(charts)
-
-
-def machine_charts(run: Run) -> list[Chart]:
-    """Rate of model FLOPs, as a share of the peak where that is known, and memory."""
-    utilisation = run.column("mfu")
-    known = any(value is not None for _, value in utilisation)
-    rate = utilisation if known else run.column("model_tflops")
+    known = any(value is not None for _, value in run.column("mfu"))
+    flops, unit, column = (
+        ("Model FLOPs utilisation", "share of the peak", "mfu")
+        if known
+        else ("Model FLOPs a second", "TFLOP/s", "model_tflops")
+    )
     memory = [
         (step, None if value is None else value / 2**30)
         for step, value in run.column("peak_memory_bytes")
     ]
-    return [
-        Chart(
-            "Model FLOPs utilisation" if known else "Model FLOPs a second",
-            smoothed("a process", rate, "ar"),
-            "step",
-            "share of the peak" if known else "TFLOP/s",
-            y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
-        ),
-        Chart(
-            "Peak memory",
-            [Series("rank 0", thin(memory), "ar")],
-            "step",
-            "GiB",
-            y_range=(0.0, None),
-            small=True,
-            x_end=last_step(run),
-        ),
-    ]
+    from_zero: tuple[float | None, float | None] = (0.0, None)
+    charts = [
+        _by_step(run, "Training throughput",
+                 smoothed("clean tokens/s", run.column("tokens_per_second"), "ar"), "tokens/s",
+                 note, y_range=from_zero),
+        _by_step(run, "Gradient norm",
+                 smoothed("before clipping", run.column("grad_norm"), "ar"), "L2 norm",
+                 y_range=from_zero),
+        _by_step(run, "Learning rate",
+                 [Series("learning rate", thin(run.column("learning_rate")), "ar")],
+                 "learning rate", y_range=from_zero),
+        _by_step(run, flops, smoothed("a process", run.column(column), "ar"), unit,
+                 y_range=from_zero),
+        _by_step(run, "Peak memory", [Series("rank 0", thin(memory), "ar")], "GiB",
+                 y_range=from_zero),
+        _by_step(run, "Mask token's embedding",
+                 [Series("norm", thin(run.column("mask_embedding_norm")), "diffusion")],
+                 "L2 norm"),
+    ]  # fmt: skip
+    return [chart for chart in charts if chart.has_values]
 
 
-def _with_values(charts: list[Chart]) -> list[Chart]:
-    return [chart for chart in charts if any(series.has_values for series in chart.series)]
-
-
-def last_step(run: Run) -> float:
-    """The common end of every axis of steps, so that charts can be compared by eye."""
-    return run.metrics[-1]["step"]
+def _by_step(
+    run: Run,
+    title: str,
+    series: Sequence[Series],
+    y_label: str,
+    note: str = "",
+    reference: tuple[float, str] | None = None,
+    y_range: tuple[float | None, float | None] = (None, None),
+) -> Chart:
+    """A small chart over steps; all end at the last one, so that they can be compared by eye."""
+    end = run.metrics[-1]["step"]
+    return Chart(title, series, "step", y_label, note, reference, y_range, end, small=True)
 
 
 def share_waiting(run: Run) -> float | None:
@@ -236,11 +166,11 @@ def share_waiting(run: Run) -> float | None:
     return sum(w for w, _ in pairs) / total if total > 0 else None
 
 
-def entropy_line(run: Run) -> list[Reference]:
+def unigram_entropy(run: Run) -> tuple[float, str] | None:
     """The unigram entropy of the tokenizer's training text as a reference line."""
     values = [as_number(row.get("unigram_entropy")) for row in run.evals]
     known = [value for value in values if value is not None]
-    return [Reference(known[-1], f"unigram entropy {known[-1]:.2f}")] if known else []
+    return (known[-1], f"unigram entropy {known[-1]:.2f}") if known else None
 
 
 def per_eval(run: Run, name: str) -> list[Point]:

@@ -1,6 +1,5 @@
 """Read a run directory as it is at this moment, finished or not."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from tidar_common import jsonlines, run_files
 from tidar_common.errors import UserError
 
 Row = Mapping[str, Any]
@@ -87,13 +87,13 @@ def read_run(run_dir: Path) -> Run:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the run_dir of a training run")
     notices: list[str] = []
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / run_files.METRICS
     if not path.is_file():
         raise UserError(f"{path}: does not exist; give a run_dir in which training has started")
     metrics = _read_rows(path, ("step",), notices)
     if not metrics:
         raise UserError(f"{path}: holds no complete line; wait for the first optimizer step")
-    evals_path = run_dir / "evals" / "decode_speed.jsonl"
+    evals_path = run_dir / run_files.DECODE_SPEED
     keys = ("step", "method", "temperature")
     evals = _read_rows(evals_path, keys, notices) if evals_path.is_file() else []
     config, config_text = _read_config(run_dir / "config.yaml", notices)
@@ -103,7 +103,7 @@ def read_run(run_dir: Path) -> Run:
         config_text=config_text,
         metrics=tuple(_last_of_each(metrics, ("step",))),
         evals=tuple(_last_of_each(evals, keys)),
-        example=_read_example(run_dir / "evals" / "example.json", notices),
+        example=_read_example(run_dir / run_files.EXAMPLE, notices),
         notices=tuple(notices),
     )
 
@@ -123,11 +123,12 @@ def _read_rows(path: Path, keys: tuple[str, ...], notices: list[str]) -> list[Ro
     and the page says so.
     """
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if _has_all(_object_or_none(rest), keys):
+    if _has_all(jsonlines.whole_object(rest), keys):
         lines.append(rest)
-    rows, bad = [], []
+    rows: list[Row] = []
+    bad = []
     for number, line in enumerate(lines, start=1):
-        row = _object_or_none(line)
+        row = jsonlines.whole_object(line)
         if row is not None and _has_all(row, keys):
             rows.append(row)
         elif line.strip():
@@ -138,14 +139,6 @@ def _read_rows(path: Path, keys: tuple[str, ...], notices: list[str]) -> list[Ro
             f"the first is line {bad[0]}."
         )
     return rows
-
-
-def _object_or_none(text: str) -> Row | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _has_all(row: Row | None, keys: tuple[str, ...]) -> bool:
@@ -176,7 +169,7 @@ def _read_config(path: Path, notices: list[str]) -> tuple[Row, str]:
 def _read_example(path: Path, notices: list[str]) -> Row | None:
     if not path.is_file():
         return None
-    example = _object_or_none(path.read_text(encoding="utf-8", errors="replace"))
+    example = jsonlines.whole_object(path.read_text(encoding="utf-8", errors="replace"))
     tokens = example.get("tokens") if example else None
     whole = isinstance(tokens, list) and all(
         isinstance(token, dict) and {"text", "forward"} <= token.keys() for token in tokens

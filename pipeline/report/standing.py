@@ -1,6 +1,5 @@
 """Where a run stands, from its files alone: its starts, its newest checkpoint, its pace."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +8,14 @@ from statistics import median
 from typing import Any
 
 from pipeline.report.read import Run, as_number
-from pipeline.report.tables import table
-from pipeline.report.wording import MISSING, compact, escape, fixed
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import EVENTS, FINAL, SKIPPED_SHARDS, STARTS, Exit
+from tidar_common.tables import MISSING, Table, compact, fixed
 
-SAVED = 75
-FINAL = (0, 2, 3)
-"""Exit codes of a start after which Slurm's job goes on, or is over: docs/cluster.md."""
 PACE_STEPS = 50
 """Latest steps whose median gives the pace."""
 MOST_STARTS = 50
 """Newest starts that the page lists."""
-
-SKIPPED_SHARDS = "skipped_shards.jsonl"
-"""In the run directory: shards that the run went on without, a line each."""
 MOST_SHARDS = 3
 """Skipped shards that are named; of more the number is given."""
 
@@ -41,7 +35,7 @@ class Starts:
 
     def __str__(self) -> str:
         codes = [end.get("code") for end in self.ends]
-        saved, final = codes.count(SAVED), sum(codes.count(code) for code in FINAL)
+        saved, final = codes.count(Exit.SAVED), sum(codes.count(code) for code in FINAL)
         kinds = {
             "saved and requeued": saved,
             "crashed": len(codes) - saved - final,
@@ -50,7 +44,7 @@ class Starts:
         text = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         text = f"{self.count}" + (f": {text}" if text and self.events else "")
         last = self.ends[-1] if self.ends and not self.running else {}
-        if last.get("code") not in (None, 0, SAVED):
+        if last.get("code") not in (None, 0, Exit.SAVED):
             node = f" on {last['failed_node']}" if last.get("failed_node") else ""
             text += f"; last ended with {last['code']}{node}: {last.get('why')}"
         return text
@@ -71,7 +65,7 @@ def read_starts(run_dir: Path) -> Starts | None:
 
     Half-written lines are left out.
     """
-    events = read_objects(run_dir / "starts.jsonl")
+    events = read_whole(run_dir / STARTS)
     if events:
         return Starts(
             count=sum(event.get("event") == "start" for event in events),
@@ -79,28 +73,13 @@ def read_starts(run_dir: Path) -> Starts | None:
             running=events[-1].get("event") == "start",
             events=tuple(events),
         )
-    started = [e for e in read_objects(run_dir / "events.jsonl") if e.get("event") == "started"]
+    started = [e for e in read_whole(run_dir / EVENTS) if e.get("event") == "started"]
     return Starts(count=len(started), ends=(), running=True) if started else None
-
-
-def read_objects(path: Path) -> list[Event]:
-    """The whole JSON objects of a .jsonl file; none where there is no file."""
-    if not path.is_file():
-        return []
-    found: list[Event] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def skipped_shards(run_dir: Path) -> str | None:
     """The damaged shards that the run went on without, in words; None where there are none."""
-    found = read_objects(run_dir / SKIPPED_SHARDS)
+    found = read_whole(run_dir / SKIPPED_SHARDS)
     if not found:
         return None
     names = [
@@ -118,14 +97,14 @@ def pace_of(run: Run, name: str) -> float | None:
     return median(values) if values else None
 
 
-def standing_section(
+def standing_tables(
     run: Run,
     starts: Starts | None,
     checkpoint: str | None,
     updated: float | None,
     skipped: str | None = None,
-) -> str:
-    """Step, pace, checkpoint and what is left as a table, and below it one line for each start.
+) -> list[Table]:
+    """Step, pace, checkpoint and what is left, and a table with one line for each start.
 
     `checkpoint` names the newest one; `updated` is when the last step was recorded, in seconds
     since the epoch; `skipped` is what `skipped_shards` says.
@@ -134,43 +113,38 @@ def standing_section(
     pace = pace_of(run, "step_seconds")
     known = isinstance(steps, int) and steps > step and pace is not None
     left = (steps - step) * pace if known else None
+    ends = None if left is None or updated is None else moment(updated + left)
     rows = [
         ["step", f"{step:,} of {steps:,}" if isinstance(steps, int) else f"{step:,}"],
         ["speed", f"{compact(pace_of(run, 'tokens_per_second'))} tokens/s, {fixed(pace)} s a step"],
-        ["last checkpoint", escape(checkpoint or "none yet")],
+        ["last checkpoint", checkpoint or "none yet"],
         ["training left at this pace", MISSING if left is None else span(left)],
-        [
-            "expected end",
-            MISSING
-            if left is None or updated is None
-            else f"{moment(updated + left)}, without another stop",
-        ],
-        ["starts", escape(starts) if starts else MISSING],
+        ["expected end", MISSING if ends is None else f"{ends}, without another stop"],
+        ["starts", str(starts) if starts else MISSING],
+        *([["shards", skipped]] if skipped is not None else []),
     ]
-    if skipped is not None:
-        rows.append(["shards", escape(skipped)])
-    text = table(("", "now"), rows)
-    pairs = starts.pairs() if starts else []
-    if pairs:
+    tables = [Table((), rows, left=(0, 1))]
+    if starts and (pairs := starts.pairs()):
         head = ("start", "job", "nodes", "began", "lasted", "ended with", "checkpoint", "")
         numbered = list(enumerate(pairs, 1))[-MOST_STARTS:]
-        text += table(head, [start_cells(number, *pair) for number, pair in numbered])
-    return text
+        cells = [_start_cells(number, *pair) for number, pair in numbered]
+        tables.append(Table(head, cells, left=range(len(head))))
+    return tables
 
 
-def start_cells(number: int, start: Event, end: Event | None) -> list[str]:
+def _start_cells(number: int, start: Event, end: Event | None) -> list[str]:
     began = as_number(start.get("time"))
     ended = as_number(end.get("time")) if end else None
     node = f" (first on {end['failed_node']})" if end and end.get("failed_node") else ""
     return [
         f"{number}",
-        escape(f"{start.get('job')}, start {start.get('start')}"),
-        escape(start.get("nodes")),
+        f"{start.get('job')}, start {start.get('start')}",
+        str(start.get("nodes")),
         moment(began) if began else MISSING,
         span(ended - began) if began and ended else MISSING,
-        escape(end.get("code")) if end else "no end recorded",
-        escape(end.get("checkpoint") or MISSING) if end else MISSING,
-        escape(f"{end.get('why')}{node}") if end else "",
+        str(end.get("code")) if end else "no end recorded",
+        str(end.get("checkpoint") or MISSING) if end else MISSING,
+        f"{end.get('why')}{node}" if end else "",
     ]
 
 

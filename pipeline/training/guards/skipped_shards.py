@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.data.source import DamagedShard
 from pipeline.distributed import World
-from pipeline.report.standing import SKIPPED_SHARDS, read_objects
 from pipeline.training.moments import Event, Guard, make_event
 from pipeline.training.step import GlobalCounts
 from pipeline.training.trackers.metrics import append
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import SKIPPED_SHARDS
 
 
 class SkippedShards(Guard):
@@ -31,7 +32,7 @@ class SkippedShards(Guard):
         self._met = met
         self._world = world
         self._handed_in = 0
-        lines = read_objects(self.path) if world.is_main else []
+        lines = read_whole(self.path) if world.is_main else []
         self._known = {(line.get("set"), line.get("shard")) for line in lines}
 
     def new(self) -> int:

@@ -28,6 +28,7 @@ from pipeline.training.settings import TrainSettings
 from pipeline.training.step import StepInput, accumulate, count_globally
 from tidar_common.errors import UserError
 from tidar_common.files import sha256_of
+from tidar_common.tables import Table
 
 SAME = ("python", "torch", "deepspeed", "cuda", "device", "manifest")
 """What has to be equal on all ranks."""
@@ -152,15 +153,11 @@ def table(reports: list[dict[str, Any]]) -> str:
     """One line per rank."""
     columns = ["rank", "host", "python", "torch", "deepspeed", "cuda", "device",
                "free memory GiB", "free disk GiB", "manifest", "shard"]  # fmt: skip
-    cells = [columns]
+    cells = []
     for report in reports:
         values = [report[column] for column in columns]
         cells.append([f"{v:.1f}" if isinstance(v, float) else str(v) for v in values])
-    widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return Table(columns, cells, left=range(len(columns))).text()
 
 
 def try_step(

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from pipeline.report.page import generation
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.state import TrainState
 from pipeline.training.trackers.environment import describe_environment
 from pipeline.training.trackers.naming import eval_values, step_values
-from pipeline.training.trackers.pictures import acceptance_page, generation_page
+from tidar_common.figures import heat_map
+from tidar_common.page import Section, page
 
 MODES = ("offline", "online", "disabled")
 OVER_TOKENS = ("train/*", "decode/*")
@@ -32,6 +36,9 @@ SOURCES_TABLE = (
     "draft_calibration_error", "teacher_forced_acceptance", "teacher_forced_survival",
 )  # fmt: skip
 """Columns of the table by source of the text, behind step, temperature and source."""
+
+MOST_EVALS = 40
+"""That a heat map shows; of more, as many as fit are picked evenly, the last included."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +157,15 @@ class Wandb(Tracker):
             values["decode/sources"] = wandb.Table(columns=names, data=sources)
         for temperature in sorted({row["temperature"] for row in rows}):
             of_it = [r for r in rows if (r["method"], r["temperature"]) == ("tidar", temperature)]
-            page = acceptance_page(of_it)
-            if page is not None:
+            body = acceptance_map(of_it)
+            if body is not None:
                 name = f"decode/acceptance_temperature_{temperature:g}"
-                values[name] = wandb.Html(page, inject=False)
+                values[name] = wandb.Html(page("Acceptance", [Section("", body)]), inject=False)
         example = evals / "example.json"
         if example.is_file():
             content = json.loads(example.read_text(encoding="utf-8"))
-            values["decode/generation"] = wandb.Html(generation_page(content), inject=False)
+            shown = page("Generation", [Section("", generation(content))])
+            values["decode/generation"] = wandb.Html(shown, inject=False)
         self.run.log(values, step=step)
 
     def _log_checkpoint(self, step: int, name: str) -> None:
@@ -184,6 +192,24 @@ class Wandb(Tracker):
                 f"warning: W&B could not {what} ({error}); training goes on without it, "
                 "metrics.jsonl has all numbers"
             )
+
+
+def acceptance_map(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """A heat map of the rows' `acceptance_by_position`, one line an eval; None without any.
+
+    Args:
+        rows: of one method and temperature, in order of step.
+    """
+    rows = [row for row in rows if row.get("acceptance_by_position")]
+    if not rows:
+        return None
+    if len(rows) > MOST_EVALS:
+        last = len(rows) - 1
+        rows = [rows[round(i * last / (MOST_EVALS - 1))] for i in range(MOST_EVALS)]
+    text = "Share of drafts accepted, by position in the block (across) and step (down)."
+    names = [str(row["step"]) for row in rows]
+    shares = [row["acceptance_by_position"] for row in rows]
+    return Markup("<p>{}</p>").format(text) + heat_map(names, shares, text)
 
 
 def sources_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

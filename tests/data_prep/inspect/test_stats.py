@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from test_prepare import texts_of
 
-from data_prep.bars import Bar, BarChart, page
 from data_prep.formats.manifest import CHECKSUM, MANIFEST, Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.inspect.stats import charts, piece_lengths, read_contents, write_page
 from tidar_common.config import config_hash
+from tidar_common.figures import Bar, BarChart, chart_grid
+from tidar_common.page import Section, page
 
 
 def test_lengths_are_those_of_the_pieces(prepared, tokenizer):
@@ -50,7 +51,7 @@ def test_the_command_prints_them(command, copied, overrides):
     assert result.code == 0, result.err
     manifest = Manifest.load(copied)
     assert f"train: {manifest.train.documents:,} documents, {manifest.train.tokens:,}" in result.out
-    assert "64 to      127" in result.out
+    assert "  64 to 127" in result.out
     assert "####" in result.out
     assert "0 of them though they fit" in result.out
     assert result.out.splitlines()[-1] == str(copied / "stats.html")
@@ -70,31 +71,37 @@ def test_a_page_that_cannot_be_written_is_one_line(command, copied):
 
 
 class Drawn(HTMLParser):
-    """The bars of a page: of each figure by title, the label and what is shown, and the widths."""
+    """The bars of a page: of each figure by title, the texts in it, and the widths."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.figures: dict[str, list[str]] = {}
         self.widths: dict[str, list[float]] = {}
-        self.loads: list[str] = []
         self._within = self._title = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self._within = tag
-        self.loads += [value for name, value in attrs if name in ("src", "href")]
-        if tag == "rect":
-            self.widths[self._title].append(float(dict(attrs)["width"]))
+        drawn = dict(attrs)
+        if tag == "path" and drawn.get("style") == "fill: var(--ar)":
+            places = [float(x) for x in re.findall(r"[ML] ([\d.]+)", drawn["d"])]
+            self.widths[self._title].append(max(places) - min(places))
 
     def handle_endtag(self, tag):
         self._within = ""
 
     def handle_data(self, data):
-        if self._within == "h2":
+        if self._within == "h3":
             self._title = data
             self.figures[data], self.widths[data] = [], []
-        elif self._within == "title" and self._title and data not in self.figures[self._title]:
+        elif self._within == "text":
             self.figures[self._title].append(data)
+
+    def bars(self, title: str) -> list[str]:
+        """Label and what is shown of each bar."""
+        half = len(self.figures[title]) // 2
+        pairs = zip(self.figures[title][:half], self.figures[title][half:], strict=True)
+        return [f"{label}: {shown}" for label, shown in pairs]
 
 
 def test_the_page_has_what_the_folder_holds(copied):
@@ -115,30 +122,30 @@ def test_the_page_has_what_the_folder_holds(copied):
     text = write_page(contents).read_text()
     assert write_page(contents).read_text() == text
     drawn = Drawn(text)
-    assert drawn.loads == []
-    figures, total = drawn.figures, contents.tokens
-    assert figures["Length in tokens"] == [
+    assert not re.search(r" (src|href)=", text)
+    total = contents.tokens
+    assert drawn.bars("Length in tokens") == [
         f"{1 << power:,} to {(2 << power) - 1:,}: {contents.lengths[power]:,}"
         for power in range(min(contents.lengths), max(contents.lengths) + 1)
     ]
-    assert figures["Tokens by source"] == [
+    assert drawn.bars("Tokens by source") == [
         f"code: 300 ({300 / total:.1%}, read 2.50 times)",
         f"web <1>: 100 ({100 / total:.1%})",
     ]
-    assert figures["Tokens per byte by source"] == ["code: 0.500", "web <1>: 0.250"]
-    assert figures["Documents left out"] == [
+    assert drawn.bars("Tokens per byte by source") == ["code: 0.500", "web <1>: 0.250"]
+    assert drawn.bars("Documents left out") == [
         "filtered: quality: short: 50 (5.00%)",
         "filtered: duplicate: exact: 30 (3.00%)",
         "refused: empty: 20 (2.00%)",
     ]
     train = contents.manifest.train
     share = train.padding / (train.padding + train.tokens)
-    assert figures["Padding"][0] == f"train: {share:.3%} ({train.padding:,} tokens)"
+    assert drawn.bars("Padding")[0] == f"train: {share:.3%} ({train.padding:,} tokens)"
     cut = f"{train.cut_documents:,} ({train.cut_documents / train.documents:.1%})"
-    assert figures["Documents cut"][:2] == [
+    assert drawn.bars("Documents cut")[:2] == [
         f"train: longer than a sequence: {cut}", "train: would have fitted: 0 (0.0%)"
     ]  # fmt: skip
-    assert re.search('class="mark"', text)
+    assert text.count("stroke: var(--diffusion)") == 1, "the mark of the padding"
     # Bars are in proportion, from a common zero.
     longest, other = drawn.widths["Tokens by source"]
     assert other == pytest.approx(longest / 3, abs=0.1)
@@ -161,13 +168,15 @@ def test_more_reasons_than_bars_are_counted(copied):
 
 def test_any_name_can_be_drawn():
     odd = "\ud800\x00<b>" + "long " * 20
-    text = page(odd, [odd], [BarChart("t", [Bar(odd, 0.0, "0")]), BarChart("none", [])])
+    charts = chart_grid([BarChart("t", [Bar(odd, 0.0, "$x$")]), BarChart("none", [])])
+    text = page(odd, [Section(odd, charts)], paragraphs=[odd])
     text.encode()
     assert "<b>" not in text
     assert "\\ud800" in text
     assert "\x00" not in text
     assert "…</text>" in text
     assert "None." in text
+    assert ">$x$<" in text
 
 
 def test_a_folder_without_data_is_named(command, tmp_path):

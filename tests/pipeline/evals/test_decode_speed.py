@@ -22,7 +22,7 @@ from pipeline.decoding.latency import LatencyCurve
 from pipeline.evals import decoding_runs
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.decoding_runs import divergence_gap
-from pipeline.evals.markdown import comparison_table
+from pipeline.evals.run import comparison_table
 from pipeline.objective.acceptance import score_drafts
 from tidar_common.errors import UserError
 
@@ -212,11 +212,11 @@ def test_speeds_are_medians_over_repeats_with_their_range(data, model, monkeypat
     decoding = 12 / (tidar["forwards"] - 1)
     assert tidar["tokens_per_decoding_forward"] == decoding
     assert tidar["peak_memory_bytes"] is None
-    table = comparison_table([ar, tidar]).splitlines()
+    table = comparison_table([ar, tidar]).markdown().splitlines()
     assert [line.count("|") for line in table] == [9] * 4
     assert table[3].startswith("| TiDAR | 0 | 4 |")
     assert "| 0.50× (0.33 to 0.83) |" in table[3]
-    assert table[3].endswith("| 100% of 1 |")
+    assert table[3].endswith("| 100 % of 1 |")
 
 
 def test_prompt_lookup_stands_beside_them(data, model):
@@ -259,7 +259,8 @@ def test_every_method_stands_in_one_table(data, model, tmp_path):
     assert speculative["exact_match_ar"] == 1.0
     assert speculative["acceptance_by_position"] == pytest.approx([1.0] * 7)
     assert rows["block_diffusion", 0.0]["exact_match_ar"] < 1.0  # lossy, and said so
-    assert "| block diffusion | 0 | 4 |" in comparison_table(list(rows.values()))
+    table = comparison_table(list(rows.values())).markdown()
+    assert "| block diffusion (not lossless) | 0 | 4 |" in table
 
 
 def test_a_draft_checkpoint_of_another_tokenizer_is_refused(data, model, tmp_path):

@@ -21,11 +21,11 @@ from pipeline.evals.run import (
     EvaluateSettings,
     Origin,
     describe,
+    measures_table,
     open_heldout,
     run_evals,
     write_results,
 )
-from pipeline.evals.table import show, text_table
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 
@@ -227,16 +227,15 @@ def test_table():
         {"method": "ar", "loss": 1.23456, "tokens": 12345, "rates": None, "none": None},
         {"method": "tidar", "loss": None, "rates": [0.5, None, 1.0], "b_by_place": [2.0, 3.0]},
     ]
-    assert text_table(columns).splitlines() == [
+    assert measures_table(columns).text().splitlines() == [
         "method            ar  tidar",
-        "loss           1.235      -",
-        "tokens        12,345      -",
-        "rates 1            -    0.5",
-        "rates 3            -      1",
-        "b_by_place 0       -      2",
-        "b_by_place 1       -      3",
+        "loss           1.235      –",
+        "tokens        12,345      –",
+        "rates 1            –    0.5",
+        "rates 3            –      1",
+        "b_by_place 0       –      2",
+        "b_by_place 1       –      3",
     ]
-    assert (show(123456.0), show(True), show(None)) == ("1.235e+05", "yes", "-")
 
 
 def test_the_command_on_a_trained_run(trained_run, tmp_path):

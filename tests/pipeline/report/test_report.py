@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.report import build_report
+from pipeline.report.headline import warnings
+from pipeline.report.read import read_run
 from tests.pipeline.report.page import page_of
 from tests.pipeline.report.written_run import CODE, write_lines, write_run
 from tidar_common.errors import UserError
@@ -23,7 +25,10 @@ def test_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "demo"))
     loading = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
     assert not [
-        (tag, name) for tag, attributes in page.tags for name in attributes if name in loading
+        (tag, name)
+        for tag, attributes in page.tags
+        for name, value in attributes.items()
+        if name in loading and not str(value).startswith("#")
     ]
     assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "embed", "base"}
     assert "@import" not in page.source
@@ -49,7 +54,7 @@ def test_all_sections_are_there(tmp_path: Path) -> None:
         "Eval at step 300",
     ):
         assert heading in page.headings
-    assert sum(tag == "svg" and "aria-label" in a for tag, a in page.tags) == 3 + 2 + 2 + 6 + 1
+    assert sum(tag == "svg" and "aria-label" in a for tag, a in page.tags) == 3 + 2 + 2 + 6
     for said in ("300 of 400 steps", "1.83M parameters", "stage: 2", "of 16 prompts", "100 %"):
         assert said in page.text
     assert "nan" not in page.text.lower().split()
@@ -144,11 +149,11 @@ def test_warns_of_what_looks_better_than_it_is(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     run_dir = write_run(tmp_path / "demo")
-    assert said not in page_of(run_dir).text
+    assert said not in " ".join(warnings(read_run(run_dir)))
     path = run_dir / "evals" / "decode_speed.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_lines(path, [{**row, **change} if row["method"] == "tidar" else row for row in rows])
-    assert said in page_of(run_dir).text
+    assert said in " ".join(warnings(read_run(run_dir)))
 
 
 def test_other_decoders_stand_in_the_table_and_the_chosen_step_answers_a_slow_one(
@@ -189,7 +194,7 @@ def test_ar_run_shows_no_diffusion(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "twin", objective="ar"))
     assert "Training loss" in page.headings
     assert "objective ar" in page.text
-    assert not [a for _, a in page.tags if "diffusion" in str(a.get("class")).split()]
+    assert not [a for _, a in page.tags if "var(--diffusion)" in str(a.get("style"))]
     assert "AR loss, held out" in page.text
     assert "Acceptance by draft position" not in page.text
     assert "Tokens per forward" not in page.headings

@@ -1,33 +1,22 @@
 """`inspect=N`: the picture is the attention rule, and the text says what stands in the sequence."""
 
 import shutil
-import struct
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from data_prep import picture
 from data_prep.formats.manifest import Manifest
-from data_prep.picture import NOTHING, attention_picture, png, stored_sequence
+from data_prep.inspect import picture
+from data_prep.inspect.picture import NOTHING, attention_picture, stored_sequence
 from pipeline.model.mask import dense_mask
+from tidar_common.figures import png
 
 
-def pixels_of(content: bytes) -> np.ndarray:
-    """A PNG without filters back to its pixels [height, width, 3]."""
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    chunks, place = {}, 8
-    while place < len(content):
-        (size,) = struct.unpack(">I", content[place : place + 4])
-        kind, data = content[place + 4 : place + 8], content[place + 8 : place + 8 + size]
-        (check,) = struct.unpack(">I", content[place + 8 + size : place + 12 + size])
-        assert check == zlib.crc32(kind + data)
-        chunks[kind] = data
-        place += 12 + size
-    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), dtype=np.uint8).reshape(height, -1)
-    assert not rows[:, 0].any()
-    return rows[:, 1:].reshape(height, width, 3)
+def pixels_of(path: Path) -> np.ndarray:
+    """A PNG back to its RGB pixels [height, width, 3]."""
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def test_what_is_coloured_may_be_attended_to(prepared):
@@ -64,7 +53,7 @@ def test_the_command_prints_and_draws(command, prepared, tmp_path):
     assert "document 0: 0 to" in result.out
     assert "0: nothing, 0 to 7, 0 to 7" in result.out
     drawn = attention_picture(sequence, sequence.real_tokens(manifest.tokenizer.pad_id))
-    assert np.array_equal(pixels_of(path.read_bytes()), drawn)
+    assert np.array_equal(pixels_of(path), drawn)
     assert png(drawn) == path.read_bytes()
     last = manifest.train.sequences - 1
     result = command(f"output_dir={folder}", f"inspect={last + 1}")

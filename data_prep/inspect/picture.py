@@ -4,8 +4,6 @@ The picture has a row for every query and a column for every key, the clean sect
 section: who may attend to whom. It is drawn from the documents and the table alone.
 """
 
-import struct
-import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from tidar_common.errors import UserError
+from tidar_common.figures import png
 from tidar_common.files import written_atomically
 
 LARGEST_SECTION = 1024
@@ -123,17 +122,3 @@ def attention_picture(sequence: PackedSequence, real: int) -> NDArray[np.uint8]:
             picture[rows, min(prefix, clean) : min(first, clean)] = PREFIX[block % 2]
             picture[rows, rows] = OWN
     return picture
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    """An RGB picture [height, width, 3] as a PNG file (W3C PNG, section 5)."""
-    height, width, _ = pixels.shape
-    filtered = np.zeros((height, 1 + 3 * width), dtype=np.uint8)  # filter type 0 before each row
-    filtered[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b""))
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body

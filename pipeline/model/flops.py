@@ -65,10 +65,9 @@ def step_flops(
         sequences: how many there are.
         rows: of each, both sections together.
         pairs: of query and key that meet in attention in each.
-        labelled: rows of each that go through the LM head; None takes all, which all but a few do.
+        labelled: rows of each that go through the LM head; None takes all.
         checkpointing: `full` computes layers again; `selective` repeats no matrix product.
-        teacher_rows: rows of each that go through the head once more, forward only: the AR
-            distributions that a loss compares slots with, and slots whose weight it looks for.
+        teacher_rows: rows of each that go through the head once more, forward only.
         slots: how many of the rows are mask slots: adapters work on them.
         drafted: places that they draft, where a draft head works; None takes all slots.
         alone: places of each that are drafted without slots as well; they are among `labelled`.
@@ -83,8 +82,8 @@ def step_flops(
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
     places = slots if drafted is None else drafted
-    labelled = rows + alone if labelled is None else labelled
-    total, heads = sequences * rows, sequences * labelled
+    total = sequences * rows
+    heads = sequences * (rows + alone if labelled is None else labelled)
     forward_layers, forward_head = 2 * layers * total, 2 * head * heads
     forward_attention = 4 * config.num_layers * width * sequences * pairs
     adapters = config.num_layers * config.adapter_elements * slots

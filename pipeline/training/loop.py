@@ -42,7 +42,6 @@ class Trainer:
     """Guards and trackers together."""
     guards: Guards
     mask_embedding: MaskEmbedding
-    """Three of the guards are asked for more than the others: this one for its norm."""
     skipped_shards: SkippedShards
     rollbacks: Rollbacks
     saver: Saver
@@ -116,10 +115,8 @@ class Trainer:
         state.step += 1
         state.tokens += counts.clean_tokens
         state.consume(digests_in_order(batches, self.world))
-        seconds = time.perf_counter() - started
-        return StepDone(
-            state.step, result, counts, rate, first, state.sequences_seen - 1, seconds, waited
-        )
+        last, seconds = state.sequences_seen - 1, time.perf_counter() - started
+        return StepDone(state.step, result, counts, rate, first, last, seconds, waited)
 
     def _go_back(self, done: StepDone) -> bool:
         """Go back to the last checkpoint, and from there on without this step's sequences.

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import attention, data, data_loading, decode, head_loss, train_step
+from bench import attention, data, decode, head_loss, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
 from pipeline.host_memory import keep_freed_memory
@@ -21,7 +21,6 @@ BENCHMARKS: dict[str, ModuleType] = {
     "attention": attention,
     "head_loss": head_loss,
     "decode": decode,
-    "data_loading": data_loading,
     "data": data,
 }
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from data_prep.block_sizes import BlockSizes
+from data_prep.layout import BlockSizes
 from tidar_common.errors import UserError
 
 

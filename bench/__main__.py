@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import attention, data, data_loading, decode, head_loss, train_step
+from bench import attention, data, decode, head_loss, train_step
 from bench.options import add_options, given_options
 from bench.results import RESULTS, table, write
 from tidar_common.cli import telling_mistakes
@@ -20,7 +20,6 @@ BENCHMARKS: dict[str, ModuleType] = {
     "attention": attention,
     "head_loss": head_loss,
     "decode": decode,
-    "data_loading": data_loading,
     "data": data,
 }
 

@@ -1,32 +1,38 @@
-"""The data path beside its ceilings: preparation, packing, reading, and memory for a large file.
+"""The data path beside its ceilings: preparation, reading, and batches for a training step.
 
-Preparation is compared with the tokenizer alone on the same text and as many cores, reading with a
-memory map and with a bare `webdataset.WebDataset` over the same shards, best-fit packing with
-concatenation on the same documents. CPU times hold all processes. Targets: at least 90 % of the
-tokenizer's speed, reading not slower than webdataset, padding at most 0.1 %.
+Preparation is compared with the tokenizer alone on the same text and as many processes, reading
+with a bare `webdataset.WebDataset` that decodes the arrays of the same shards, and the time until
+the read-ahead thread hands over a batch with the training step in between. Targets: at least 90 %
+of the tokenizer's speed, reading not slower than webdataset, waiting below 1 % of a step.
 """
 
+import contextlib
 import functools
-import os
+import io
+import json
+import multiprocessing
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+import webdataset
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
-from bench.data_memory import peak_of_preparation
-from bench.data_preparing import composed, prepare_folder, repeated_library, write_jsonl
-from bench.data_reading import reading_variants
-from bench.measure import Samples, ratio
-from bench.processes import by_two
+from bench.inputs import model_config, new_model
+from bench.measure import Samples, interleaved, ratio
 from bench.results import Outcome
+from bench.train_step import training_step
+from data_prep.corpora.text_files import StdlibConfig, StdlibCorpus
 from data_prep.formats.manifest import Manifest
-from data_prep.stages.pack import Piece, joined, make_packer
+from data_prep.formats.shards import ShardReader
+from data_prep.prepare import prepare
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
+from pipeline.data.loader import Share, step_batches
+from pipeline.data.source import LayoutChoice, SequenceSource
+from tidar_common.cli import config_dir
 
 MODELS = {"unigram": 1, "bpe": 4}
 """Of each kind of tokenizer: the part of the text that it gets, 1 in this many. BPE takes several
@@ -44,10 +50,12 @@ class Options:
     """pieces of the SentencePiece models"""
     sequence_length: int = 4096
     """tokens of a packed sequence"""
-    packed_tokens: int = 10_000_000
-    """tokens of the documents that both packings get"""
-    memory_bytes: int = 0
-    """size of a jsonl file whose preparation's memory is watched; 0 leaves it out"""
+    model: str = "tiny"
+    """a shape of conf/model for the training step"""
+    micro_batch_size: int = 1
+    """sequences in its forward"""
+    precision: str = "fp32"
+    """fp32 or bf16"""
 
 
 def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
@@ -56,63 +64,59 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         folder = Path(name)
         for model, part in MODELS.items():
             texts = repeated_library(options.max_bytes // part)
-            source = write_jsonl(folder / f"{model}.jsonl", texts)
-            measure_preparation(outcome, options, folder / model, source, texts, model, rounds)
+            measure_preparation(outcome, options, folder / model, texts, model, rounds)
         data = folder / READ / "first"
-        variants, tokens = reading_variants(data, Manifest.load(data))
-        add(outcome, measured(variants, rounds, warmup), tokens, "read: ")
-        webdataset = outcome.figures["read: webdataset, bare: tokens/s"]
-        for name in ("read: by offset", "read: sequences in order"):
-            outcome.figures[f"{name} / webdataset"] = (
-                outcome.figures[f"{name}: tokens/s"] / webdataset
-            )
-        two = outcome.figures["read: sequences in order, 2 processes: tokens/s"]
-        by_workers = outcome.figures["read: webdataset, bare, 2 worker processes: tokens/s"]
-        outcome.figures["read: sequences in order / webdataset, 2 processes"] = two / by_workers
-        measure_packing(outcome, options, rounds)
-        if options.memory_bytes:
-            tokenizer = data / "tokenizer.model"
-            peak = peak_of_preparation(
-                folder, folder / f"{READ}.jsonl", tokenizer, options.memory_bytes
-            )
-            outcome.figures |= {f"memory: {key}": value for key, value in peak.items()}
+        manifest = Manifest.load(data)
+        measure_reading(outcome, data, manifest, rounds, warmup)
+        measure_batches(outcome, options, data, manifest, device, rounds, warmup)
     return outcome
 
 
+def repeated_library(max_bytes: int) -> list[str]:
+    """The modules of Python's library again and again, up to `max_bytes` bytes."""
+    library = [document.text for document in StdlibCorpus(StdlibConfig()).documents()]
+    texts: list[str] = []
+    size = 0
+    while True:
+        for text in library:
+            size += len(text.encode())
+            if size > max_bytes:
+                return texts
+            texts.append(text)
+
+
 def measure_preparation(
-    outcome: Outcome, options: Options, folder: Path, source: Path, texts: list[str], model: str,
-    rounds: int,
-) -> None:  # fmt: skip
+    outcome: Outcome, options: Options, folder: Path, texts: list[str], model: str, rounds: int
+) -> None:
     """`tidar-prepare` with 1 and 2 workers, each beside the tokenizer alone, with the same encoder
     in as many processes: two at a time take caches and clock from each other, with nothing around
     them as well."""
-    given = functools.partial(
-        composed, source, f"tokenizer.model_type={model}", vocab_size=options.vocab_size,
-        sequence_length=options.sequence_length, heldout_fraction=0.05,
-    )  # fmt: skip
-    first = prepare_folder(folder / "first", given())
+    folder.mkdir()
+    source = folder / "text.jsonl"
+    rows = ({"id": str(number), "text": text} for number, text in enumerate(texts))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = functools.partial(prepare_config, options, source, f"tokenizer.model_type={model}")
+    first = prepare_folder(folder / "first", config())
     path = folder / "first" / first.tokenizer.file
-    tokenizer = load_tokenizer(path)
-    tokenizer.encoder = first.encoder
+    encode = functools.partial(encode_all, load_tokenizer(path), first.encoder)
     numbers = iter(range(10**9))
 
     def whole(workers: int) -> Callable[[], object]:
-        cfg = given(f"tokenizer.path={path}", f"workers={workers}")
+        cfg = config(f"tokenizer.path={path}", f"workers={workers}")
         return lambda: prepare_folder(folder / f"round-{next(numbers)}", cfg)
 
     alone = f"{model}, tokenizer alone"
     both = f"{alone}, 2 processes"
     variants = {
-        alone: lambda: encode_all(tokenizer, texts),
+        alone: lambda: encode(texts),
         f"{model}, prepare with 1 worker": whole(1),
-        both: lambda: by_two(lambda first: encode_all(tokenizer, texts[first::2])),
+        both: lambda: by_two(lambda half: encode(texts[half::2])),
         f"{model}, prepare with 2 workers": whole(2),
     }
-    samples = measured(variants, rounds, 1)
-    splits = first.splits.values()
-    add(outcome, samples, sum(split.tokens for split in splits))
-    for name, reference in (("1 worker", alone), ("2 workers", both)):
-        variant = f"{model}, prepare with {name}"
+    samples = interleaved(variants, rounds=rounds, warmup=1, device=torch.device("cpu"))
+    add(outcome, samples, sum(split.tokens for split in first.splits.values()))
+    for workers, reference in (("1 worker", alone), ("2 workers", both)):
+        variant = f"{model}, prepare with {workers}"
         share = ratio(samples[reference], samples[variant], at_least=0.9)
         outcome.ratios[f"{variant}: share of the tokenizer's speed"] = share
     outcome.figures[f"{model}: encoder"] = first.encoder
@@ -121,60 +125,106 @@ def measure_preparation(
     )
 
 
-def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
+def prepare_config(options: Options, text: Path, *more: str) -> DictConfig:
+    """The config of `tidar-prepare` for a jsonl file; it has no `output_dir` yet."""
+    overrides = [
+        "corpus=jsonl",
+        f"corpus.path={text}",
+        "corpus.id_field=id",
+        f"tokenizer.vocab_size={options.vocab_size}",
+        f"sequence_length={options.sequence_length}",
+        "heldout_fraction=0.05",
+        *more,
+    ]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("prepare", overrides)
+
+
+def prepare_folder(folder: Path, cfg: DictConfig) -> Manifest:
+    """Run `tidar-prepare` into `folder` without its printing."""
+    cfg.output_dir = str(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare(cfg)
+    return Manifest.load(folder)
+
+
+def encode_all(tokenizer: Tokenizer, encoder: str, texts: list[str]) -> None:
     """In batches of about a megabyte, as preparation does."""
     for start in range(0, len(texts), 64):
-        tokenizer.encode_batch(texts[start : start + 64])
+        tokenizer.encode_batch(texts[start : start + 64], encoder)
 
 
-def measure_packing(outcome: Outcome, options: Options, rounds: int) -> None:
-    """Both packings of documents with lengths like those of web text: lognormal, median 500."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(500), 1.1, options.packed_tokens // 500), 10, 60_000)
-    lengths = lengths[np.cumsum(lengths) < options.packed_tokens].astype(int)
-    documents = [Piece(np.ones(n, dtype=np.uint16)) for n in lengths]
-    tokens = int(lengths.sum())
-    fitting = int((lengths <= options.sequence_length).sum())
-    found: dict[str, dict[str, float]] = {}
+def by_two(work: Callable[[int], object]) -> None:
+    """`work(0)` and `work(1)` at the same time, each in a process of its own.
 
-    def pack(packing: str) -> None:
-        packer = make_packer(packing, options.sequence_length)
-        packed = [one for d in documents for one in packer.add(d)]
-        packed += packer.finish()
-        padding = sum(one.padding for one in packed)
-        for start in range(0, len(packed), 32):  # as a shard's samples are
-            joined(packed[start : start + 32], options.sequence_length, 0, np.dtype(np.uint16))
-        found[packing] = {
-            "padding": padding / (tokens + padding),
-            "cuts": packer.cuts,
-            "share of fitting documents cut": packer.cut_though_fitting / fitting,
-        }
+    Raises:
+        RuntimeError: when one of them fails; it has printed why.
+    """
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(number,)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(codes := [process.exitcode for process in processes]):
+        raise RuntimeError(f"processes of a benchmark ended with {codes}")
+
+
+def measure_reading(
+    outcome: Outcome, folder: Path, manifest: Manifest, rounds: int, warmup: int
+) -> None:
+    """All training sequences once: their arrays by webdataset; their documents and layouts by
+    offset, and in the order of a run."""
+    paths = [folder / shard.name for shard in manifest.train.shards]
+
+    def by_webdataset() -> None:
+        names = [str(path) for path in paths]
+        dataset = webdataset.WebDataset(names, shardshuffle=False, empty_check=False)
+        for sample in dataset.decode():
+            assert len(sample["tokens.npy"])
+
+    def by_offset() -> None:
+        for path, offsets in zip(paths, manifest.shard_index(folder), strict=False):
+            reader = ShardReader(path, offsets)
+            for number in range(reader.num_groups):
+                for _ in reader.read_group(number):
+                    pass
+
+    def in_order() -> None:
+        source = SequenceSource(folder, manifest, manifest.train, seed=0)
+        for number in range(manifest.train.sequences):
+            source[number]
 
     variants = {
-        f"pack: {packing}": lambda packing=packing: pack(packing)
-        for packing in ("best_fit", "concatenate")
+        "webdataset, bare": by_webdataset,
+        "by offset": by_offset,
+        "sequences in order": in_order,
     }
-    samples = measured(variants, rounds, 1)
-    add(outcome, samples, tokens)
-    for packing, figures in found.items():
-        seconds = outcome.variants[f"pack: {packing}"]["cpu_seconds"]["median"]
-        figures["ms per million tokens"] = seconds * 1e9 / tokens
-        outcome.figures |= {f"pack: {packing}: {key}": value for key, value in figures.items()}
+    cpu = torch.device("cpu")
+    samples = interleaved(variants, rounds=rounds, warmup=warmup, device=cpu)
+    add(outcome, samples, manifest.train.sequences * manifest.sequence_length, "read: ")
+    for name in ("by offset", "sequences in order"):
+        pair = ratio(samples["webdataset, bare"], samples[name], at_least=1.0)
+        outcome.ratios[f"read: {name}: speed of webdataset's"] = pair
 
 
-def measured(
-    variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
-) -> dict[str, Samples]:
-    """`bench.measure.interleaved`, with the CPU time of child processes that have ended."""
-    samples = {name: Samples() for name in variants}
-    for number in range(warmup + rounds):
-        for name, work in variants.items():
-            wall, cpu = time.perf_counter(), sum(os.times()[:4])
-            work()
-            if number >= warmup:
-                samples[name].wall_seconds.append(time.perf_counter() - wall)
-                samples[name].cpu_seconds.append(max(sum(os.times()[:4]) - cpu, 0.01))
-    return samples
+def measure_batches(
+    outcome: Outcome, options: Options, folder: Path, manifest: Manifest, device: torch.device,
+    rounds: int, warmup: int,
+) -> None:  # fmt: skip
+    """What a run waits for its next batch, laid out anew, while steps run between."""
+    source = SequenceSource(folder, manifest, manifest.train, 0, LayoutChoice(shift=True))
+    share = Share(options.micro_batch_size, 1, rank=0, world_size=1)
+    config = model_config(options.model, manifest.tokenizer.vocab_size, manifest.block_size)
+    batches = step_batches(source, share, 0, with_slots=True)
+    step = training_step(new_model(config, options.precision, device), next(batches)[0], device)
+    # The step comes right after: the thread makes its next batch meanwhile, as in a run.
+    variants = {"wait for batches": lambda: next(batches), "training step": step}
+    samples = interleaved(variants, rounds=rounds, warmup=warmup, device=device)
+    batches.close()
+    outcome.add(samples)
+    wait = ratio(samples["wait for batches"], samples["training step"], at_most=0.01)
+    outcome.ratios["wait for batches / training step"] = wait
 
 
 def add(outcome: Outcome, samples: dict[str, Samples], tokens: int, prefix: str = "") -> None:

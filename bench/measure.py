@@ -1,6 +1,7 @@
 """Timing variants side by side: interleaved rounds, medians, and ratios with their spread."""
 
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -21,7 +22,8 @@ class Samples:
 
     wall_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    """User and system time of all threads of this process: what a busy machine disturbs least."""
+    """User and system time of this process and of child processes that have ended: what a busy
+    machine disturbs least."""
 
     def summary(self) -> dict[str, Any]:
         return {"wall_seconds": spread(self.wall_seconds), "cpu_seconds": spread(self.cpu_seconds)}
@@ -54,7 +56,8 @@ def interleaved(
 def _clock(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter(), time.process_time()
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def ratio(

@@ -99,7 +99,7 @@ def survive_kills(data_dir: Path, folder: Path, options: Options) -> dict[str, A
             most = max(least, most // options.processes)
         rank = 0 if kind in ON_RANK_0 else rng.randrange(options.processes)
         fault = f"{kind}:{rng.randint(least, most)}:{rank}"
-        process = launch("bench.faulty_train", data_dir, killed, options, fault=fault)
+        process = launch("tests.faulty_train", data_dir, killed, options, fault=fault)
         process.communicate(timeout=600)
         if process.returncode == 0:
             break  # it came to its end before the fault's moment

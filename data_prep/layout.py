@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tidar_common.errors import UserError
+
 COLUMNS = ("prefix_start", "prefix_end", "draft_end", "slot_start")
 RESPONSE = "response"
 LOSS_SPANS = ("document", RESPONSE)
@@ -120,23 +122,10 @@ def build_layout(
         ValueError: for a length below 1, a prompt longer than its document, a block size below 1,
             a coverage outside (0, 1], or `shift` without `rng`.
     """
-    lengths = np.asarray(document_lengths, dtype=np.int64).reshape(-1)
-    if (lengths < 1).any():
-        raise ValueError(f"document lengths must be at least 1, got {lengths.min()}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if not 0.0 < coverage <= 1.0:
-        raise ValueError(f"coverage must be in (0, 1], got {coverage}")
     if shift and rng is None:
         raise ValueError("shift=True needs rng: pass a numpy Generator with a known seed")
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    begins = starts
-    if prompt_lengths is not None:
-        begins = starts + _checked_prompts(prompt_lengths, lengths)
-        drafted = begins < ends
-        starts, begins, ends = starts[drafted], begins[drafted], ends[drafted]
-
+    _check(block_size, coverage)
+    starts, begins, ends = _drafted_spans(document_lengths, prompt_lengths)
     if coverage < 1.0 and shift and rng is not None:
         document, block_start, block_end = scatter_blocks(begins, ends, block_size, coverage, rng)
     else:
@@ -153,6 +142,34 @@ def build_layout(
     return Layout(*(column.astype(np.int32) for column in columns))
 
 
+def _check(block_size: int, coverage: float) -> None:
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if not 0.0 < coverage <= 1.0:
+        raise ValueError(f"coverage must be in (0, 1], got {coverage}")
+
+
+def _drafted_spans(
+    document_lengths: Sequence[int] | NDArray[np.integer],
+    prompt_lengths: Sequence[int] | NDArray[np.integer] | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each document with something to draft: where it starts, where what stands behind its
+    prompt begins, and its end; int64 [documents] each."""
+    lengths = np.asarray(document_lengths, dtype=np.int64).reshape(-1)
+    if (lengths < 1).any():
+        raise ValueError(f"document lengths must be at least 1, got {lengths.min()}")
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    if prompt_lengths is None:
+        return starts, starts, ends
+    prompts = np.asarray(prompt_lengths, dtype=np.int64).reshape(-1)
+    if prompts.shape != lengths.shape or (prompts < 0).any() or (prompts > lengths).any():
+        raise ValueError("prompt_lengths needs 0 … length for each document")
+    begins = starts + prompts
+    drafted = begins < ends
+    return starts[drafted], begins[drafted], ends[drafted]
+
+
 def aligned_tables(
     document_lengths: Sequence[Sequence[int]], block_size: int
 ) -> tuple[Int32Array, NDArray[np.int64]]:
@@ -165,8 +182,8 @@ def aligned_tables(
     Returns:
         tuple: the tables one below the other, [rows, 4], and how many rows each has, [sequences].
     """
-    lengths = np.array([n for own in document_lengths for n in own], dtype=np.int64)
-    documents = np.array([len(own) for own in document_lengths])
+    lengths = np.array([n for sequence in document_lengths for n in sequence], dtype=np.int64)
+    documents = np.array([len(sequence) for sequence in document_lengths])
     last = np.cumsum(documents) - 1
     ends = np.cumsum(lengths)
     ends -= np.repeat(np.concatenate(([0], ends[last[:-1]])), documents)
@@ -179,15 +196,6 @@ def aligned_tables(
     table[:, 3] = block_start  # every position is drafted: its slot stands where it does
     rows = np.searchsorted(document, last, side="right")
     return table, np.diff(rows, prepend=0)
-
-
-def _checked_prompts(
-    prompt_lengths: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    prompts = np.asarray(prompt_lengths, dtype=np.int64).reshape(-1)
-    if prompts.shape != lengths.shape or (prompts < 0).any() or (prompts > lengths).any():
-        raise ValueError("prompt_lengths needs 0 … length for each document")
-    return prompts
 
 
 Blocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
@@ -259,3 +267,55 @@ def _within(drafts: NDArray[np.int64], budget: float, order: NDArray[np.intp]) -
     if len(kept) == 0:
         kept = (order if len(order) else np.arange(len(drafts)))[:1]
     return np.sort(kept)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Several block sizes in one data set: a choice of K, drawn for every sequence."""
+
+    sizes: tuple[int, ...]
+    shares: tuple[float, ...]
+    """How often each is drawn; they add up to 1."""
+
+    @classmethod
+    def checked(
+        cls, sizes: Sequence[int] | None, shares: Sequence[float] | None, largest: int | None
+    ) -> "BlockSizes | None":
+        """From `layout.block_sizes` and `layout.block_shares`; None where there is no choice.
+
+        Args:
+            sizes: the values of K; None or empty for none but `layout.block_size`.
+            shares: as many, of any sum; None draws all alike.
+            largest: `layout.block_size`, which none may exceed; None leaves that open.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        if not sizes:
+            if shares:
+                raise UserError("layout.block_shares: says how often to draw layout.block_sizes, "
+                                "which has no value")  # fmt: skip
+            return None
+        if min(sizes) < 1:
+            raise UserError(f"layout.block_sizes: must be at least 1, got {min(sizes)}")
+        if largest is not None and max(sizes) > largest:
+            raise UserError(
+                f"layout.block_sizes: {max(sizes)} is above layout.block_size {largest}, the most "
+                "that a block drafts; raise that"
+            )
+        alike = cls(tuple(sizes), (1 / len(sizes),) * len(sizes))
+        return alike.with_shares(shares, "layout.block_shares") if shares else alike
+
+    def with_shares(self, shares: Sequence[float], key: str) -> "BlockSizes":
+        """The same sizes drawn by `shares` of any sum; raises UserError naming `key`."""
+        total = sum(shares)
+        if len(shares) != len(self.sizes) or min(shares) < 0 or total <= 0:
+            raise UserError(
+                f"{key}: needs a number for each of {len(self.sizes)} block sizes, none below 0 "
+                "and one above"
+            )
+        return BlockSizes(self.sizes, tuple(share / total for share in shares))
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """One of the sizes."""
+        return int(rng.choice(self.sizes, p=self.shares))

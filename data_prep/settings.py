@@ -7,9 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.block_sizes import BlockSizes
 from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
-from data_prep.layout import LOSS_SPANS
+from data_prep.layout import LOSS_SPANS, BlockSizes
 from data_prep.stages.pack import PACKINGS
 from tidar_common.config import array_share, config_hash, parse
 from tidar_common.errors import UserError

@@ -9,11 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.block_sizes import BlockSizes
 from data_prep.formats.groups import PackedGroup, PackedSequence
 from data_prep.formats.manifest import Manifest, Split
 from data_prep.formats.shards import ShardReader
-from data_prep.layout import LOSS_SPANS, RESPONSE, Layout, build_layout
+from data_prep.layout import LOSS_SPANS, RESPONSE, BlockSizes, Layout, build_layout
 from pipeline.data.order import SequenceOrder
 from pipeline.data.place import DataConfig
 from pipeline.data.remote import local_shard

@@ -15,14 +15,7 @@ TOY = {
         *(*TOY_MODEL, "--block-sizes", "1", "3", "--cached", "5"),
         *("--batch-sizes", "1", "2", "--simulated-steps", "3"),
     ],
-    "data_loading": [
-        *("--max-bytes", "200000", "--vocab-size", "400", "--length", "64"),
-        *("--micro-batch-size", "1", "--block-size", "4"),
-    ],
-    "data": [
-        *("--max-bytes", "300000", "--vocab-size", "400", "--sequence-length", "64"),
-        *("--packed-tokens", "20000"),
-    ],
+    "data": ["--max-bytes", "300000", "--vocab-size", "400", "--sequence-length", "64"],
 }
 RATIOS = {
     "train_step": {
@@ -50,14 +43,14 @@ RATIOS = {
         *("5 cached: K=1 / ar", "5 cached: K=3 / ar", "5 cached, batch 2: K=1 / ar"),
         *("host part of ar / ar", "host part of K=1 / ar"),
     },
-    "data_loading": {
-        f"{name} / training step"
-        for name in ("wait for batches", "make a batch", "make a batch, laid out anew")
-    },
     "data": {
-        f"{model}, prepare with {workers}: share of the tokenizer's speed"
-        for model in ("unigram", "bpe")
-        for workers in ("1 worker", "2 workers")
+        "wait for batches / training step",
+        *(
+            f"{model}, prepare with {workers}: share of the tokenizer's speed"
+            for model in ("unigram", "bpe")
+            for workers in ("1 worker", "2 workers")
+        ),
+        *(f"read: {way}: speed of webdataset's" for way in ("by offset", "sequences in order")),
     },
 }
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
-
-from bench.private_slurm import wait_until
+from private_slurm import wait_until
 
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3",

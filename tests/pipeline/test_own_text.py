@@ -9,6 +9,7 @@ import commands
 import pytest
 import torch
 from document_sets import prepare_documents, prepare_here
+from private_slurm import wait_until
 from small_models import (
     random_model,
     sentencepiece_tokenizer,
@@ -17,7 +18,6 @@ from small_models import (
 )
 from test_generate import call
 
-from bench.private_slurm import wait_until
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.tokenizers.load import load_tokenizer

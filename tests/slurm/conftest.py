@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from bench.private_slurm import Cluster, missing_programs, read
+from private_slurm import Cluster, missing_programs, read
 
 ROOT = Path(__file__).parents[2]
 PREPARE = (

@@ -1,8 +1,7 @@
 """What starts take, and ten requeues of one job: no step is lost and none is there twice."""
 
 import pytest
-
-from bench.slurm_starts import RUN, Jobs, measure_requeues, measure_start
+from slurm_starts import RUN, Jobs, measure_requeues, measure_start
 
 REQUEUES = 10
 
@@ -10,7 +9,7 @@ REQUEUES = 10
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_ten_requeues_lose_and_double_no_step(prepared, submit, slurm, tmp_path):
-    """By the benchmark's own measure; `python -m bench.slurm_starts` keeps the figures."""
+    """By the benchmark's own measure; `python -m tests.slurm.slurm_starts` keeps the figures."""
     jobs = Jobs({**slurm.environment, **submit.environment}, tmp_path, ("--nodes=2",))
     overrides = [f"data.dir={prepared[0]}", *RUN]
     found = measure_requeues(jobs, overrides, tmp_path / "run", REQUEUES)

@@ -1,8 +1,7 @@
 """A preparation that two jobs of an array share, of which one is killed at work."""
 
 from conftest import PREPARE
-
-from bench.private_slurm import wait_until
+from private_slurm import wait_until
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT
-
-from bench.private_slurm import wait_until
+from private_slurm import wait_until
 
 STARTED_S = 90
 """Longest wait for a start of training: two nodes import torch and DeepSpeed on shared cores."""

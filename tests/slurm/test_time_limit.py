@@ -4,9 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from private_slurm import wait_until
 from test_slurm import STARTED_S, events, overrides, steps_of
-
-from bench.private_slurm import wait_until
 
 SLOW_RANK = Path(__file__).with_name("slow_rank.py")
 STEPS = 150

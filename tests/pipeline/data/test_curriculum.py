@@ -4,8 +4,8 @@ import pytest
 from commands import ROOT, train_small
 from omegaconf import OmegaConf
 
-from data_prep.block_sizes import BlockSizes
 from data_prep.formats.manifest import Manifest
+from data_prep.layout import BlockSizes
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Share, step_batches
 from pipeline.data.source import BlockCurriculum, LayoutChoice, SequenceSource

@@ -34,7 +34,7 @@ def faulty(
 ):
     values = (f"data.dir={data_dir}", f"run_dir={run_dir}", *SMALL_RUN, *QUICK, *overrides)
     environment["TIDAR_TEST_FAULT"] = fault
-    return run("bench.faulty_train", *values, processes=processes, **environment)
+    return run("tests.faulty_train", *values, processes=processes, **environment)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_recorded(data_dir, tmp_path):
@@ -112,7 +112,7 @@ def test_a_stop_in_an_eval_leaves_it_at_once_and_the_next_start_repeats_it(
     shutil.copytree(trained_run, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
     values = (f"data.dir={data_dir}", f"run_dir={run_dir}", *SMALL_RUN, "wandb.mode=disabled")
-    done = run("bench.faulty_train", *values, processes=2, TIDAR_TEST_FAULT="stop_eval:6:1")
+    done = run("tests.faulty_train", *values, processes=2, TIDAR_TEST_FAULT="stop_eval:6:1")
     assert done.returncode == 0, done.stderr
     assert "after step 12 and saved" in done.stdout
     assert (run_dir / "interrupted").exists()
@@ -213,7 +213,7 @@ def test_a_step_longer_than_torchrun_waits_costs_no_more_than_a_kill(data_dir, t
     values = (f"data.dir={data_dir}", f"run_dir={run_dir}", *SMALL_RUN, *QUICK)
     environment = {"TIDAR_TEST_FAULT": "slow_step:9", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     launcher = subprocess.Popen(
-        command("bench.faulty_train", *values, processes=2), cwd=ROOT, text=True,
+        command("tests.faulty_train", *values, processes=2), cwd=ROOT, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment},
     )  # fmt: skip
     deadline = time.monotonic() + 120

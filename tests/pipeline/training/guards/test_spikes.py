@@ -35,7 +35,7 @@ def events(run_dir: Path, kind: str) -> list[dict]:
 
 def spike(data_dir: Path, run_dir: Path, choice: str, environment: dict[str, str]) -> None:
     values = (f"data.dir={data_dir}", f"run_dir={run_dir}", *SMALL_RUN, *SPIKING)
-    done = run("bench.faulty_train", *values, f"anomalies.on_spike={choice}", processes=2,
+    done = run("tests.faulty_train", *values, f"anomalies.on_spike={choice}", processes=2,
                **environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
 

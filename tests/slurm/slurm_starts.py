@@ -1,18 +1,18 @@
 """What starts on Slurm take, and whether requeues lose or double a step.
 
-    python -m bench.slurm_starts                      on a private Slurm of two nodes on this host
-    python -m bench.slurm_starts --cluster --folder=/shared/try --sbatch=--partition=gpu
+    python -m tests.slurm.slurm_starts --folder /shared/try --sbatch=--partition=gpu
 
-Takes minutes and is not part of `python -m bench`. On a cluster of your own call it on a login node
-after `source slurm/cluster.env`, with a folder that all nodes see.
+Takes minutes and is not part of `python -m bench`. Call it on a login node after `source
+slurm/cluster.env`, with a folder that all nodes see; or where `python tests/private_slurm.py` has
+started a Slurm on this host.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from bench.private_slurm import Cluster, missing_programs, wait_until
 from bench.results import RESULTS, ROOT, Outcome, write
 from tidar_common.cli import EXIT_BAD_INPUT, telling_mistakes
 from tidar_common.errors import UserError
@@ -80,7 +79,11 @@ class Jobs:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, until: Callable[[], bool], timeout_s: float = START_S) -> None:
-        wait_until(until, timeout_s, lambda: self.log(job))
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {timeout_s} s:\n{self.log(job)}")
+            time.sleep(0.25)
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -196,41 +199,34 @@ def measure(jobs: Jobs, options: Options) -> Outcome:
 
 def run(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.slurm_starts",
+        prog="python -m tests.slurm.slurm_starts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--requeues", type=int, default=Options.requeues)
     parser.add_argument("--nodes", type=int, default=Options.nodes)
-    parser.add_argument("--cluster", action="store_true", help="the Slurm that sbatch finds")
     parser.add_argument("--folder", type=Path, help="for data, runs and logs; new or empty")
     parser.add_argument("--sbatch", action="append", default=[], help="an option of sbatch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file")
     given = parser.parse_args(arguments)
-    if given.cluster and given.folder is None:
+    if given.folder is None:
         raise UserError("--folder: has no value; give a new folder that all nodes see")
-    if not given.cluster and (missing := missing_programs()):
-        raise UserError(f"--cluster: {', '.join(missing)} not installed here; on a cluster's login "
-                        "node give --cluster, else apt-get install slurm-wlm munge")  # fmt: skip
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch: not found; call this on a cluster's login node, or start a Slurm "
+                        "here with python tests/private_slurm.py")  # fmt: skip
     options = Options(given.requeues, given.nodes)
-    with tempfile.TemporaryDirectory(prefix="tidar-slurm-") as name:
-        folder = (given.folder or Path(name) / "work").resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        private = None if given.cluster else Cluster(Path(name))
-        environment = {**(private.environment if private else os.environ)}
-        environment |= {"TIDAR_PYTHON": sys.executable, "TIDAR_LOGS": str(folder)}
-        if private:
-            environment |= {"TIDAR_INTERFACE": "lo", "OMP_NUM_THREADS": "1"}
-        sbatch = (f"--nodes={options.nodes}", *given.sbatch)
-        try:
-            if private:
-                private.start()
-            outcome = measure(Jobs(environment, folder, sbatch), options)
-        finally:
-            if private:
-                private.stop()
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "TIDAR_PYTHON": sys.executable, "TIDAR_LOGS": str(folder)}
+    jobs = Jobs(environment, folder, (f"--nodes={options.nodes}", *given.sbatch))
+    outcome = measure(jobs, options)
     path = write(
-        outcome, "slurm_starts", options, torch.device("cpu"), given.results, "bench.slurm_starts"
+        outcome,
+        "slurm_starts",
+        options,
+        torch.device("cpu"),
+        given.results,
+        "tests.slurm.slurm_starts",
     )
     for key, value in outcome.figures.items():
         print(f"{key}: {value}")

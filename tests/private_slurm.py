@@ -1,9 +1,9 @@
 """A real Slurm on this host: munged, slurmctld and two slurmd in folders and ports of their own.
 
-    python -m bench.private_slurm        starts one, says how to use it, ends it at Ctrl-C
+    python tests/private_slurm.py        starts one, says how to use it, ends it at Ctrl-C
 
-For the tests, the benchmark of starts, and for trying docs/cluster.md without a cluster. Needs
-Debian's slurm-wlm and munge, and changes nothing outside its folder.
+For the tests, and for trying the job scripts and docs/cluster.md without a cluster. Needs Debian's
+slurm-wlm and munge, and changes nothing outside its folder.
 """
 
 import getpass

@@ -41,7 +41,7 @@ def write_shard(
     # The file beside it that lists the shard comes next, and syncs the folder for both.
     with written_atomically(path, sync_folder=False) as file:
         hashed = _HashedFile(file)
-        with tarfile.open(
+        with tarfile.TarFile(
             fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPIED_BYTES
         ) as tar:
             for number, group in enumerate(groups):

@@ -18,7 +18,7 @@ RUNS = ("ar", "tidar", "twin")
 def collect(work: Path, device: torch.device) -> dict[str, Any]:
     """Figures of the finished runs and evaluations below `work`."""
     scores = {name: json.loads((work / f"{name}.json").read_text()) for name in ("twin", "tidar")}
-    bits = {name: found["likelihood"]["bits_per_byte"] for name, found in scores.items()}
+    bits = {name: scored["likelihood"]["bits_per_byte"] for name, scored in scores.items()}
     text = work / "text" / "text.json"
     return {
         "benchmark": "gpu_train",
@@ -28,7 +28,7 @@ def collect(work: Path, device: torch.device) -> dict[str, Any]:
         "machine": machine(device),
         "corpus": json.loads(text.read_text()) if text.is_file() else None,
         "runs": {name: training(work / name) for name in RUNS},
-        "likelihood": {name: found["likelihood"] for name, found in scores.items()},
+        "likelihood": {name: scored["likelihood"] for name, scored in scores.items()},
         "bits_per_byte_over_twin": bits["tidar"] / bits["twin"],
         "decode_speed": scores["tidar"]["decode_speed"],
     }
@@ -50,18 +50,18 @@ def training(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(scored: dict[str, Any]) -> str:
     """The headline in a few lines."""
-    bits = {name: own["bits_per_byte"] for name, own in found["likelihood"].items()}
+    bits = {name: likelihood["bits_per_byte"] for name, likelihood in scored["likelihood"].items()}
     quality = (
         f"held-out bits per byte: TiDAR {bits['tidar']:.4f}, AR twin {bits['twin']:.4f}, "
-        f"ratio {found['bits_per_byte_over_twin']:.4f}"
+        f"ratio {scored['bits_per_byte_over_twin']:.4f}"
     )
     speeds = [
         f"{row['method']}, temperature {row['temperature']:g}: "
         f"{row['tokens_per_forward']:.2f} tokens per forward, {row['speedup_over_ar']:.2f} "
         f"times AR, distinct 4-grams {row['distinct_4grams']:.2f}"
-        for row in found["decode_speed"]
+        for row in scored["decode_speed"]
         if row["method"] != "ar"
     ]
     return "\n".join([quality, *speeds])
@@ -74,10 +74,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
-    found = collect(given.work, device)
+    scored = collect(given.work, device)
     path = given.results / f"gpu_train-{device.type}.json"
-    write_text_atomic(path, json.dumps(found, indent=1) + "\n")
-    print(f"{summary(found)}\n{path}")
+    write_text_atomic(path, json.dumps(scored, indent=1) + "\n")
+    print(f"{summary(scored)}\n{path}")
 
 
 if __name__ == "__main__":

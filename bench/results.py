@@ -32,8 +32,8 @@ class Outcome:
     """Numbers derived from the times, and sizes that they depend on."""
 
     def add(self, samples: dict[str, Samples], prefix: str = "") -> None:
-        for name, own in samples.items():
-            self.variants[prefix + name] = own.summary()
+        for name, timed in samples.items():
+            self.variants[prefix + name] = timed.summary()
 
 
 def write(

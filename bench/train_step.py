@@ -124,11 +124,11 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     variants: list[tuple[str, Transformer, float | None]] = [("ar", model, None)]
     variants += [(f"tidar, coverage {c:g}", model, c) for c in COVERAGES]
     variants += [(f"frozen, coverage {c:g}", frozen, c) for c in FROZEN_COVERAGES]
-    for name, own, coverage in variants:
+    for name, trained, coverage in variants:
         batch = random_batch(
             config, options.micro_batch_size, options.length, options.document_tokens, coverage
         )
-        steps[name] = training_step(own, batch, device, options.attention)
+        steps[name] = training_step(trained, batch, device, options.attention)
     samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)
     outcome = Outcome()
     outcome.add(samples)

@@ -92,12 +92,12 @@ def failed_node(start_dir: Path) -> str | None:
     A rank that was killed says more than one that raised: the others raise because it is gone.
     Among equals the earliest counts, which between nodes is only as good as their clocks.
     """
-    found = []
+    failures = []
     for path in start_dir.glob("failed-*@*"):
         kind, _, when = path.read_text().strip().partition(" ")
         node = path.name.removeprefix("failed-").partition("@")[0]
-        found.append((kind != "killed", float(when or "inf"), node))
-    return min(found)[2] if found else None
+        failures.append((kind != "killed", float(when or "inf"), node))
+    return min(failures)[2] if failures else None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

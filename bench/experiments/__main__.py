@@ -56,10 +56,10 @@ def run(arguments: Sequence[str]) -> None:
     )
     wanted = jobs(given.only, given.seeds)
     if given.list:
-        for one, seed in wanted:
-            words = study.train_command(one, seed, steps=1)
+        for study_run, seed in wanted:
+            words = study.train_command(study_run, seed, steps=1)
             shown = shlex.join(word for word in words if not word.startswith("steps="))
-            print(f"{one.name}, seed {seed}: {one.about}\n  tidar-train {shown}")
+            print(f"{study_run.name}, seed {seed}: {study_run.about}\n  tidar-train {shown}")
         return
     study.perform(wanted, lambda text: print(text, flush=True))
 

@@ -83,11 +83,11 @@ def write_corpus(choice: CorpusChoice, path: Path) -> dict[str, Any]:
     corpus = open_sources(choice)
     wanted = ngrams_of_heldout(corpus, choice.heldout_fraction)
     seen = {gram for grams in wanted.values() for gram in grams}
-    found: set[int] = set()
+    met: set[int] = set()
     for document in corpus.documents():
         if document.id not in wanted:
-            found |= seen & ngrams(document.text)
-    shared = {name: len(grams & found) / max(len(grams), 1) for name, grams in wanted.items()}
+            met |= seen & ngrams(document.text)
+    shared = {name: len(grams & met) / max(len(grams), 1) for name, grams in wanted.items()}
     dropped = {name for name, share in shared.items() if share > MOST_SHARED}
     kept = 0
     with written_atomically(path) as file:
@@ -96,7 +96,7 @@ def write_corpus(choice: CorpusChoice, path: Path) -> dict[str, Any]:
                 kept += 1
                 file.write(json.dumps({"id": document.id, "text": document.text}).encode() + b"\n")
     left = [wanted[name] for name in wanted if name not in dropped]
-    grams = {gram for own in left for gram in own}
+    grams = {gram for of_document in left for gram in of_document}
     return {
         "corpus": asdict(choice),
         "python": sys.version.split()[0],
@@ -105,7 +105,7 @@ def write_corpus(choice: CorpusChoice, path: Path) -> dict[str, Any]:
         "most_shared": MOST_SHARED,
         "heldout_documents": len(left),
         "heldout_dropped": len(dropped),
-        "heldout_ngrams_shared": len(grams & found) / max(len(grams), 1),
+        "heldout_ngrams_shared": len(grams & met) / max(len(grams), 1),
     }
 
 

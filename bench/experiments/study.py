@@ -75,15 +75,15 @@ class Study:
     def score_command(self, run: Run, seed: int, block_size: int | None) -> list[str]:
         """The words behind `tidar-evaluate`; `block_size` None takes the one trained with."""
         run_dir = self.run_dir(run, seed)
-        own = []
+        blocks = []
         if block_size is not None:
-            own = [
+            blocks = [
                 f"evals.{name}.block_size={block_size}" for name in ("decode_speed", "likelihood")
             ]
         output = run_dir / f"scores{'' if block_size is None else f'-k{block_size}'}.json"
         return [
             f"checkpoint={run_dir}", f"data.dir={self.folder / 'data'}", f"output={output}",
-            *SCORING, *own, *self.scoring,
+            *SCORING, *blocks, *self.scoring,
         ]  # fmt: skip
 
     def perform(self, jobs: Iterable[tuple[Run, int]], say: Callable[[str], None]) -> list[Path]:

@@ -31,8 +31,8 @@ class ArrowCorpus(Corpus):
 
     def __init__(self, config: ArrowConfig) -> None:
         self.config = config
-        found = find_files(config.path, ("*.arrow",), "corpus.path")
-        self.files = [f for f in found if not f.name.rpartition("/")[2].startswith("cache-")]
+        below = find_files(config.path, ("*.arrow",), "corpus.path")
+        self.files = [f for f in below if not f.name.rpartition("/")[2].startswith("cache-")]
         if not self.files:
             raise UserError(f"corpus.path: {config.path} holds nothing but caches of datasets")
         needed("pyarrow", "corpus=arrow", "parquet")
@@ -46,17 +46,17 @@ class ArrowCorpus(Corpus):
         return sum(file.size for file in self.files)
 
     def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
-        made = []
+        pieces = []
         for file in self.files:
             place = ((file.path,), (file.name,))
             if file.size <= part_bytes or is_url(file.path):
-                made.append(Part(*place, file.size, file.stamp))
+                pieces.append(Part(*place, file.size, file.stamp))
                 continue
-            made += [
+            pieces += [
                 Part(*place, size, file.stamp, first, end)
                 for first, end, size in spans_of(self._batch_sizes(file), part_bytes)
             ]
-        return made
+        return pieces
 
     def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         import pyarrow
@@ -67,9 +67,10 @@ class ArrowCorpus(Corpus):
             for number, batch in enumerate(_batches(path)):
                 if number >= part.start and (part.end is None or number < part.end):
                     columns = check_columns(path, batch.schema.names, self.config)
-                    for own, values in enumerate(batch.select(columns).to_pylist(), row + 1):
-                        place = f"{path}: row {own}"
-                        yield row_document(values, f"{name}:{own}", place, self.config)
+                    rows = batch.select(columns).to_pylist()
+                    for row_number, values in enumerate(rows, row + 1):
+                        place = f"{path}: row {row_number}"
+                        yield row_document(values, f"{name}:{row_number}", place, self.config)
                 row += batch.num_rows
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: cannot be read to its end ({error})") from error

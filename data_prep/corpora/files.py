@@ -39,10 +39,10 @@ def find_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
     Raises:
         UserError: naming `key`, when there are none or the place cannot be listed.
     """
-    found = _remote_files(path, patterns, key) if is_url(path) else _local(path, patterns, key)
-    if not found:
+    matching = _remote_files(path, patterns, key) if is_url(path) else _local(path, patterns, key)
+    if not matching:
         raise UserError(f"{key}: no file matching {' or '.join(patterns)} under {path}")
-    return found
+    return matching
 
 
 def local_file(path: Path, name: str) -> File:
@@ -103,20 +103,20 @@ def _local(path: str, patterns: Sequence[str], key: str) -> list[File]:
     if not root.exists():
         raise UserError(f"{key}: {path} does not exist; give a file or a folder")
     try:
-        found = {p for pattern in patterns for p in root.rglob(pattern) if p.is_file()}
+        matching = {p for pattern in patterns for p in root.rglob(pattern) if p.is_file()}
     except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
         raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
-    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(found)]
+    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(matching)]
 
 
 def _remote_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
     system, inside = _filesystem(path, key)
     try:
-        found = system.find(inside, detail=True)
+        matching = system.find(inside, detail=True)
     except Exception as error:  # stores have exceptions of their own
         raise UserError(f"{key}: {path} cannot be listed ({error})") from error
     files = []
-    for name, details in sorted(found.items()):
+    for name, details in sorted(matching.items()):
         relative = name.removeprefix(inside).lstrip("/") or PurePosixPath(name).name
         whole = name == inside
         if whole or any(fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns):
@@ -143,11 +143,11 @@ def spans_of(sizes: Iterable[int], most: int) -> Iterator[tuple[int, int, int]]:
     """Neighbours together, up to about `most`: the first, the one behind the last, and their size;
     a larger one stands alone."""
     first = end = size = 0
-    for own in sizes:
-        if end > first and size + own > most:
+    for item in sizes:
+        if end > first and size + item > most:
             yield first, end, size
             first, size = end, 0
-        size += own
+        size += item
         end += 1
     if end > first:
         yield first, end, size

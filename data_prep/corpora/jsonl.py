@@ -60,56 +60,69 @@ class JsonlCorpus(Corpus):
         return sum(map(_text_bytes, self.files))
 
     def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
-        made = []
+        pieces = []
         for file in self.files:
             place = ((file.path,), (file.name,))
             if file.path.endswith(COMPRESSED) or file.size <= part_bytes:
-                made.append(Part(*place, _text_bytes(file), file.stamp))
+                pieces.append(Part(*place, _text_bytes(file), file.stamp))
                 continue
             count = -(-file.size // part_bytes)
             bounds = [file.size * number // count for number in range(count + 1)]
-            made += [
+            pieces += [
                 Part(*place, end - start, file.stamp, start, end) for start, end in pairwise(bounds)
             ]
-        return made
+        return pieces
 
     def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         (path,), (name,) = part.paths, part.names
-        try:
-            with open_text_stream(path) as file:
-                for start, line in _lines(file, part.start, part.end):
-                    if not line.isspace():
-                        yield self._document(line, name, path, start)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read to its end ({error})") from error
+        for start, record in records_of(path, part.start, part.end):
+            yield self._document(record, name, path, start)
 
-    def _document(self, line: bytes, name: str, path: str, start: int) -> Document:
-        try:
-            record = _parsed(line)
-        except (ValueError, RecursionError) as error:  # malformed JSON and malformed UTF-8 alike
-            place = _place(path, start)
-            raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
+    def _document(self, record: Any, name: str, path: str, start: int) -> Document:
         fields = self.config
         for key, needed in self._needed:
             if not isinstance(record, dict) or needed not in record:
-                place = _place(path, start)
+                place = line_at(path, start)
                 raise UserError(f"{place}: has no field {needed!r}; set corpus.{key}")
         text = record[fields.text_field]
         prompt = record[fields.prompt_field] if fields.prompt_field else ""
         for field, value in ((fields.text_field, text), (fields.prompt_field, prompt)):
             if not isinstance(value, str):
-                raise UserError(f"{_place(path, start)}: field {field!r} is not text")
+                raise UserError(f"{line_at(path, start)}: field {field!r} is not text")
         identity = record[fields.id_field] if fields.id_field else f"{name}:{start}"
         if identity is None:
-            raise UserError(
-                f"{_place(path, start)}: field {fields.id_field!r} is null; mend or remove the line"
-            )
+            place = line_at(path, start)
+            raise UserError(f"{place}: field {fields.id_field!r} is null; mend or remove the line")
         cut = record[fields.cut_field] if fields.cut_field else False
         if not isinstance(cut, bool):
             raise UserError(
-                f"{_place(path, start)}: field {fields.cut_field!r} is neither true nor false"
+                f"{line_at(path, start)}: field {fields.cut_field!r} is neither true nor false"
             )
         return Document(str(identity), text, prompt=prompt, cut=cut)
+
+
+def records_of(path: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Any]]:
+    """The JSON values of the lines that start in a span of a file's (unpacked) bytes, each with
+    the byte that its line starts at; lines of white space have none.
+
+    Raises:
+        UserError: naming the line that is not JSON, or the file that ends early.
+    """
+    try:
+        with open_text_stream(path) as file:
+            for at, line in _lines(file, start, end):
+                if line.isspace():
+                    continue
+                try:
+                    record = _parsed(line)
+                except (ValueError, RecursionError) as error:  # malformed UTF-8 is one, too
+                    place = line_at(path, at)
+                    raise UserError(
+                        f"{place}: not JSON ({error}); mend or remove the line"
+                    ) from error
+                yield at, record
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read to its end ({error})") from error
 
 
 def _parsed(line: bytes) -> Any:
@@ -143,8 +156,8 @@ def _lines(file: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, 
         position += len(line)
 
 
-def _place(path: str, start: int) -> str:
-    """File and line number, counted only now that somebody is to look there."""
+def line_at(path: str, start: int) -> str:
+    """File and number of the line that starts at a byte, counted now that somebody is to look."""
     with open_text_stream(path) if path.endswith(COMPRESSED) else open_binary(path) as file:
         number, position = 1, 0
         while position < start:

@@ -75,7 +75,7 @@ class ParquetCorpus(Corpus):
     def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
         import pyarrow.parquet
 
-        made = []
+        pieces = []
         for file in self.files:
             place = ((file.path,), (file.name,))
             try:
@@ -86,11 +86,11 @@ class ParquetCorpus(Corpus):
                     ]
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{file.path}: cannot be read to its end ({error})") from error
-            made += [
+            pieces += [
                 Part(*place, size, file.stamp, first, end)
                 for first, end, size in spans_of(sizes, part_bytes)
             ]
-        return made
+        return pieces
 
     def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         import pyarrow

@@ -93,7 +93,7 @@ class FiltersConfig:
 
     @property
     def any(self) -> bool:
-        return any(getattr(self, one.name) is not None for one in fields(self))
+        return any(getattr(self, group.name) is not None for group in fields(self))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ Case, punctuation, accents and the values of numbers do not count (datatrove's `
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.corpora.files import File, find_files, open_text_stream
-from data_prep.corpora.jsonl import PATTERNS
+from data_prep.corpora.jsonl import PATTERNS, line_at, records_of
 from data_prep.filters.config import DecontaminateConfig
 from tidar_common.errors import UserError
 
@@ -89,25 +88,18 @@ def files_sha256(files: list[File]) -> str:
 
 
 def _texts(path: str, fields: list[str] | None) -> Iterator[str]:
-    with open_text_stream(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); mend the line") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: is not an object with fields; mend the line")
-            if fields is None:
-                yield from _strings(record)
-                continue
-            for field in fields:
-                if field not in record:
-                    raise UserError(
-                        f"{path}:{number}: has no field {field!r}; set decontaminate.fields"
-                    )
-                yield from _strings(record[field])
+    for start, record in records_of(path):
+        if not isinstance(record, dict):
+            place = line_at(path, start)
+            raise UserError(f"{place}: is not an object with fields; mend the line")
+        if fields is None:
+            yield from _strings(record)
+            continue
+        for field in fields:
+            if field not in record:
+                place = line_at(path, start)
+                raise UserError(f"{place}: has no field {field!r}; set decontaminate.fields")
+            yield from _strings(record[field])
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -115,8 +107,8 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for own in value.values():
-            yield from _strings(own)
+        for inner in value.values():
+            yield from _strings(inner)
     elif isinstance(value, list):
-        for own in value:
-            yield from _strings(own)
+        for inner in value:
+            yield from _strings(inner)

@@ -32,7 +32,7 @@ class PlainWords(WordTokenizer):
         return [text[start:end].strip() for start, end in self.span_tokenize(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [found.span() for found in SENTENCE.finditer(text) if found[0].strip()]
+        return [match.span() for match in SENTENCE.finditer(text) if match[0].strip()]
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,8 @@ from data_prep.formats.manifest import ShardInfo
 from tidar_common.errors import UserError
 from tidar_common.files import written_atomically
 
+COPIED_BYTES = 1 << 20
+"""What tarfile writes at a time; at its own 16 KB writing takes a third longer."""
 MEMBER_NAME = re.compile(r"\d+\.(tokens|document_lengths|layout|continued|prompt_lengths)\.npy")
 
 
@@ -39,7 +41,9 @@ def write_shard(
     # The file beside it that lists the shard comes next, and syncs the folder for both.
     with written_atomically(path, sync_folder=False) as file:
         hashed = _HashedFile(file)
-        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.TarFile(
+            fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPIED_BYTES
+        ) as tar:
             for number, group in enumerate(groups):
                 offsets.append(hashed.tell())
                 count, length = group[TOKENS].shape

@@ -95,8 +95,8 @@ def _verify_split(
     totals = _Totals(np.zeros(tokenizer.vocab_size, dtype=np.int64))
     for shard in split.shards:
         _verify_shard(folder, manifest, shard, totals)
-    found = {f"{name}/{path.name}" for path in (folder / name).glob("*.tar")}
-    if unlisted := sorted(found - totals.shards):
+    present = {f"{name}/{path.name}" for path in (folder / name).glob("*.tar")}
+    if unlisted := sorted(present - totals.shards):
         raise UserError(f"{folder / unlisted[0]}: is not in {MANIFEST}; remove it")
     counted = (totals.sequences, totals.tokens, totals.padding)
     if counted != (split.sequences, split.tokens, split.padding):
@@ -115,7 +115,7 @@ def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo, totals: _T
     rest = read_shard(path)
     while group := list(islice(rest, COUNTED_TOGETHER)):
         real = [_check_sequence(path, sequence, manifest) for sequence in group]
-        ids = [own.tokens[:length] for own, length in zip(group, real, strict=True)]
+        ids = [sequence.tokens[:length] for sequence, length in zip(group, real, strict=True)]
         counts += np.bincount(np.concatenate(ids), minlength=len(counts))
         sequences += len(group)
         padding += sum(len(sequence.tokens) for sequence in group) - sum(real)

@@ -195,19 +195,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer.eos_token: {source} has none of {', '.join(names)}; name its "
                 "end-of-document token"
             )
-        self._eos_token = eos
-        self.eos_id = self._id_of(eos)
-        self.bos_id = self._id_of(self._first_known(HUGGINGFACE_BOS) or eos)
+        self._eos_token, self.eos_id = eos
+        _, self.bos_id = self._first_known(HUGGINGFACE_BOS) or eos
         # Text could hold any other token; the mask is ours alone.
         self.pad_id = self.mask_id
 
-    def _id_of(self, token: str) -> int:
-        number = self._model.token_to_id(token)
-        assert number is not None, "asked of tokens that are there"
-        return number
-
-    def _first_known(self, names: Sequence[str]) -> str | None:
-        return next((name for name in names if self._model.token_to_id(name) is not None), None)
+    def _first_known(self, names: Sequence[str]) -> tuple[str, int] | None:
+        """The first token that the file has, and its id."""
+        ids = ((name, self._model.token_to_id(name)) for name in names)
+        return next(((name, number) for name, number in ids if number is not None), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self.content(), self._source, self._eos_token)

@@ -31,10 +31,10 @@ $(VENV)/.installed-extras: $(STAMP)
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
-test: setup ## run the tests (under 20 minutes)
+test: setup ## run the tests (35 to 40 minutes on two cores)
 	$(BIN)/python -m pytest -m "not long"
 
-test-fast: setup ## what most changes break: a case of each test of the parts below training (under 2 minutes)
+test-fast: setup ## what most changes break: a case of each test of the parts below training (3 to 4 minutes)
 	$(BIN)/python -m pytest --fast -m "not long" tests/tidar_common tests/data_prep tests/docs \
 	  $(addprefix tests/pipeline/,data model objective decoding) \
 	  --ignore-glob='*/test_interruption.py' --ignore-glob='*/test_prepare_tasks.py'

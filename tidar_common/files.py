@@ -33,7 +33,7 @@ def written_atomically(path: Path, *, sync_folder: bool = True) -> Iterator[Bina
         temporary.unlink(missing_ok=True)
         raise
     if sync_folder:
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -52,9 +52,9 @@ def read_text_checked(path: Path, most: int = MAX_TEXT_BYTES) -> str:
     return content.decode()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -29,7 +29,7 @@ from data_prep.stages.screen import describe_screening
 from data_prep.stages.task import Count, Counts, Record, load_record, load_rests
 from data_prep.stages.write import SplitWriter, Written
 from tidar_common.errors import UserError
-from tidar_common.files import fsync_folder, sha256_of, write_text_atomic, written_atomically
+from tidar_common.files import fsync_path, sha256_of, write_text_atomic, written_atomically
 
 MERGING = "merging"
 """In the tasks' folder: the plan whose shards are being moved to their final names."""
@@ -145,7 +145,7 @@ def _moved(settings: PrepareSettings, split: str, parts: Sequence[Written], coun
                 os.replace(waiting, final)
             name = final.relative_to(settings.output_dir).as_posix()
             shards.append(ShardInfo(**{**asdict(shard), "name": name}))
-    fsync_folder(folder)
+    fsync_path(folder)
     return Split(
         shards=tuple(shards),
         documents=count.documents,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_common.config import first_line
 from tidar_common.errors import UserError
-from tidar_common.files import fsync_folder, sha256_of, write_text_atomic
+from tidar_common.files import fsync_path, sha256_of, write_text_atomic
 
 FILE_LIST = "files.json"
 MAX_LIST_BYTES = 64 << 20
@@ -28,7 +28,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.S
 
 def entry_of(path: Path) -> FileEntry:
     """Bring a written file to disk and describe it."""
-    _fsync(path)
+    fsync_path(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -56,7 +56,7 @@ def write_file_list(folder: Path, known: Mapping[str, FileEntry] | None = None) 
         if found != entry["bytes"]:
             raise OSError(f"{folder / name}: has {found} bytes instead of {entry['bytes']}")
     write_text_atomic(folder / FILE_LIST, json.dumps({"files": files}, indent=1) + "\n")
-    fsync_folder(folder)
+    fsync_path(folder)
     return sum(int(entry["bytes"]) for entry in files.values())
 
 
@@ -92,14 +92,6 @@ def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: missing or damaged, the checkpoint is not complete") from error
     return listed
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def allowed_classes() -> list[Any]:

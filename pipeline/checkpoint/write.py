@@ -22,7 +22,7 @@ from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
-from tidar_common.files import fsync_folder, write_text_atomic
+from tidar_common.files import fsync_path, write_text_atomic
 
 UNCHANGED_SPACE = 1.05
 """A checkpoint is as large as the one before it, but for rounding and lists."""
@@ -255,7 +255,7 @@ class Checkpoints:
         if final.exists():  # a damaged one of the same step, which restore passed over
             shutil.rmtree(final)
         os.rename(temporary, final)
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         write_text_atomic(self.folder / "latest", final.name + "\n")
         delete_old(self.folder, self.config)
 

@@ -28,7 +28,7 @@ from data_prep.formats.manifest import (
 )
 from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
 from tidar_common.errors import UserError
-from tidar_common.files import fsync_folder, write_text_atomic, written_atomically
+from tidar_common.files import fsync_path, write_text_atomic, written_atomically
 
 ORIGIN = "origin.json"
 """In the local folder: where its files come from."""
@@ -181,4 +181,4 @@ def _locked(path: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks: a file may be copied twice
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    fsync_folder(path.parent)
+    fsync_path(path.parent)

@@ -1,6 +1,7 @@
 """Requests through the rows of an engine: one that is done makes room for the next at once."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from pipeline.decoding.text import Limit
 from pipeline.model.transformer import Transformer
 
 
-class Engine:
+class Engine(ABC):
     """A batch of rows, each decoding a request of its own; what a step is, the kinds of it say.
 
     Args:
@@ -61,19 +62,19 @@ class Engine:
         self.queries = 0
         """Query tokens of a row in the last step."""
 
+    @abstractmethod
     def admit(self, row: int, prompt: Tensor, seed: int) -> tuple[list[int], int]:
         """Read a prompt, int64 [N], into `row`; the tokens that are final at once, and the forwards
         it took."""
-        raise NotImplementedError
 
-    def propose(self, text: Sequence[int]) -> None:
+    def propose(self, text: Sequence[int]) -> None:  # noqa: B027 (a hook)
         """Let the proposer draft what follows `text`, prompt included; nothing without one."""
 
+    @abstractmethod
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in each row, perhaps none."""
-        raise NotImplementedError
 
-    def release(self, row: int) -> None:
+    def release(self, row: int) -> None:  # noqa: B027 (a hook)
         """The row's request is done: it stays idle until the next is admitted."""
 
     def _read(self, row: int, prompt: Tensor, slots: Tensor) -> tuple[Tensor, int]:

@@ -82,16 +82,15 @@ def step_flops(
     last = config.intermediate_size * config.hidden_size
     layers = config.num_layers * (config.hidden_size * projections + 3 * last)
     places = slots if drafted is None else drafted
-    total = sequences * rows
     heads = sequences * (rows + alone if labelled is None else labelled)
-    forward_layers, forward_head = 2 * layers * total, 2 * head * heads
+    forward_layers, forward_head = 2 * layers * sequences * rows, 2 * head * heads
     forward_attention = 4 * config.num_layers * width * sequences * pairs
     adapters = config.num_layers * config.adapter_elements * slots
     drafting = 2 * sequences * (adapters + config.num_cell_products * (places + alone))
     # A layer is computed again up to its last product, whose result nothing needs.
-    repeated = forward_layers - 2 * config.num_layers * last * total + forward_attention
-    weights = 3 * (forward_layers + forward_head)
-    attention = 3 * forward_attention
+    last_products = 2 * config.num_layers * last * sequences * rows
+    repeated = forward_layers - last_products + forward_attention
+    weights, attention = 3 * (forward_layers + forward_head), 3 * forward_attention
     if frozen:
         share, drafts = slots / max(rows, 1), sequences * (places + alone)
         learned = 2 * config.num_embeddings * config.draft_rank * drafts

@@ -26,7 +26,7 @@ from pipeline.model.parameters import is_drafting
 from pipeline.model.source import HEAD, SavedModel
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
-from tidar_common.files import fsync_folder
+from tidar_common.files import fsync_path
 
 SHARD_BYTES = 5_000_000_000
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -128,7 +128,7 @@ def folder_written_atomically(output: Path, overwrite: bool) -> Iterator[Path]:
         for path in [p for p in temporary.rglob("*") if p.is_file()]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        fsync_folder(temporary)
+        fsync_path(temporary)
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(output, replaced)
@@ -136,7 +136,7 @@ def folder_written_atomically(output: Path, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_folder(output.parent)
+    fsync_path(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

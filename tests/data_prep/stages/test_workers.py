@@ -133,7 +133,7 @@ def test_all_that_a_task_left_has_its_name_on_the_disk(job, monkeypatch):
     def note(folder):
         synced.append(sorted(path.name for path in folder.iterdir()))
 
-    monkeypatch.setattr(files, "fsync_folder", note)
+    monkeypatch.setattr(files, "fsync_path", note)
     run_task(tasks[0], preparation, quiet)
     (names,) = synced
     assert {"000000.json", "000000.rests", "000000-000.tar"} <= set(names)

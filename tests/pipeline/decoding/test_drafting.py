@@ -123,18 +123,11 @@ def test_greedy_text_is_that_of_plain_decoding(block_size, penalty):
         ("tidar", None, 1), ("tidar", [], 3), ("tidar", [block_size], 2), ("recurrent", None, 1),
         ("recurrent", None, 4),
     ):  # fmt: skip
-        got = generate_batch(
-            model,
-            prompts,
-            DecodeOptions(
-                method=method,
-                block_size=block_size,
-                blocks=blocks,
-                prefill_chunk=7,
-                batch_size=batch_size,
-                **options,
-            ),
-        )
+        drafting = DecodeOptions(
+            method=method, block_size=block_size, blocks=blocks, prefill_chunk=7,
+            batch_size=batch_size, **options,
+        )  # fmt: skip
+        got = generate_batch(model, prompts, drafting)
         assert [run.tokens for run in got] == [run.tokens for run in expected]
 
 
@@ -147,18 +140,11 @@ def test_greedy_text_of_linear_drafts_is_that_of_plain_decoding(block_size):
     for method, blocks, batch_size in (
         ("tidar", None, 1), ("tidar", None, 3), ("tidar", [], 3), ("recurrent", None, 2)
     ):  # fmt: skip
-        got = generate_batch(
-            model,
-            prompts,
-            DecodeOptions(
-                method=method,
-                block_size=block_size,
-                blocks=blocks,
-                prefill_chunk=7,
-                batch_size=batch_size,
-                **options,
-            ),
-        )
+        drafting = DecodeOptions(
+            method=method, block_size=block_size, blocks=blocks, prefill_chunk=7,
+            batch_size=batch_size, **options,
+        )  # fmt: skip
+        got = generate_batch(model, prompts, drafting)
         assert [run.tokens for run in got] == [run.tokens for run in expected]
         slots = 2 * block_size - 1 if (method, blocks) == ("tidar", None) else 0
         assert {queries for run in got for queries, _ in run.steps} == {block_size + slots}

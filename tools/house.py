@@ -21,7 +21,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +33,7 @@ CHOSEN_BY_NAME = re.compile(
     r"|pipeline/model/(flex|tiles|dense|dense_attention|attention)\.py|/__main__\.py|/__init__\.py"
 )
 LONG = 60
+TRAIN = "pipeline/train.py"
 SCHEMA = re.compile(r"(Config|Settings|Keys|Rules|Choice)$")
 KEY = re.compile(r"^( *)([A-Za-z_]\w*):(?: +(.*))?$")
 
@@ -77,15 +77,29 @@ class Tree:
         return seen
 
     def with_one_importer(self) -> list[str]:
-        inside = {file for file in self.files if file.startswith(CODE)}
-        importers = Counter(target for file in inside for target in self.imports[file])
+        importers = self.importers()
         return sorted(
-            file
-            for file in inside
-            if importers[file] == 1
-            and not CHOSEN_BY_NAME.search(file)
-            and file not in self.entry_points()
+            f"{file} <- {importers[file][0]}"
+            for file in importers.keys() - self.entry_points()
+            if len(importers[file]) == 1 and not CHOSEN_BY_NAME.search(file)
         )
+
+    def importers(self) -> dict[str, list[str]]:
+        """By file, the files among what users run that import it."""
+        importers: dict[str, list[str]] = {}
+        for file in self.files:
+            for target in self.imports[file] if file.startswith(CODE) else ():
+                if target.startswith(CODE):
+                    importers.setdefault(target, []).append(file)
+        return importers
+
+    def behind(self, start: str) -> list[str]:
+        """The files that `start` reaches, each with those among them that import it."""
+        reached, importers = self.reached(start), self.importers()
+        return [
+            f"{file} <- {' '.join(sorted(reached.intersection(importers.get(file, ()))))}"
+            for file in sorted(reached)
+        ]
 
     def entry_points(self) -> set[str]:
         """Files that a console script names, or that run as a program."""
@@ -219,7 +233,7 @@ def table(tree: Tree) -> list[tuple[str, str, str]]:
     python = tree.lines("data_prep", "pipeline", "slurm")
     bench, results = tree.lines("bench"), result_lines(tree.root)
     return [
-        ("files behind pipeline/train.py", str(len(tree.reached("pipeline/train.py"))), "<= 85"),
+        (f"files behind {TRAIN}", str(len(tree.reached(TRAIN))), "<= 85"),
         ("modules with exactly one importer", str(len(tree.with_one_importer())), "<= 20"),
         ("lines of data_prep, pipeline, slurm", f"{python:,}", "<= 21,000"),
         ("lines of tidar_common", f"{tree.lines('tidar_common'):,}", ""),
@@ -233,7 +247,7 @@ def table(tree: Tree) -> list[tuple[str, str, str]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table; with `-v` also which modules, keys and functions are counted."""
+    """Print the table; with `-v` also what is counted, and who imports it."""
     folders = [Path(word) for word in arguments if word != "-v"]
     tree = Tree(folders[0].resolve() if folders else ROOT)
     print(f"{'':<42}{'here':>16}  wanted")
@@ -241,6 +255,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name:<42}{here:>16}  {wanted}")
     if "-v" in arguments:
         for title, names in (
+            (f"behind {TRAIN}", tree.behind(TRAIN)),
             ("one importer", tree.with_one_importer()),
             ("two homes", tree.keys_with_two_homes()),
             ("long functions", tree.long_functions()),

@@ -30,7 +30,7 @@ from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import ShardReader
 from data_prep.prepare import prepare
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
-from pipeline.data.loader import Share, step_batches
+from pipeline.data.batch import Share, step_batches
 from pipeline.data.source import LayoutChoice, SequenceSource
 from tidar_common.cli import config_dir
 

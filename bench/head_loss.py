@@ -15,8 +15,7 @@ from bench.inputs import PRECISIONS
 from bench.measure import interleaved, peak_bytes, ratio
 from bench.results import Outcome
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.loss import ObjectiveConfig, Targets
-from pipeline.objective.weights import Chains
+from pipeline.objective.loss import Chains, ObjectiveConfig, Targets
 from tidar_common.errors import UserError
 
 VARIANTS = {

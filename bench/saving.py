@@ -9,11 +9,11 @@ import torch
 
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
+from pipeline.data.order import TrainState
 from pipeline.distributed import World, joined_world
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
 from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
-from pipeline.training.state import TrainState
 
 LAYER_PARAMETERS = 12 * 512 * 512
 GB = 1e9

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.data.remote import is_remote
+from pipeline.data.place import is_remote
 from pipeline.planning.checks import run_checks
 from pipeline.planning.plan import make_plan
 from pipeline.planning.settings import Planned

@@ -18,9 +18,9 @@ from typing import Any
 from pipeline.checkpoint.files import FileWriter, install, verify_file_list, write_file_list
 from pipeline.checkpoint.reshape import load_reshaped
 from pipeline.checkpoint.retention import CheckpointConfig, complete_checkpoints, delete_old
+from pipeline.data.order import TrainState
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
 from tidar_common.files import fsync_path, write_text_atomic
 

@@ -1,14 +1,38 @@
-"""Where a run's data is: the `data` section of a config."""
+"""Where a run's data is: the `data` section of a config, and data behind a URL.
 
+`data.dir` may be a folder, or `https://…`, `s3://…` or another URL that webdataset or fsspec opens,
+or `pipe:COMMAND`, which puts out the file whose name is added to it (`pipe:ssh host cat
+/data/mine`). What a run needs of a URL is copied to a local folder as it is needed: the manifest,
+the tokenizer and the index at the start, a shard when the order of the run comes to it. Every file
+is checked against the manifest's hash before it counts, and a copy that failed is tried again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig
 
-from pipeline.data.remote import is_remote, mirror
+from data_prep.formats.manifest import (
+    MANIFEST,
+    MAX_BYTES,
+    SHARD_INDEX,
+    TOKEN_COUNTS,
+    Manifest,
+    ShardInfo,
+)
+from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
+from tidar_common.files import fsync_path, write_text_atomic, written_atomically
 
 
 @dataclass(frozen=True)
@@ -56,3 +80,157 @@ def open_place(place: str, config: DataConfig, key: str) -> Path:
             "data.cache_dir=... to a folder on a disk of the node"
         )
     return mirror(place, Path(config.cache_dir).expanduser())
+
+
+ORIGIN = "origin.json"
+"""In the local folder: where its files come from."""
+ATTEMPTS = 5
+FIRST_WAIT_S = 1.0
+CHUNK_BYTES = 1 << 20
+MAX_SIDE_BYTES = 16 << 30
+"""Of the tokenizer, the counts and the index, whose sizes the manifest does not say."""
+
+
+def is_remote(place: str) -> bool:
+    """Whether `data.dir` is a URL or a pipe, not a folder."""
+    return "://" in place or place.startswith("pipe:")
+
+
+def mirror(url: str, cache_dir: Path) -> Path:
+    """A local folder that stands for the prepared data at `url`, below `cache_dir`.
+
+    Data that was prepared anew at the same place gets another folder.
+
+    Raises:
+        UserError: when the data cannot be read, or is not what its manifest says.
+    """
+    url = url.rstrip("/")
+    content = _small_file(f"{url}/{MANIFEST}")
+    folder = cache_dir / hashlib.sha256(url.encode() + b"\n" + content).hexdigest()[:16]
+    with _locked(folder / ".lock"):
+        if not (folder / MANIFEST).exists():
+            with written_atomically(folder / MANIFEST) as target:
+                target.write(content)
+        write_text_atomic(folder / ORIGIN, json.dumps({"url": url}))
+        manifest = Manifest.load(folder)
+        wanted = {
+            manifest.tokenizer.file: manifest.tokenizer.sha256,
+            TOKEN_COUNTS: manifest.token_counts_sha256,
+            SHARD_INDEX: manifest.shard_index_sha256,
+        }
+        for name, sha256 in wanted.items():
+            _copy(f"{url}/{name}", folder / name, sha256)
+        if manifest.tokenizer.file == HUGGINGFACE_FILE:
+            _copy(f"{url}/{HUGGINGFACE_CONFIG}", folder / HUGGINGFACE_CONFIG, None)
+    return folder
+
+
+def local_shard(folder: Path, shard: ShardInfo, cache_bytes: int | None = None) -> Path:
+    """The shard's file in `folder`, copied there first if the folder stands for remote data.
+
+    Args:
+        folder: a data folder.
+        shard: which.
+        cache_bytes: shards used longest ago are removed beyond this; None keeps all. Where several
+            processes share the folder, it holds at least the shard that each of them reads.
+
+    Raises:
+        UserError: when it cannot be copied, naming its URL.
+    """
+    path = folder / shard.name
+    if not (folder / ORIGIN).exists():
+        return path
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            url = json.loads((folder / ORIGIN).read_text())["url"]
+            _copy(f"{url}/{shard.name}", path, shard.sha256, shard.bytes)
+    os.utime(path)
+    if cache_bytes is not None:
+        _evict(folder, path, cache_bytes)
+    return path
+
+
+def _copy(url: str, path: Path, sha256: str | None, most: int = MAX_SIDE_BYTES) -> None:
+    """Copy a file of at most `most` bytes, all or nothing, its hash checked where it is known."""
+    if path.exists():
+        return
+    for attempt in range(ATTEMPTS):
+        digest = hashlib.sha256()
+        try:
+            with _opened(url) as source, written_atomically(path) as target:
+                size = 0
+                while chunk := source.read(CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > most:
+                        raise OSError(f"it has more than {most:,} bytes")
+                    digest.update(chunk)
+                    target.write(chunk)
+                if sha256 is not None and digest.hexdigest() != sha256:
+                    raise OSError("it differs from what the manifest says")
+            return
+        except Exception as error:  # stores and commands have exceptions of their own
+            _wait_or_raise(url, attempt, error)
+
+
+def _small_file(url: str) -> bytes:
+    for attempt in range(ATTEMPTS):
+        try:
+            with _opened(url) as source:
+                content = source.read(MAX_BYTES + 1)
+            if not content:
+                raise OSError("it is empty")
+            if len(content) > MAX_BYTES:
+                raise OSError(f"it has more than the {MAX_BYTES:,} bytes of a manifest")
+            return content
+        except Exception as error:
+            _wait_or_raise(url, attempt, error)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _wait_or_raise(url: str, attempt: int, error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if attempt == ATTEMPTS - 1:
+        raise UserError(
+            f"data.dir: {url} cannot be read after {ATTEMPTS} attempts ({reason})"
+        ) from error
+    print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
+    time.sleep(FIRST_WAIT_S * 2**attempt)
+
+
+def _opened(url: str) -> IO[bytes]:
+    """Through webdataset where it knows the scheme, else through fsspec."""
+    from webdataset.gopen import gopen, gopen_schemes
+
+    scheme = url.partition(":")[0]
+    if scheme in gopen_schemes:
+        return gopen(url, "rb")
+    import fsspec
+
+    return fsspec.open(url, "rb").open()
+
+
+def _evict(folder: Path, kept: Path, cache_bytes: int) -> None:
+    files = []
+    for path in folder.glob("*/*.tar"):
+        try:
+            files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        except FileNotFoundError:
+            continue  # another process removed it
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= cache_bytes:
+            return
+        if path != kept:
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time copy a file; the others find it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks: a file may be copied twice
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    fsync_path(path.parent)

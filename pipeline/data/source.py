@@ -14,8 +14,7 @@ from data_prep.formats.manifest import Manifest, Split
 from data_prep.formats.shards import ShardReader
 from data_prep.layout import LOSS_SPANS, RESPONSE, BlockSizes, Layout, build_layout
 from pipeline.data.order import SequenceOrder
-from pipeline.data.place import DataConfig
-from pipeline.data.remote import local_shard
+from pipeline.data.place import DataConfig, local_shard
 from pipeline.data.windows import draw_windows
 from pipeline.model.config import block_slots
 from tidar_common.errors import UserError

@@ -14,12 +14,12 @@ from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
-from pipeline.data.remote import local_shard
+from pipeline.data.place import local_shard
 from pipeline.data.source import LayoutChoice, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
 from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.objective.controls import Controls, PairCounts
+from pipeline.objective.acceptance import Controls, PairCounts
 from tidar_common.errors import UserError
 
 PAIR_TOKENS = 4_000_000

@@ -24,8 +24,7 @@ from pipeline.evals.drafting import describe_drafts
 from pipeline.evals.heldout import HeldOut, documents
 from pipeline.evals.settings import LikelihoodConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import DraftScores, drafts_of
-from pipeline.objective.controls import Controls
+from pipeline.objective.acceptance import Controls, DraftScores, drafts_of
 from pipeline.objective.scoring import score_sequence
 from tidar_common.errors import UserError
 

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.formats.manifest import Manifest
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import open_mix
-from pipeline.data.place import DataConfig, open_place
-from pipeline.data.remote import is_remote
+from pipeline.data.place import DataConfig, is_remote, open_place
 from pipeline.data.source import LayoutChoice
 from pipeline.distributed import World
 from pipeline.evals.code.evaluate import code_rows, evaluate_code

@@ -34,8 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.objective.loss import MEASURED, Targets
-from pipeline.objective.weights import auf_weights, dpace_weights
+from pipeline.objective.loss import MEASURED, Targets, auf_weights, dpace_weights
 
 PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits of a piece: on a CPU what stays in its cache, on a GPU half a GiB in fp32, enough to keep

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 from data_prep.formats.manifest import ShardInfo
 from pipeline.data.mix import MixedSource
-from pipeline.data.remote import is_remote
+from pipeline.data.place import is_remote
 from pipeline.planning.plan import GIB, Plan
 from tidar_common.errors import UserError
 

@@ -6,19 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.batch import Batch
-from pipeline.data.order import numbers_after
+from pipeline.data.order import TrainState, numbers_after
 from pipeline.distributed import World
-from pipeline.training.evaluation import PeriodicEval
+from pipeline.training.due import PeriodicEval, Saver
+from pipeline.training.engine import learning_rate
+from pipeline.training.guards.anomalies import Rollbacks, rolled_back
 from pipeline.training.guards.mask_embedding import MaskEmbedding
-from pipeline.training.guards.rollback import Rollbacks, rolled_back
 from pipeline.training.guards.skipped_shards import SkippedShards
 from pipeline.training.launch.signals import StopRequest
 from pipeline.training.moments import DATA, Event, Guards, Moments, make_event
-from pipeline.training.saving import Saver
-from pipeline.training.schedule import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.speed import SpeedMeter, step_metrics
-from pipeline.training.state import TrainState
 from pipeline.training.step import (
     StepDone,
     StepInput,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipeline.training.state import TrainState
+from pipeline.data.order import TrainState
 from tidar_common.run_files import EvalRow
 
 if TYPE_CHECKING:  # who only reads a run's files imports no model

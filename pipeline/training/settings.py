@@ -18,13 +18,12 @@ from pipeline.model.attention import BACKENDS
 from pipeline.model.config import ModelConfig
 from pipeline.model.layers import CHECKPOINTING
 from pipeline.objective.loss import ObjectiveConfig
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig
+from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from pipeline.training.guards.anomalies import AnomalyConfig
 from pipeline.training.guards.ar_guard import ArGuardConfig
 from pipeline.training.guards.mask_embedding import MaskGuardConfig
 from pipeline.training.guards.watchdog import WatchConfig
 from pipeline.training.launch.signals import deadline
-from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.trackers.wandb import WandbConfig
 from tidar_common.config import existing_path, parse

@@ -14,35 +14,31 @@ from torch import nn
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.read import DTYPES
 from pipeline.checkpoint.write import Checkpoints
-from pipeline.data.batch import Batch
-from pipeline.data.loader import Share, step_batches
+from pipeline.data.batch import Batch, Share, step_batches
 from pipeline.data.mix import MixedSource, mix_identity
+from pipeline.data.order import TrainState
 from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import check_shape, load_into, open_model
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.transformer import Transformer
+from pipeline.training.due import PeriodicEval, Saver
 from pipeline.training.engine import build_engine, deepspeed_settings
-from pipeline.training.evaluation import PeriodicEval
-from pipeline.training.guards.anomalies import Anomalies
+from pipeline.training.guards.anomalies import Anomalies, LeftOutFile, Rollbacks
 from pipeline.training.guards.ar_guard import ArGuard
 from pipeline.training.guards.mask_embedding import MaskEmbedding
-from pipeline.training.guards.rollback import LeftOutFile, Rollbacks
 from pipeline.training.guards.skipped_shards import SkippedShards
 from pipeline.training.guards.watchdog import SlowRanks, Watchdog
 from pipeline.training.launch import preflight
 from pipeline.training.launch.run_dir import write_config
 from pipeline.training.loop import Trainer
 from pipeline.training.moments import Event, Guards, Moments, Together, Tracker, make_event
-from pipeline.training.saving import Saver
 from pipeline.training.settings import TrainSettings, with_layout
 from pipeline.training.speed import SpeedMeter
-from pipeline.training.state import TrainState
 from pipeline.training.trackers.environment import describe_rank
-from pipeline.training.trackers.metrics import EventsFile, MetricsFiles
+from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report
 from pipeline.training.trackers.progress import ProgressDisplay
-from pipeline.training.trackers.report import Report
 from pipeline.training.trackers.tensorboard import TensorBoard
 from pipeline.training.trackers.wandb import Wandb
 from tidar_common.errors import UserError

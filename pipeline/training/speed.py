@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.data.order import TrainState
 from pipeline.model.config import ModelConfig
 from pipeline.model.flops import step_flops
 from pipeline.objective.loss import MEASURED
 from pipeline.planning.hardware import recognise
 from pipeline.training.moments import StepMetrics
-from pipeline.training.state import TrainState
 from pipeline.training.step import GlobalCounts, StepDone
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024

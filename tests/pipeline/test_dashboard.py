@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from pipeline.dashboard import dashboard
 from pipeline.training.trackers.dashboard import DashboardConfig, Panel
-from pipeline.training.trackers.naming import eval_values, step_values
+from pipeline.training.trackers.metrics import eval_values, step_values
 from tidar_common.cli import config_dir
 from tidar_common.cli import run as run_task
 from tidar_common.config import parse

@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.training.trackers.naming import AXES
+from pipeline.training.trackers.metrics import AXES
 from tidar_common.cli import one_line
 from tidar_common.errors import UserError
 

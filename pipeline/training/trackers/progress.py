@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.data.order import TrainState
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
-from pipeline.training.state import TrainState
 from tidar_common.run_files import EvalRow
 
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.order import TrainState
 from pipeline.training.moments import StepMetrics, Tracker
-from pipeline.training.state import TrainState
-from pipeline.training.trackers.naming import AXES, eval_values, step_values
+from pipeline.training.trackers.metrics import AXES, eval_values, step_values
 
 FOLDER = "tensorboard"
 

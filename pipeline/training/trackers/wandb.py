@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.data.order import TrainState
 from pipeline.report.page import generation
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
-from pipeline.training.state import TrainState
 from pipeline.training.trackers.environment import describe_environment
-from pipeline.training.trackers.naming import eval_values, step_values
+from pipeline.training.trackers.metrics import eval_values, step_values
 from tidar_common.figures import heat_map
 from tidar_common.page import Section, page
 

@@ -11,6 +11,7 @@ from workers import run_workers
 from bench.reliability import DAMAGE, damage
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
+from pipeline.data.order import TrainState
 from pipeline.distributed import World
 from pipeline.training.engine import (
     DeepSpeedConfig,
@@ -18,7 +19,6 @@ from pipeline.training.engine import (
     build_engine,
     set_learning_rate,
 )
-from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
 
 

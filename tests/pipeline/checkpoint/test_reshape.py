@@ -12,6 +12,7 @@ from pipeline.checkpoint.read import MOMENTS, WEIGHT, FullState, read_full_state
 from pipeline.checkpoint.reshape import load_reshaped
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
+from pipeline.data.order import TrainState
 from pipeline.distributed import World
 from pipeline.training.engine import (
     DeepSpeedConfig,
@@ -20,7 +21,6 @@ from pipeline.training.engine import (
     discard_step,
     set_learning_rate,
 )
-from pipeline.training.state import TrainState
 from pipeline.training.step import apply
 
 CASES = {

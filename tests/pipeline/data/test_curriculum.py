@@ -6,8 +6,7 @@ from omegaconf import OmegaConf
 
 from data_prep.formats.manifest import Manifest
 from data_prep.layout import BlockSizes
-from pipeline.data.batch import Batch
-from pipeline.data.loader import Share, step_batches
+from pipeline.data.batch import Batch, Share, step_batches
 from pipeline.data.source import BlockCurriculum, LayoutChoice, SequenceSource
 from tidar_common.errors import UserError
 

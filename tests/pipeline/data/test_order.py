@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.data.loader import Share
+from pipeline.data.batch import Share
 from pipeline.data.order import SequenceOrder
 
 SIZES = [10, 3, 7, 16, 1]

@@ -16,8 +16,7 @@ from commands import run, train_small
 
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
-from pipeline.data.batch import make_batch, sequence_digest
-from pipeline.data.loader import Share, ahead, step_batches
+from pipeline.data.batch import Share, ahead, make_batch, sequence_digest, step_batches
 from pipeline.data.place import DataConfig
 from pipeline.data.source import LayoutChoice, SequenceSource
 from tidar_common.errors import UserError

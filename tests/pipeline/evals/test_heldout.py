@@ -10,7 +10,7 @@ from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
 from pipeline.evals import heldout
 from pipeline.evals.heldout import HeldOut, Unigram, documents
-from pipeline.objective.controls import PairCounts
+from pipeline.objective.acceptance import PairCounts
 from tidar_common.errors import UserError
 
 

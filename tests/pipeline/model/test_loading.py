@@ -21,6 +21,7 @@ from workers import run_workers
 from pipeline import load_model
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.checkpoint.write import Checkpoints, Saved
+from pipeline.data.order import TrainState
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.hf_export import write_export
@@ -33,7 +34,6 @@ from pipeline.training.engine import (
     full_copy,
     set_learning_rate,
 )
-from pipeline.training.state import TrainState
 from tidar_common.errors import UserError
 from tidar_common.run_files import newest_checkpoint
 

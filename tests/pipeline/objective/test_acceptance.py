@@ -13,13 +13,14 @@ from pipeline.model.transformer import Transformer
 from pipeline.objective import scoring
 from pipeline.objective.acceptance import (
     BINS,
+    Controls,
     DraftScores,
+    PairCounts,
     binned,
     describe_calibration,
     empty_bins,
     score_drafts,
 )
-from pipeline.objective.controls import Controls, PairCounts
 
 VOCABULARY, MASK = 14, 13
 UNIGRAM_IDS = 12

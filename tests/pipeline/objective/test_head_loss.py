@@ -12,8 +12,14 @@ from data_prep.layout import build_layout
 from pipeline.data.batch import make_batch
 from pipeline.objective import head_loss as module
 from pipeline.objective.head_loss import head_loss, piece_slices, prefix_shares, unpack
-from pipeline.objective.loss import MEASURED, ObjectiveConfig, make_targets, verifying_rows
-from pipeline.objective.weights import drafted_places, place_weights
+from pipeline.objective.loss import (
+    MEASURED,
+    ObjectiveConfig,
+    drafted_places,
+    make_targets,
+    place_weights,
+    verifying_rows,
+)
 
 VOCABULARY, WIDTH = 23, 6
 OBJECTIVES = {

@@ -13,8 +13,7 @@ from pipeline.decoding.step import prefill_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import score_drafts
-from pipeline.objective.controls import Controls
+from pipeline.objective.acceptance import Controls, score_drafts
 from pipeline.objective.scoring import score_sequence
 
 MASK = 13

@@ -6,7 +6,14 @@ from workers import run_workers
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine, full_copy
+from pipeline.training.engine import (
+    DeepSpeedConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    build_engine,
+    full_copy,
+    learning_rate,
+)
 
 CONFIG = ModelConfig(
     hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -53,3 +60,24 @@ def test_building_it_trains_nothing(engines, precision, stage):
         total = sum(float(p.double().abs().sum()) for p in start.values())
         kept = sum(float(p.double().abs().sum()) for p in masters)
         assert kept == pytest.approx(total, rel=1e-6)
+
+
+def test_warms_up_peaks_and_ends_at_the_final_share():
+    schedule = ScheduleConfig(warmup_steps=10, final_share=0.1)
+    rates = [learning_rate(step, 101, 2.0, schedule) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[100] == pytest.approx(0.2)
+    assert rates[55] == pytest.approx((2.0 + 0.2) / 2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_no_warmup_and_one_step():
+    assert learning_rate(0, 1, 1.0, ScheduleConfig(warmup_steps=0)) == 1.0
+
+
+def test_bad_values():
+    with pytest.raises(ValueError, match="warmup_steps"):
+        ScheduleConfig(warmup_steps=-1)
+    with pytest.raises(ValueError, match="final_share"):
+        ScheduleConfig(final_share=2.0)

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 from commands import SMALL_RUN, run
 
-from pipeline.data.order import numbers_after
+from pipeline.data.order import TrainState, numbers_after
 from pipeline.distributed import World
 from pipeline.report.compare import CLOCK
-from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
-from pipeline.training.guards.rollback import LEFT_OUT, LeftOut, LeftOutFile, merged
-from pipeline.training.state import TrainState
+from pipeline.training.guards.anomalies import (
+    LEFT_OUT,
+    Anomalies,
+    AnomalyConfig,
+    LeftOut,
+    LeftOutFile,
+    merged,
+)
 from tidar_common.errors import UserError
 
 SPIKING = (

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from tracker_data import EVAL_ROWS, steps
 
-from pipeline.training.state import TrainState
-from pipeline.training.trackers.metrics import MetricsFiles, cut_after
+from pipeline.data.order import TrainState
+from pipeline.training.moments import Together, make_event
+from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report, cut_after
+from pipeline.training.trackers.wandb import Wandb, WandbConfig
 
 
 def read(path: Path) -> list[dict]:
@@ -78,3 +80,86 @@ def test_cutting_leaves_no_other_file(tmp_path):
     cut_after(tmp_path / "absent.jsonl", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evals", "metrics.jsonl"]
     assert len(read(tmp_path / "metrics.jsonl")) == 1
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.alerts: list[str] = []
+        self.logged: list[tuple[int, dict]] = []
+
+    def alert(self, title: str, text: str) -> None:
+        self.alerts.append(f"{title}: {text}")
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+
+def test_events_are_written_and_alerted(tmp_path):
+    said: list[str] = []
+    wandb = Wandb(tmp_path, WandbConfig(), {}, said.append, [])
+    wandb.run = FakeRun()
+    both = Together([EventsFile(tmp_path), wandb])
+    both.on_event(make_event("checkpoint_saved", 4, "step-00000004", held_s=0.5, name="x"))
+    both.on_event(make_event("step_skipped", 5, "loss is not finite", first_sequence=32))
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [list(row)[:4] for row in rows] == [["time", "event", "step", "message"]] * 2
+    assert [row["event"] for row in rows] == ["checkpoint_saved", "step_skipped"]
+    assert wandb.run.alerts == [f"{tmp_path.name}: step skipped: loss is not finite"]
+    assert wandb.run.logged == [
+        (4, {"events/checkpoint_saved/held_s": 0.5}),
+        (5, {"events/step_skipped/first_sequence": 32}),
+    ]
+    assert said == []
+
+
+def test_a_resume_keeps_the_history(tmp_path):
+    file = EventsFile(tmp_path)
+    file.on_event(make_event("straggler", 50, "rank 1 is slow"))
+    EventsFile(tmp_path).on_start(TrainState(step=10))
+    assert file.path.read_text().count("\n") == 1
+
+
+def test_report_follows_the_files(tmp_path):
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    page = tmp_path / "report.html"
+    trackers.on_start(TrainState())
+    for metrics in steps(1, 3):
+        trackers.on_step(metrics)
+    assert not page.exists()
+    trackers.on_eval([{**row, "step": 3} for row in EVAL_ROWS])
+    after_eval = page.read_text(encoding="utf-8")
+    assert "2.00" in after_eval  # tokens per forward of the eval
+    for metrics in steps(4, 5):
+        trackers.on_step(metrics)
+    trackers.on_end(TrainState(step=5), finished=True)
+    at_end = page.read_text(encoding="utf-8")
+    assert at_end != after_eval
+    assert "5 steps" in at_end
+
+
+def test_a_run_without_a_step_has_no_report(tmp_path):
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    trackers.on_start(TrainState())
+    trackers.on_end(TrainState(), finished=False)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_that_was_cut_back_to_nothing_has_no_report(tmp_path):
+    """Killed before its first checkpoint, then stopped before its first step."""
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, print)])
+    trackers.on_start(TrainState())
+    trackers.on_step(next(steps(1, 1)))
+    trackers.on_start(TrainState())
+    trackers.on_end(TrainState(), finished=False)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(tmp_path):
+    said: list[str] = []
+    trackers = Together([MetricsFiles(tmp_path), Report(tmp_path, said.append)])
+    trackers.on_start(TrainState())
+    trackers.on_step(next(steps(1, 1)))
+    (tmp_path / "report.html").mkdir()
+    trackers.on_eval(EVAL_ROWS)
+    assert len(said) == 1
+    assert said[0].startswith("warning: report.html could not be written")

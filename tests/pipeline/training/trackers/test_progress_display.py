@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from tracker_data import EVAL_ROWS, steps
 
-from pipeline.training.state import TrainState
+from pipeline.data.order import TrainState
 from pipeline.training.trackers import progress
 from pipeline.training.trackers.progress import ProgressDisplay, duration
 

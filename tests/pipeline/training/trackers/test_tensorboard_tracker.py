@@ -6,11 +6,10 @@ import sys
 import pytest
 from tracker_data import EVAL_ROWS, steps
 
+from pipeline.data.order import TrainState
 from pipeline.training import settings
 from pipeline.training.moments import Together
-from pipeline.training.state import TrainState
-from pipeline.training.trackers.metrics import MetricsFiles
-from pipeline.training.trackers.naming import eval_values
+from pipeline.training.trackers.metrics import MetricsFiles, eval_values
 from pipeline.training.trackers.tensorboard import TensorBoard, is_installed
 from tidar_common.errors import UserError
 

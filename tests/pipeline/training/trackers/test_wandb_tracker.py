@@ -17,10 +17,9 @@ import wandb
 from tracker_data import EVAL_ROWS, steps
 from wandb_file import history, records, run_record
 
+from pipeline.data.order import TrainState
 from pipeline.training.moments import Together
-from pipeline.training.state import TrainState
-from pipeline.training.trackers.metrics import MetricsFiles
-from pipeline.training.trackers.naming import eval_values, flatten
+from pipeline.training.trackers.metrics import MetricsFiles, eval_values, flatten
 from pipeline.training.trackers.wandb import SOURCES_TABLE, TABLE, Wandb, WandbConfig, run_id
 
 RESOLVED = {"steps": 5, "optimizer": {"learning_rate": 0.1}}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.checkpoint.read import MOMENTS, WEIGHT, FullState, read_full_state
 from pipeline.model.parameters import full_shape
-from pipeline.training.engine import is_plain
 from tidar_common.errors import UserError
 
 
@@ -92,7 +91,7 @@ def _step_device(optimizer: Any) -> Tensor | None:
 def _set_plain(engine: Any, parameters: dict[str, Any], state: FullState) -> None:
     """Without ZeRO; in bf16 DeepSpeed keeps an fp32 copy of each parameter beside it."""
     optimizer, masters = engine.optimizer, {id(p): p for p in parameters.values()}
-    if not is_plain(engine):
+    if hasattr(optimizer, "fp32_groups"):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         masters = {
             id(own): master

@@ -52,9 +52,9 @@ class World:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's `data`, which must have the same length everywhere, in order of rank."""
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts: list[Tensor] = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own, group=self.control)
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts: list[Tensor] = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent, group=self.control)
         return [part.numpy().tobytes() for part in parts]
 
     def gather(self, value: Any) -> list[Any]:

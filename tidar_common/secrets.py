@@ -22,20 +22,20 @@ def without_secrets(value: Any, environment: Mapping[str, str] | None = None) ->
         environment: `os.environ` where it is None.
     """
     variables = os.environ if environment is None else environment
-    found = {
+    replacements = {
         secret: f"${{oc.env:{name}}}"
         for name, secret in variables.items()
         if NAMES.search(name) and len(secret) >= SHORTEST
     }
-    return _replaced(value, sorted(found.items(), key=lambda pair: -len(pair[0])))
+    return _replaced(value, sorted(replacements.items(), key=lambda pair: -len(pair[0])))
 
 
-def _replaced(value: Any, found: list[tuple[str, str]]) -> Any:
+def _replaced(value: Any, replacements: list[tuple[str, str]]) -> Any:
     if isinstance(value, dict):
-        return {key: _replaced(entry, found) for key, entry in value.items()}
+        return {key: _replaced(entry, replacements) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_replaced(entry, found) for entry in value]
+        return [_replaced(entry, replacements) for entry in value]
     if isinstance(value, str):
-        for secret, instead in found:
+        for secret, instead in replacements:
             value = value.replace(secret, instead)
     return value

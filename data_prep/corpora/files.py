@@ -121,8 +121,8 @@ def _remote_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
         whole = name == inside
         if whole or any(fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns):
             mark = next(
-                (details[one] for one in ("ETag", "etag", "md5Hash", "mtime", "LastModified")
-                 if details.get(one)), "")  # fmt: skip
+                (details[field] for field in ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+                 if details.get(field)), "")  # fmt: skip
             size = int(details.get("size") or 0)
             files.append(File(system.unstrip_protocol(name), relative, size, f"{size}-{mark}"))
     return files

@@ -107,15 +107,15 @@ def attention_picture(sequence: PackedSequence, real: int) -> NDArray[np.uint8]:
     slots = min(layout.num_slots, LARGEST_SECTION)
     picture = np.full((clean + slots, clean + slots, 3), NOTHING, dtype=np.uint8)
     start = 0
-    for number, own in enumerate(sequence.document_lengths.tolist()):
-        end = min(start + own, clean)
+    for number, length in enumerate(sequence.document_lengths.tolist()):
+        end = min(start + length, clean)
         if start < min(real, clean):
             seen = np.tril(np.ones((end - start, end - start), dtype=bool))
             picture[start:end, start:end][seen] = CLEAN[number % 2]
             if sequence.prompt_lengths is not None:
                 prompt = min(start + int(sequence.prompt_lengths[number]), end) - start
                 picture[start:end, start : start + prompt][seen[:, :prompt]] = PROMPT
-        start += own
+        start += length
     for block, (prefix, first, last, slot) in enumerate(layout.table().tolist()):
         rows = slice(clean + slot, clean + min(slot + last - first, slots))
         if slot < slots:

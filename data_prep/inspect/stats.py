@@ -121,11 +121,11 @@ def _source_charts(contents: Contents) -> list[BarChart]:
         size = sum(split.text_bytes for split in splits)
         sources = {"all text": {"tokens": contents.tokens, "text_bytes": size, "epochs": 1.0}}
     tokens, per_byte = [], []
-    for name, own in sources.items():
-        share, epochs = own["tokens"] / contents.tokens, own["epochs"]
+    for name, counts in sources.items():
+        share, epochs = counts["tokens"] / contents.tokens, counts["epochs"]
         again = f", read {epochs:.2f} times" if epochs != 1 else ""
-        tokens.append(Bar(name, own["tokens"], f"{own['tokens']:,} ({share:.1%}{again})"))
-        rate = own["tokens"] / own["text_bytes"]
+        tokens.append(Bar(name, counts["tokens"], f"{counts['tokens']:,} ({share:.1%}{again})"))
+        rate = counts["tokens"] / counts["text_bytes"]
         per_byte.append(Bar(name, rate, f"{rate:.3f}"))
     return [
         BarChart("Tokens by source", tokens, "Both splits, end tokens included."),
@@ -193,7 +193,7 @@ def _describe_split(name: str, split: Split) -> list[str]:
 def piece_lengths(folder: Path, manifest: Manifest) -> tuple[Counter[int], int]:
     """How many pieces of the train split have 2^p to 2^(p+1) - 1 tokens, by p, padding left out;
     and how many go on from a cut."""
-    found: Counter[int] = Counter()
+    lengths_by_power: Counter[int] = Counter()
     continued = 0
     for shard, offsets in zip(manifest.train.shards, manifest.shard_index(folder), strict=False):
         reader = ShardReader(folder / shard.name, offsets)
@@ -202,6 +202,6 @@ def piece_lengths(folder: Path, manifest: Manifest) -> tuple[Counter[int], int]:
                 lengths = sequence.document_lengths.astype(np.int64)
                 if sequence.real_tokens(manifest.tokenizer.pad_id) < len(sequence.tokens):
                     lengths = lengths[:-1]
-                found.update((np.frexp(lengths)[1] - 1).tolist())
+                lengths_by_power.update((np.frexp(lengths)[1] - 1).tolist())
                 continued += 0 if sequence.continued is None else int(sequence.continued.sum())
-    return found, continued
+    return lengths_by_power, continued

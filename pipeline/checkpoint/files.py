@@ -52,9 +52,9 @@ def write_file_list(folder: Path, known: Mapping[str, FileEntry] | None = None) 
         name = path.relative_to(folder).as_posix()
         files[name] = known[name] if name in known else entry_of(path)
     for name, entry in known.items():
-        found = (folder / name).stat().st_size
-        if found != entry["bytes"]:
-            raise OSError(f"{folder / name}: has {found} bytes instead of {entry['bytes']}")
+        size = (folder / name).stat().st_size
+        if size != entry["bytes"]:
+            raise OSError(f"{folder / name}: has {size} bytes instead of {entry['bytes']}")
     write_text_atomic(folder / FILE_LIST, json.dumps({"files": files}, indent=1) + "\n")
     fsync_path(folder)
     return sum(int(entry["bytes"]) for entry in files.values())
@@ -68,9 +68,9 @@ def verify_file_list(folder: Path) -> None:
     listed = _read_list(folder)
     for name, (size, _) in listed.items():
         file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        on_disk = file.stat().st_size if file.is_file() else None
+        if on_disk != size:
+            what = "is missing" if on_disk is None else f"has {on_disk} bytes instead of {size}"
             raise UserError(f"{file}: {what}; use another checkpoint")
     for name, (_, digest) in listed.items():
         if sha256_of(folder / name) != digest:

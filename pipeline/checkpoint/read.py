@@ -126,8 +126,8 @@ def read_full_state(folder: Path) -> FullState:
 
 
 def _rank(path: Path) -> int:
-    found = re.search(r"pp_rank_(\d+)_", path.name)
-    return int(found[1]) if found else 0
+    match = re.search(r"pp_rank_(\d+)_", path.name)
+    return int(match[1]) if match else 0
 
 
 def _read_plain(folder: Path, main: dict[str, Any]) -> FullState:

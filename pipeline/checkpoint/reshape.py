@@ -94,9 +94,9 @@ def _set_plain(engine: Any, parameters: dict[str, Any], state: FullState) -> Non
     if hasattr(optimizer, "fp32_groups"):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         masters = {
-            id(own): master
+            id(copy): master
             for group, copies in pairs
-            for own, master in zip(group, copies, strict=True)
+            for copy, master in zip(group, copies, strict=True)
         }
         optimizer = optimizer.optimizer
     step = _step_device(optimizer)
@@ -125,9 +125,9 @@ def _set_partitioned(engine: Any, parameters: dict[str, Any], state: FullState) 
             source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
             kinds = {WEIGHT: flat, **{m: zero.optimizer.state[flat][m] for m in MOMENTS}}
-            for kind, own in kinds.items():
+            for kind, values in kinds.items():
                 part = state.read(name, kind).narrow(0, source.start, source.numel)
-                own.narrow(0, target.start, target.numel).copy_(part)
+                values.narrow(0, target.start, target.numel).copy_(part)
         parameter.copy_(state.read(name, WEIGHT).view_as(parameter))
     # Views into the moments that DeepSpeed links at the first update, unless it has already.
     if getattr(zero, "_hp_optimizer_states_linked", False):
@@ -145,8 +145,8 @@ def _set_stage3(engine: Any, parameters: dict[str, Any], state: FullState) -> No
         _empty_state(zero.optimizer, flat, state.updates, step)
     for name, parameter in parameters.items():
         for kind in (WEIGHT, *MOMENTS):
-            own = _own_part(state.read(name, kind))
+            part = _own_part(state.read(name, kind))
             key = None if kind == WEIGHT else kind
-            zero.set_local_hp_param(own, parameter, key)
+            zero.set_local_hp_param(part, parameter, key)
             if kind == WEIGHT:
-                parameter.ds_tensor.data.copy_(own)
+                parameter.ds_tensor.data.copy_(part)

@@ -51,8 +51,8 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and step_of(path) >= 0]
-    return sorted(found, key=step_of)
+    folders = [path for path in folder.glob("step-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(folders, key=step_of)
 
 
 def steps_to_keep(

@@ -134,7 +134,7 @@ class Checkpoints:
         writer.finish()
         self._begun = None
         errors = [error for _, error, _ in reports if error is not None]
-        files = {name: entry for _, _, own in reports for name, entry in own.items()}
+        files = {name: entry for _, _, entries in reports for name, entry in entries.items()}
         outcome = None
         if self.world.is_main:
             outcome = self._complete(begun, files, errors)
@@ -182,8 +182,8 @@ class Checkpoints:
             if loaded is None:
                 raise UserError(f"{path}: DeepSpeed loaded nothing from it; delete it")
         self.load_s = time.perf_counter() - started
-        told = {"name": name, "damaged": damaged, "changed": {**changed, **reshaped}}
-        return TrainState.from_dict(content), told
+        notes = {"name": name, "damaged": damaged, "changed": {**changed, **reshaped}}
+        return TrainState.from_dict(content), notes
 
     def newest(self) -> str | None:
         """Name of the newest checkpoint, whether damaged or not."""

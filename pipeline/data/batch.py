@@ -115,15 +115,15 @@ def make_batch(
         predicting = positions_that_predict(sequence.real_lengths, sequence.real_prompts)
         ar_rows.append(first + predicting)
         ar_labels.append(tokens[predicting + 1])
-        own = _block_rows(tokens, layout, windows, first)
-        drafted = own[0][own[0] >= 0]
+        rows = _block_rows(tokens, layout, windows, first)
+        drafted = rows[0][rows[0] >= 0]
         slot_rows.append(drafted)
         slot_labels.append(tokens[layout.slot_position[drafted - first - length]])
-        blocks.append(own)
+        blocks.append(rows)
         slots += layout.num_slots
     digests = list(map(sequence_digest, sequences))
     drawn = [
-        _draw_alone(own, digest, alone_share) for own, digest in zip(blocks, digests, strict=True)
+        _draw_alone(rows, digest, alone_share) for rows, digest in zip(blocks, digests, strict=True)
     ]
     joined = _joined(blocks, drawn)
     labels = np.concatenate(slot_labels)
@@ -208,12 +208,12 @@ def _joined(parts: list[RowsOfBlocks], alone: list[NDArray[np.int64]]) -> BlockR
         missing = longest - x.shape[1]
         return np.pad(x, ((0, 0), (0, missing)), constant_values=value)
 
-    slots = np.concatenate([filled(own, -1) for own, _, _ in parts])
-    starts = np.concatenate([own for _, own, _ in parts])
-    before = np.concatenate([filled(own, 0) for _, _, own in parts])
-    counts = [len(own) for _, own, _ in parts]
+    slots = np.concatenate([filled(part, -1) for part, _, _ in parts])
+    starts = np.concatenate([part for _, part, _ in parts])
+    before = np.concatenate([filled(part, 0) for _, _, part in parts])
+    counts = [len(part) for _, part, _ in parts]
     firsts = np.cumsum(counts) - counts
-    chosen = np.concatenate([own + first for own, first in zip(alone, firsts, strict=True)])
+    chosen = np.concatenate([part + first for part, first in zip(alone, firsts, strict=True)])
     return BlockRows(*(torch.from_numpy(x) for x in (slots, starts, before, chosen)))
 
 

@@ -60,13 +60,13 @@ def open_mix(config: DataConfig, main: Manifest, choice: LayoutChoice) -> tuple[
             raise UserError(f"{key}: needs the keys dir and weight, and no other")
         weights = _checked_weights(f"{key}.weight", values["weight"])
         folder = open_place(str(values["dir"]), config, f"{key}.dir")
-        one = MixedSet(str(name), folder, Manifest.load(folder), weights)
-        _check_goes_with(key, one, main, choice)
-        same = sets.setdefault(one.manifest.fingerprint(), one)
-        if same is not one:
+        mixed = MixedSet(str(name), folder, Manifest.load(folder), weights)
+        _check_goes_with(key, mixed, main, choice)
+        same = sets.setdefault(mixed.manifest.fingerprint(), mixed)
+        if same is not mixed:
             raise UserError(f"{key}: is the same data as data.mix.{same.name}; leave out one")
     for step in _steps(sets.values()):
-        if sum(one.weight_at(step) for one in sets.values()) <= 0:
+        if sum(mixed.weight_at(step) for mixed in sets.values()) <= 0:
             raise UserError(f"data.mix: all weights are 0 from step {step} on")
     return tuple(sets[fingerprint] for fingerprint in sorted(sets))
 
@@ -84,36 +84,36 @@ def _checked_weights(key: str, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((step, float(weight)) for step, weight in steps.items()))
 
 
-def _check_goes_with(key: str, one: MixedSet, main: Manifest, choice: LayoutChoice) -> None:
-    own = one.manifest
-    if own.tokenizer.sha256 != main.tokenizer.sha256:
+def _check_goes_with(key: str, mixed: MixedSet, main: Manifest, choice: LayoutChoice) -> None:
+    manifest = mixed.manifest
+    if manifest.tokenizer.sha256 != main.tokenizer.sha256:
         raise UserError(
-            f"{key}: {one.dir} was prepared with another tokenizer than data.dir; prepare it with "
-            "tokenizer.path=... of that folder"
+            f"{key}: {mixed.dir} was prepared with another tokenizer than data.dir; prepare it "
+            "with tokenizer.path=... of that folder"
         )
-    if own.sequence_length != main.sequence_length:
+    if manifest.sequence_length != main.sequence_length:
         raise UserError(
-            f"{key}: {one.dir} has sequences of {own.sequence_length} tokens, data.dir of "
+            f"{key}: {mixed.dir} has sequences of {manifest.sequence_length} tokens, data.dir of "
             f"{main.sequence_length}; prepare it with sequence_length={main.sequence_length}"
         )
     for name in ("block_size", "coverage"):
-        if getattr(choice, name) is None and getattr(own, name) != getattr(main, name):
+        if getattr(choice, name) is None and getattr(manifest, name) != getattr(main, name):
             raise UserError(
-                f"{key}: {one.dir} was prepared with layout.{name}={getattr(own, name)}, data.dir "
-                f"with {getattr(main, name)}; set layout.{name}=... to lay out all anew"
+                f"{key}: {mixed.dir} was prepared with layout.{name}={getattr(manifest, name)}, "
+                f"data.dir with {getattr(main, name)}; set layout.{name}=... to lay out all anew"
             )
 
 
 def _steps(sets: Any) -> list[int]:
     """The steps at which some weight changes, 0 among them."""
-    return sorted({step for one in sets for step, _ in one.weights})
+    return sorted({step for mixed in sets for step, _ in mixed.weights})
 
 
 def mix_identity(sets: Sequence[MixedSet]) -> tuple[str, dict[str, Any]]:
     """What a continued run must not change: the data, and the weights by name and step."""
-    data = config_hash(sorted(one.manifest.fingerprint() for one in sets))
-    named = sorted(sets, key=lambda one: one.name)
-    return data, {one.name: {str(step): w for step, w in one.weights} for one in named}
+    data = config_hash(sorted(mixed.manifest.fingerprint() for mixed in sets))
+    named = sorted(sets, key=lambda mixed: mixed.name)
+    return data, {mixed.name: {str(step): w for step, w in mixed.weights} for mixed in named}
 
 
 class MixOrder:
@@ -143,9 +143,9 @@ class MixOrder:
         phase = bisect_right(self._starts, n) - 1
         window, inside = divmod(n - self._starts[phase], WINDOW)
         sets, ranks = self._window(phase, window)
-        one = int(sets[inside])
-        taken = int(self._bases[phase][one]) + window * int(self._counts[phase][one])
-        return one, taken + int(ranks[inside])
+        chosen = int(sets[inside])
+        taken = int(self._bases[phase][chosen]) + window * int(self._counts[phase][chosen])
+        return chosen, taken + int(ranks[inside])
 
     def before(self, n: int) -> NDArray[np.int64]:
         """How many of the first `n` sequences come from each set, [sets]."""
@@ -195,16 +195,16 @@ class MixedSource:
         self.manifest = manifest
         self.sets = sets
         self.sources = [
-            SequenceSource(one.dir, one.manifest, one.manifest.train, seed, choice, data)
-            for one in sets
+            SequenceSource(mixed.dir, mixed.manifest, mixed.manifest.train, seed, choice, data)
+            for mixed in sets
         ]
         # Weights are shares of the tokens, and a set with more padding has fewer in a sequence.
-        full = [one.manifest.train.tokens / one.manifest.train.sequences for one in sets]
+        full = [mixed.manifest.train.tokens / mixed.manifest.train.sequences for mixed in sets]
         self.order = MixOrder(
             [
                 (
                     step * sequences_per_step,
-                    [one.weight_at(step) / own for one, own in zip(sets, full, strict=True)],
+                    [m.weight_at(step) / tokens for m, tokens in zip(sets, full, strict=True)],
                 )
                 for step in _steps(sets)
             ],
@@ -213,8 +213,8 @@ class MixedSource:
         self._sequences_per_step = sequences_per_step
 
     def __getitem__(self, n: int) -> PackedSequence:
-        one, number = self.order[n]
-        return self.sources[one].at_step(number, n // self._sequences_per_step)
+        chosen, number = self.order[n]
+        return self.sources[chosen].at_step(number, n // self._sequences_per_step)
 
     @property
     def block_size(self) -> int:
@@ -235,24 +235,24 @@ class MixedSource:
 
     def damaged_shards(self) -> list[DamagedShard]:
         """Those of all sets, in the order in which they came up."""
-        found = [
-            replace(damaged, set=one.name)
-            for one, source in zip(self.sets, self.sources, strict=True)
+        shards = [
+            replace(damaged, set=mixed.name)
+            for mixed, source in zip(self.sets, self.sources, strict=True)
             for damaged in source.damaged_shards()
         ]
-        return sorted(found, key=lambda damaged: damaged.step)
+        return sorted(shards, key=lambda damaged: damaged.step)
 
     def epochs(self, sequences: int) -> dict[str, float]:
         """How often the first `sequences` of the run read each set, by name."""
         taken = self.order.before(sequences).tolist()
         rows = zip(self.sets, self.sources, taken, strict=True)
-        return {one.name: count / source.epoch_sequences for one, source, count in rows}
+        return {mixed.name: count / source.epoch_sequences for mixed, source, count in rows}
 
     def describe(self, sequences: int) -> str:
         """A line: what share of the first `sequences` each set has, and how often it is read."""
         taken, epochs = self.order.before(sequences).tolist(), self.epochs(sequences)
         return "data.mix: " + ", ".join(
-            f"{one.name} {count / max(sequences, 1):.1%} of the sequences, read "
-            f"{epochs[one.name]:.2f} times"
-            for one, count in zip(self.sets, taken, strict=True)
+            f"{mixed.name} {count / max(sequences, 1):.1%} of the sequences, read "
+            f"{epochs[mixed.name]:.2f} times"
+            for mixed, count in zip(self.sets, taken, strict=True)
         )

@@ -135,8 +135,8 @@ class LayoutChoice:
 
     @property
     def stored(self) -> bool:
-        own = (self.block_size, self.coverage, self.shift, self.block_sizes, self.loss_span)
-        return not self.linear and all(value is None for value in own)
+        changes = (self.block_size, self.coverage, self.shift, self.block_sizes, self.loss_span)
+        return not self.linear and all(value is None for value in changes)
 
 
 @dataclass(frozen=True)
@@ -309,8 +309,8 @@ class SequenceSource:
                 train = self.manifest.train.shards
                 first = 0 if self.split.shards[0] == train[0] else len(train)
                 self._index = index[first : first + len(self.split.shards)]
-            own = self.split.shards[shard]
-            path = local_shard(self._data_dir, own, self._data.cache_bytes)
+            info = self.split.shards[shard]
+            path = local_shard(self._data_dir, info, self._data.cache_bytes)
             self._readers[shard] = ShardReader(path, self._index[shard])
             if len(self._readers) > OPEN_SHARDS:
                 self._readers.popitem(last=False)[1].close()

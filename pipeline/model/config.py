@@ -154,8 +154,8 @@ class ModelConfig:
     @property
     def num_drafting_parameters(self) -> int:
         """Those that only draft; a frozen base trains no others."""
-        own = self.hidden_size if self.own_mask_embedding else 0
-        return self.num_layers * self.adapter_elements + own + self.num_draft_parameters
+        embedding = self.hidden_size if self.own_mask_embedding else 0
+        return self.num_layers * self.adapter_elements + embedding + self.num_draft_parameters
 
     @property
     def num_base_parameters(self) -> int:

@@ -208,8 +208,8 @@ class DraftHead(nn.Module):
             known = (blocks.starts >= 0)[:, None].to(hidden.dtype)
             begin = hidden[blocks.starts.clamp_min(0)] * known
         state, plain = self.first(begin)
-        told = self.token_parts(tokens)
-        z = self.scan(self.slot_parts(slots) + told, state)
+        from_tokens = self.token_parts(tokens)
+        z = self.scan(self.slot_parts(slots) + from_tokens, state)
         rows, width = len(hidden), self.up.in_features
         # Places that short blocks lack go into one row too many, which is cut off.
         last = rows + alone * size
@@ -217,7 +217,7 @@ class DraftHead(nn.Module):
         values = [z.reshape(-1, width)]
         places = [place.flatten()]
         if alone:
-            without = self.slot_parts(self.no_slot) + told[blocks.alone]
+            without = self.slot_parts(self.no_slot) + from_tokens[blocks.alone]
             own = self.scan(without, state[blocks.alone])
             values.append(own.reshape(-1, width))
             index = rows + torch.arange(alone * size, device=hidden.device).view(alone, size)

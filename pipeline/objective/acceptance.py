@@ -152,11 +152,12 @@ class DraftScores:
         )
 
 
-def _added(one: Any, other: Any) -> Any:
+def _added(left: Any, right: Any) -> Any:
     """The sum, by name where there are names; a side that lacks one adds nothing to it."""
-    if not isinstance(one, Mapping):
-        return one + other
-    return {name: sum(own[name] for own in (one, other) if name in own) for name in one | other}
+    if not isinstance(left, Mapping):
+        return left + right
+    sides = (left, right)
+    return {name: sum(side[name] for side in sides if name in side) for name in left | right}
 
 
 @torch.inference_mode()
@@ -209,8 +210,8 @@ def _acceptance(
     model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
     """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
-    own = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)
-    names = (*own, *controls.names)
+    drafters = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)
+    names = (*drafters, *controls.names)
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
     if scored.batch.diffusion_labels == 0:
         nothing = dict.fromkeys(names, drafts.expand(2, -1))
@@ -227,11 +228,11 @@ def _acceptance(
         p = torch.softmax(model.lm_head(scored.hidden[verifier]).float(), -1)
         own_draft = torch.softmax(_logits(model, scored, rows.slot[part]).float(), -1)
         # The row that verifies a place is that of the token before it.
-        found = [(MODEL, own_draft), *controls.drafts(text[verifier])]
+        distributions = [(MODEL, own_draft), *controls.drafts(text[verifier])]
         if scored.drafts is not None:
             logits = model.draft_logits(scored.drafts, rows.alone[part])
-            found.append((RECURRENT, torch.softmax(logits.float(), -1)))
-        for name, draft in found:
+            distributions.append((RECURRENT, torch.softmax(logits.float(), -1)))
+        for name, draft in distributions:
             rates[name][:, part] = _agreement(p, draft)
         likeliest = own_draft.max(-1)
         confidence[part] = likeliest.values.double().cpu()

@@ -194,8 +194,10 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """The same with its tensors on `device`."""
-        own = (self.rows, self.labels, self.shares, self.verifiers, self.measured)
-        rows, labels, shares, verifiers, measured = (x.to(device, non_blocking=True) for x in own)
+        tensors = (self.rows, self.labels, self.shares, self.verifiers, self.measured)
+        rows, labels, shares, verifiers, measured = (
+            x.to(device, non_blocking=True) for x in tensors
+        )
         chains = self.chains.to(device) if self.chains is not None else None
         return replace(
             self, rows=rows, labels=labels, shares=shares, verifiers=verifiers,

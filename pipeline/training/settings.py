@@ -81,8 +81,8 @@ class PlainKeys:
 
 def with_adapters(model: ModelConfig, adapter: AdapterConfig, frozen: bool) -> ModelConfig:
     """`model` with what `adapter` adds for mask slots; a `frozen` base gives them an embedding."""
-    own = adapter.own_mask_embedding
-    if own is False and frozen:
+    embedding = adapter.own_mask_embedding
+    if embedding is False and frozen:
         raise UserError(
             "adapter.own_mask_embedding: a frozen base's embeddings do not learn; set it to true, "
             "or freeze_base=false"
@@ -91,7 +91,7 @@ def with_adapters(model: ModelConfig, adapter: AdapterConfig, frozen: bool) -> M
         model,
         adapter_rank=adapter.rank,
         adapter_targets=adapter.targets if adapter.rank else (),
-        own_mask_embedding=frozen if own is None else own,
+        own_mask_embedding=frozen if embedding is None else embedding,
     )
 
 

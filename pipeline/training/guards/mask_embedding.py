@@ -106,6 +106,6 @@ class MaskEmbedding(Guard):
         norms = torch.linalg.vector_norm(output.detach()[0], dim=-1, dtype=torch.float32)
         # A mean by hand: picking rows out would wait for the device to count them.
         text = (norms * is_text).sum() / is_text.sum().clamp(min=1)
-        own = self._decoder.mask_embedding
-        norm = norms[-1] if own is None else own.detach().float().norm()
+        embedding = self._decoder.mask_embedding
+        norm = norms[-1] if embedding is None else embedding.detach().float().norm()
         self._seen = norm, text

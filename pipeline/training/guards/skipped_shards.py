@@ -47,10 +47,10 @@ class SkippedShards(Guard):
     def record(self) -> list[Event]:
         """Hand in what all ranks have met; on rank 0 the events of what is new, which is written
         by then. A shard that several met stands there with the first of these ranks."""
-        own = self._met()
-        self._handed_in = len(own)
+        met = self._met()
+        self._handed_in = len(met)
         rows: list[dict[str, Any]] = []
-        for rank, shards in enumerate(self._world.gather(own)):
+        for rank, shards in enumerate(self._world.gather(met)):
             for shard in shards if self._world.is_main else ():
                 if (shard.set, shard.shard) not in self._known:
                     self._known.add((shard.set, shard.shard))

@@ -69,7 +69,7 @@ def look_around(settings: TrainSettings, source: Source, world: World) -> dict[s
     """What this rank sees: versions, device, memory, disk, data, clock."""
     import deepspeed
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "rank": world.rank,
         "host": socket.gethostname(),
         "clock": time.time(),
@@ -82,19 +82,19 @@ def look_around(settings: TrainSettings, source: Source, world: World) -> dict[s
         "problems": [],
     }
     if world.device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(world.device)
-        found["free memory GiB"] = torch.cuda.mem_get_info(world.device)[0] / GIB
+        facts["device"] = torch.cuda.get_device_name(world.device)
+        facts["free memory GiB"] = torch.cuda.mem_get_info(world.device)[0] / GIB
     for name, look in (
         ("free disk GiB", lambda: free_disk_gib(settings.run_dir, world.rank)),
         ("manifest", lambda: sha256_of(settings.data_dir / "manifest.json")[:12]),
         ("shard", lambda: read_some(source, world)),
     ):
         try:
-            found[name] = look()
+            facts[name] = look()
         except (OSError, UserError) as error:
-            found[name] = "failed"
-            found["problems"].append(f"{name}: {error}")
-    return found
+            facts[name] = "failed"
+            facts["problems"].append(f"{name}: {error}")
+    return facts
 
 
 def free_disk_gib(run_dir: Path, rank: int) -> float:

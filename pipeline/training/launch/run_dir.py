@@ -119,9 +119,9 @@ def _slurm_start() -> dict[str, str]:
 
 
 def _is_earlier_start(holder: dict[str, Any]) -> bool:
-    own = _slurm_start()
-    same_job = bool(own) and holder.get("slurm_job") == own["slurm_job"]
-    return same_job and holder.get("slurm_start") != own["slurm_start"]
+    ours = _slurm_start()
+    same_job = bool(ours) and holder.get("slurm_job") == ours["slurm_job"]
+    return same_job and holder.get("slurm_start") != ours["slurm_start"]
 
 
 def _read_holder(descriptor: int) -> dict[str, Any]:

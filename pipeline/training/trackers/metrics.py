@@ -58,7 +58,9 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = [line + "\n" for line in lines if (found := step_of(line)) is not None and found <= step]
+    kept = [
+        line + "\n" for line in lines if (number := step_of(line)) is not None and number <= step
+    ]
     write_text_atomic(path, "".join(kept))
 
 
@@ -126,8 +128,8 @@ def eval_values(row: Mapping[str, Any]) -> dict[str, Any]:
     """An eval row's numbers under `decode/<method>/temperature_<t>/…`. Of each source of the text
     only single numbers: its lists, position by position, would be most of all."""
     singles = {
-        source: {key: value for key, value in own.items() if not isinstance(value, list | dict)}
-        for source, own in (row.get("by_source") or {}).items()
+        source: {key: value for key, value in numbers.items() if not isinstance(value, list | dict)}
+        for source, numbers in (row.get("by_source") or {}).items()
     }
     prefix = f"decode/{row['method']}/temperature_{row['temperature']:g}"
     return dict(flatten(prefix, {**row, "by_source": singles}))

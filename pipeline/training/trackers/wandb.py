@@ -216,10 +216,10 @@ def sources_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Rows of `SOURCES_TABLE` of all evals, lists as text: a column has one type."""
     return [
         [row["step"], row["temperature"], source]
-        + [json.dumps(v) if isinstance(v, list) else v for v in map(own.get, SOURCES_TABLE)]
+        + [json.dumps(v) if isinstance(v, list) else v for v in map(numbers.get, SOURCES_TABLE)]
         for row in rows
         if row["method"] == "ar"  # every method's row has the same
-        for source, own in (row.get("by_source") or {}).items()
+        for source, numbers in (row.get("by_source") or {}).items()
     ]
 
 

@@ -18,7 +18,7 @@ from pipeline.checkpoint import files
 from pipeline.checkpoint import write as checkpoints
 from pipeline.data.source import SequenceSource
 from pipeline.evals import decoding_runs
-from pipeline.training import evaluation, step
+from pipeline.training import due, step
 
 KIND, NUMBER, RANK = (os.environ["TIDAR_TEST_FAULT"] + "::").split(":")[:3]
 
@@ -94,7 +94,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "kill_writing": lambda: strike_before(files, "entry_of", die),
     "kill_before_rename": lambda: strike_before(checkpoints.Checkpoints, "_publish", die),
     "kill_after_rename": lambda: strike_before(checkpoints, "write_text_atomic", die),
-    "kill_eval": lambda: strike_before(evaluation, "evaluate_decode_speed", die),
+    "kill_eval": lambda: strike_before(due, "evaluate_decode_speed", die),
     "stop_eval": lambda: strike_before(decoding_runs.Runner, "run", ask_to_stop),
     "slow_step": lambda: strike_before(step, "head_loss", slow_down),
     "real_full_disk": lambda: strike_before(files.FileWriter, "begin", fill_real_disk),

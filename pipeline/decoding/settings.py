@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding.choice import Choice
 from pipeline.decoding.document_prompts import DocumentPrompts
@@ -15,8 +13,7 @@ from pipeline.decoding.options import DecodeOptions
 from pipeline.decoding.prompts import FilePrompts, Share, read_prompts
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.text import StopStrings
-from pipeline.model.loading import load_model
-from pipeline.model.transformer import Transformer
+from pipeline.model.loading import load_draft_model
 from tidar_common.errors import UserError
 
 
@@ -130,20 +127,3 @@ class GenerateConfig:
         if isinstance(self.blocks, str):
             return None if self.blocks == "all" else self.blocks
         return tuple(self.blocks)
-
-
-def load_draft_model(
-    path: str,
-    tokenizer: Tokenizer,
-    key: str,
-    *,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-) -> Transformer:
-    """The model at `path`; raises UserError naming `key` unless it has the same `tokenizer`."""
-    model, its_tokenizer = load_model(path, dtype=dtype, device=device)
-    if its_tokenizer.content() != tokenizer.content():
-        raise UserError(
-            f"{key}: {path} was trained with another tokenizer; give a model with the same one"
-        )
-    return model

@@ -15,7 +15,6 @@ from pathlib import Path
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding import generate
 from pipeline.decoding.methods import LOOKUP_TOKENS
-from pipeline.decoding.settings import load_draft_model
 from pipeline.decoding.text import token_texts
 from pipeline.distributed import World
 from pipeline.evals.decoders import COMPARED, Decoder
@@ -28,6 +27,7 @@ from pipeline.evals.drafting import (
 )
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.settings import Check, DecodeSpeedConfig, never
+from pipeline.model.loading import load_draft_model
 from pipeline.model.transformer import Transformer
 from tidar_common.files import write_text_atomic
 from tidar_common.run_files import EvalRow, HeldOutRow

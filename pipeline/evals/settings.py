@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.decoding.methods import CONFIDENCE
-from pipeline.evals.code.sandbox import Limits
 from pipeline.evals.decoders import ANSWERING, COMPARED, check_names
 
 BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
@@ -190,10 +189,6 @@ class CodeConfig:
     def file_of(self, benchmark: str) -> str | None:
         path: str | None = getattr(self, f"{benchmark}_file")
         return path
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.timeout_s, self.test_seconds, self.memory_gib, self.all_guards)
 
 
 def _at_least(least: int, name: str, value: int | None) -> None:

@@ -272,3 +272,20 @@ def _mean(weight: Tensor, rows: int) -> Tensor:
 def _set_to_mean(weight: Tensor, rows: int, index: Tensor) -> None:
     """Set the rows `index` [N] of `weight` [V, E] to the mean of its first `rows` rows."""
     weight[index] = _mean(weight, rows)
+
+
+def load_draft_model(
+    path: str,
+    tokenizer: Tokenizer,
+    key: str,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> Transformer:
+    """The model at `path`; raises UserError naming `key` unless it has the same `tokenizer`."""
+    model, its_tokenizer = load_model(path, dtype=dtype, device=device)
+    if its_tokenizer.content() != tokenizer.content():
+        raise UserError(
+            f"{key}: {path} was trained with another tokenizer; give a model with the same one"
+        )
+    return model

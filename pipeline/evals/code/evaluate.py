@@ -233,6 +233,7 @@ def _answer_all(
     Answers are checked in threads, each waiting for a process, while the next ones are decoded.
     """
     cost, pending = Cost(), []
+    limits = Limits(config.timeout_s, config.test_seconds, config.memory_gib, config.all_guards)
     with ThreadPoolExecutor(config.workers) as pool:
         for number in range(world.rank, len(benchmark.problems), world.size):
             problem = benchmark.problems[number]
@@ -241,7 +242,7 @@ def _answer_all(
                 run = _answer(model, tokenizer, problem, decoder, config, seed)
                 cost += Cost.of(run)
                 text = run.text or ""
-                pending.append(pool.submit(_check, problem, number, text, config.limits))
+                pending.append(pool.submit(_check, problem, number, text, limits))
         checked = [future.result() for future in pending]
     parts = world.gather((checked, cost))
     answers = sorted((a for part, _ in parts for a in part), key=lambda a: a.problem)

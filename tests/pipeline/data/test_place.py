@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_prep.formats.manifest import Manifest
-from pipeline.data import remote
+from pipeline.data import place
 from pipeline.data.batch import sequence_digest
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import SequenceSource
@@ -44,7 +44,7 @@ def served(store):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(place, "FIRST_WAIT_S", 0.0)
 
 
 def section(url, cache, **values):
@@ -84,7 +84,7 @@ def test_a_copy_that_failed_is_tried_again(store, tmp_path, capfd):
     manifest = Manifest.load(store)
     shard = manifest.train.shards[0]
     folder = tmp_path / "cache"
-    remote._copy(f"{url}/{shard.name}", folder / shard.name, shard.sha256)
+    place._copy(f"{url}/{shard.name}", folder / shard.name, shard.sha256)
     assert (folder / shard.name).read_bytes() == (store / shard.name).read_bytes()
     said = capfd.readouterr().err
     assert said.count("it differs from what the manifest says; trying again") == 2
@@ -95,7 +95,7 @@ def test_what_never_arrives_is_named(served, store, tmp_path, monkeypatch):
     folder = open_data_dir(section(url, tmp_path / "cache"))
     for path in store.glob("train/*.tar"):
         path.write_bytes(b"something else")
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(place, "ATTEMPTS", 2)
     with pytest.raises(UserError, match=r"data\.dir: http://.*\.tar cannot be read after 2"):
         digests(folder, count=1)
     assert not list(folder.rglob("*.tar"))
@@ -105,19 +105,19 @@ def test_what_never_arrives_is_named(served, store, tmp_path, monkeypatch):
 
 def test_data_prepared_anew_is_another_folder(store, tmp_path):
     url = f"pipe:cat {store}"
-    first = remote.mirror(url, tmp_path / "cache")
+    first = place.mirror(url, tmp_path / "cache")
     manifest = Manifest.load(store)
     manifest.config["note"] = "other"
     manifest.save(store)
-    assert remote.mirror(url, tmp_path / "cache") != first
+    assert place.mirror(url, tmp_path / "cache") != first
 
 
 def test_old_shards_are_removed(data_dir, store, tmp_path):
-    folder = remote.mirror(f"pipe:cat {store}", tmp_path / "cache")
+    folder = place.mirror(f"pipe:cat {store}", tmp_path / "cache")
     shards = Manifest.load(folder).train.shards
     limit = max(shard.bytes for shard in shards)
     for n, shard in enumerate(shards):
-        remote.local_shard(folder, shard, limit)
+        place.local_shard(folder, shard, limit)
         os.utime(folder / shard.name, (n, n))
     left = list(folder.rglob("*.tar"))
     assert sum(path.stat().st_size for path in left) <= limit

@@ -10,10 +10,9 @@ import pytest
 from bench.experiments import corpus as corpora
 from bench.experiments import study as studies
 from bench.experiments.__main__ import jobs, main
-from bench.experiments.budgets import Budgets
 from bench.experiments.corpus import CORPORA, NGRAM, ngrams, write_corpus
 from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RUNS
-from bench.experiments.study import DONE, Study
+from bench.experiments.study import DONE, Budgets, Study
 from data_prep.corpora.files import local_file
 from data_prep.corpora.text_files import FilesCorpus
 from data_prep.settings import in_heldout

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.order import TrainState
-from pipeline.report import build_report
+from pipeline.report.page import build_report
 from pipeline.training.moments import Event, StepMetrics, Tracker
 from tidar_common.files import write_text_atomic
 

@@ -139,8 +139,8 @@ def _rule(spans: Spans, first_row: int) -> Any:
     def allowed(batch: Tensor, head: Tensor, query: Tensor, column: Tensor) -> Tensor:
         row = query + first_row if first_row else query
         in_span = (lower[batch, row] <= column) & (column < upper[batch, row])
-        own = block[batch, row]
-        same_block = (own >= 0) & (own == block[batch, column])
+        query_block = block[batch, row]
+        same_block = (query_block >= 0) & (query_block == block[batch, column])
         if causal_slots:
             same_block = same_block & (column <= row)
         return in_span | same_block

@@ -150,12 +150,12 @@ class _TiledAttention(torch.autograd.Function):
             ahead = key.shape[2] - query.shape[2]
             rows = (query, key[:, :, ahead:], value[:, :, ahead:])
             q, k, v = map(mask.blocks.gather, rows)
-            own, own_lse = attend_plainly(q, k, v, mask.blocks.bias)
-            own, own_lse = map(mask.blocks.scatter, (own, own_lse.unsqueeze(-1)))
+            inside, own_lse = attend_plainly(q, k, v, mask.blocks.bias)
+            inside, own_lse = map(mask.blocks.scatter, (inside, own_lse.unsqueeze(-1)))
             prefix_lse = lse[slots].masked_fill(mask.keyless, -math.inf).unsqueeze(-1)
             joint = torch.logaddexp(prefix_lse, own_lse)
             output[slots] *= (prefix_lse - joint).exp()
-            output[slots] += (own_lse - joint).exp() * own
+            output[slots] += (own_lse - joint).exp() * inside
             lse[slots] = joint.squeeze(-1)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.mask = mask
@@ -173,21 +173,21 @@ class _TiledAttention(torch.autograd.Function):
         ahead = key.shape[2] - query.shape[2]
         for tile in mask.tiles:
             at, seen = _rows_and_keys(tile)
-            found = part_gradients(
+            gradients = part_gradients(
                 grad[at], query[at], key[seen], value[seen], output[at], lse[at], tile.bias
             )
-            query_grad[at] = found[0]
+            query_grad[at] = gradients[0]
             if not ahead:
-                key_grad[seen] += found[1]
-                value_grad[seen] += found[2]
+                key_grad[seen] += gradients[1]
+                value_grad[seen] += gradients[2]
         if mask.blocks is not None:
             slots = (slice(None), slice(None), slice(mask.clean_tokens, None))
             own_key, own_value = key[:, :, ahead:], value[:, :, ahead:]
             rows = (grad, query, own_key, own_value, output, lse.unsqueeze(-1))
             g, q, k, v, o, own_lse = map(mask.blocks.gather, rows)
-            found = plain_gradients(g, q, k, v, o, own_lse.squeeze(-1), mask.blocks.bias)
+            gradients = plain_gradients(g, q, k, v, o, own_lse.squeeze(-1), mask.blocks.bias)
             sums = (query_grad, key_grad[:, :, ahead:], value_grad[:, :, ahead:])
-            for total, part in zip(sums, found, strict=True):
+            for total, part in zip(sums, gradients, strict=True):
                 total[slots] += mask.blocks.scatter(part)
         dtype = query.dtype
         return query_grad.to(dtype), key_grad.to(dtype), value_grad.to(dtype), None
@@ -210,21 +210,21 @@ def _document_tiles(lower: Tensor) -> list[Tile]:
     """A causal tile for each document, which start at `lower` [B, S]; padding counts as one. Empty
     where tiles of rows are faster: those of `TILE` rows follow documents closely, the larger ones
     of long sections do not."""
-    found = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in lower]
-    count = sum(map(len, found))
-    if count == len(found):
+    documents = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in lower]
+    count = sum(map(len, documents))
+    if count == len(documents):
         whole = slice(0, lower.shape[1])
         return [Tile(slice(None), whole, whole, None)]
     long = lower.shape[1] > TILE * TILES_PER_SECTION
     if not long or lower.numel() < SHORTEST_DOCUMENTS * count:
         return []
     tiles = []
-    for number, lengths in enumerate(found):
+    for number, lengths in enumerate(documents):
         end = 0
         for length in lengths:
-            own = slice(end, end + length)
-            end = own.stop
-            tiles.append(Tile(slice(number, number + 1), own, own, None))
+            span = slice(end, end + length)
+            end = span.stop
+            tiles.append(Tile(slice(number, number + 1), span, span, None))
     return tiles
 
 

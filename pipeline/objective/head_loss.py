@@ -102,10 +102,10 @@ class _HeadLoss(torch.autograd.Function):
         for part in piece_slices(targets, weight.shape[0], hidden.device.type):
             if not targets.ar_counts and part.start < targets.ar_labels:
                 continue
-            own = hidden[targets.rows[part]]
-            scored = _score(own, hidden, weight, targets, part, shares[part])
+            states = hidden[targets.rows[part]]
+            scored = _score(states, hidden, weight, targets, part, shares[part])
             sums += scored.sums
-            gradients.add(targets.rows[part], own, weight, scored.slope)
+            gradients.add(targets.rows[part], states, weight, scored.slope)
         if not targets.ar_counts:
             sums[SUMS.index("ar")] = _estimate(hidden, weight, targets)
         ctx.gradients = gradients
@@ -115,8 +115,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found, ctx.gradients = ctx.gradients, None
-        return *found.scaled(upstream), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scaled(upstream), None, None
 
 
 class _Gradients:
@@ -133,19 +133,19 @@ class _Gradients:
             self.weight = torch.zeros_like(weight[:, self.frozen :], dtype=torch.float32)
         self.weight_dtype = weight.dtype
 
-    def add(self, rows: Tensor, own: Tensor, weight: Tensor, slope: Tensor) -> None:
-        """Take in the piece of `rows` [n] with hidden states `own` [n, E]; `slope` [n, V] is the
+    def add(self, rows: Tensor, states: Tensor, weight: Tensor, slope: Tensor) -> None:
+        """Take in the piece of `rows` [n] with hidden `states` [n, E]; `slope` [n, V] is the
         gradient of their logits."""
         slope = slope.to(weight.dtype)
         if self.hidden is not None:
             self.hidden[rows] = slope @ weight
         if self.weight is None:
             return
-        own = own[:, self.frozen :]
+        states = states[:, self.frozen :]
         if weight.dtype == torch.float32:
-            torch.addmm(self.weight, slope.T, own, out=self.weight)
+            torch.addmm(self.weight, slope.T, states, out=self.weight)
         else:
-            self.weight += slope.T @ own
+            self.weight += slope.T @ states
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Both times `factor`, whole and in the types of what they are gradients of; only once."""
@@ -190,10 +190,10 @@ def prefix_shares(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
     """
     if targets.chains is None:
         return targets.shares
-    found = list(_scores_of_drafts(hidden, weight, targets))
-    if not found:
+    pieces = list(_scores_of_drafts(hidden, weight, targets))
+    if not pieces:
         return targets.shares
-    scores = torch.cat(found)
+    scores = torch.cat(pieces)
     there = torch.zeros(targets.chains.shape, dtype=torch.bool, device=scores.device)
     table = torch.zeros(targets.chains.shape, dtype=scores.dtype, device=scores.device)
     there.view(-1)[targets.chains.cells] = targets.chains.drafts
@@ -236,14 +236,14 @@ def _estimate(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
 
 
 def _score(
-    own: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: slice, share: Tensor
+    states: Tensor, hidden: Tensor, weight: Tensor, targets: Targets, part: slice, share: Tensor
 ) -> _Scored:
-    """Losses of the rows `part`, whose hidden states are `own` [n, E], and their slopes; each row
+    """Losses of the rows `part`, whose hidden `states` are [n, E], and their slopes; each row
     counts its `share` [n]."""
     labels = targets.labels[part]
     section = bisect_right(targets.ends, part.start)
     compares = targets.agreement != "none" and section > 0
-    logits = (own @ weight.T).float()
+    logits = (states @ weight.T).float()
     right = logits.gather(1, labels[:, None])[:, 0]
     mean = logits.mean(1) if targets.smoothing else right
     # In place from here on: a second [n, V] would be the most memory there is.
@@ -316,8 +316,10 @@ def _agreement(
         kl, tv = coefficients(kind, overlap)
         # s (see above) is -1 at the label alone, so both terms point the same way.
         coefficient = torch.ones_like(kl) if kind == "acceptance" else kl + tv * overlap
-        found = cross_entropy if kind == "acceptance" else distances(kind, overlap, cross_entropy)
-        return found, overlap, factor * coefficient, None
+        divergence = cross_entropy
+        if kind != "acceptance":
+            divergence = distances(kind, overlap, cross_entropy)
+        return divergence, overlap, factor * coefficient, None
     overlap = torch.minimum(draft, expected).sum(1)
     divergence = cross_entropy
     if kind in ("kl", "blend"):
@@ -335,11 +337,11 @@ def _agreement(
 
 def coefficients(agreement: str, overlap: Tensor) -> tuple[Tensor, Tensor]:
     """c_kl and c_tv of each row, [n], given sum_v min(p_v, q_v) [n]."""
-    one, none = torch.ones_like(overlap), torch.zeros_like(overlap)
+    ones, none = torch.ones_like(overlap), torch.zeros_like(overlap)
     if agreement == "kl":
-        return one, none
+        return ones, none
     if agreement == "tv":
-        return none, one
+        return none, ones
     if agreement == "acceptance":
         return none, 1 / _positive(overlap)
     blended = torch.exp(-BLEND_DECAY * overlap)

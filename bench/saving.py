@@ -12,7 +12,8 @@ from pipeline.checkpoint.write import Checkpoints, Saved
 from pipeline.distributed import World, joined_world
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
+from pipeline.training.config import DeepSpeedConfig, OptimizerConfig
+from pipeline.training.engine import build_engine
 from pipeline.training.state import TrainState
 
 LAYER_PARAMETERS = 12 * 512 * 512

@@ -9,6 +9,7 @@ class ScheduleConfig:
     """Linear warm-up, then half a cosine down to a share of the peak."""
 
     warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
     final_share: float = 0.1
     """Learning rate of the last step as a share of the peak."""
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.checkpoint.retention import step_in_name
 from pipeline.distributed import World
-from pipeline.training.guards.anomalies import ROLLBACK, Anomalies
+from pipeline.training.config import ROLLBACK
+from pipeline.training.guards.anomalies import Anomalies
 from pipeline.training.moments import Event, TrainingStoppedError, make_event
 from pipeline.training.step import StepDone
 from tidar_common.errors import UserError

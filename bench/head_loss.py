@@ -14,8 +14,9 @@ from torch import Tensor
 from bench.inputs import PRECISIONS
 from bench.measure import interleaved, peak_bytes, ratio
 from bench.results import Outcome
+from pipeline.objective.config import ObjectiveConfig
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.loss import Chains, ObjectiveConfig, Targets
+from pipeline.objective.loss import Chains, Targets
 from tidar_common.errors import UserError
 
 VARIANTS = {

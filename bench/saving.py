@@ -13,7 +13,8 @@ from pipeline.data.order import TrainState
 from pipeline.distributed import World, joined_world
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, build_engine
+from pipeline.training.config import DeepSpeedConfig, OptimizerConfig
+from pipeline.training.engine import build_engine
 
 LAYER_PARAMETERS = 12 * 512 * 512
 GB = 1e9

@@ -20,7 +20,7 @@ from pipeline.data.batch import Batch
 from pipeline.distributed import World
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
 from pipeline.model.transformer import Transformer
-from pipeline.objective.loss import ObjectiveConfig
+from pipeline.objective.config import ObjectiveConfig
 from pipeline.training.engine import parameter_groups
 from pipeline.training.step import GlobalCounts, StepInput, accumulate
 

@@ -7,11 +7,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.filters.config import DecontaminateConfig, DedupConfig, FiltersConfig
+from data_prep.corpora import READERS
+from data_prep.corpora.mix import MixConfig
+from data_prep.filters.config import (
+    C4Rules,
+    DecontaminateConfig,
+    DedupConfig,
+    FiltersConfig,
+    FineWebRules,
+    QualityRules,
+    RepetitionRules,
+)
 from data_prep.layout import LOSS_SPANS, BlockSizes
 from data_prep.stages.pack import PACKINGS
 from tidar_common.config import array_share, config_hash, parse
 from tidar_common.errors import UserError
+from tidar_common.schema import NO_VALUE, Choice, Command, defaults, register
 from tidar_common.secrets import without_secrets
 
 GROUPS = ("corpus", "filters", "dedup", "decontaminate", "tokenizer", "layout")
@@ -22,17 +33,17 @@ IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: str = "sentencepiece"
-    """`sentencepiece` or `huggingface`."""
+    """sentencepiece or huggingface."""
     path: str | None = None
-    """An existing tokenizer (file or folder); None trains a SentencePiece model on the corpus."""
+    """An existing tokenizer, a file or its folder; None trains a SentencePiece model."""
     vocab_size: int = 4096
     """Pieces of a trained model, control and byte pieces included."""
     model_type: str = "unigram"
-    """`unigram` (encodes several times faster) or `bpe`."""
+    """unigram (encodes several times faster) or bpe."""
     sample_bytes: int = 2_000_000
-    """Text that a trained model sees, drawn from the whole training split."""
+    """Bytes of text that a trained model sees, drawn from the whole training split."""
     eos_token: str | None = None
-    """End-of-document token of a Hugging Face tokenizer; None tries the usual names."""
+    """End-of-document token; None takes the one of tokenizer_config.json, or a usual name."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("sentencepiece", "huggingface"):
@@ -57,14 +68,20 @@ class LayoutConfig:
     """See `data_prep.layout.build_layout`."""
 
     block_size: int = 16
+    """K, the most positions a block drafts."""
     coverage: float = 1.0
+    """Share of the positions that are drafted, in (0, 1]; below 1 the mask section is shorter."""
     shift: bool = False
+    """Let blocks start anywhere: at full coverage each document's grid is moved by a random 0 to
+    K-1 positions, below that every block has a place of its own."""
     block_sizes: list[int] | None = None
-    """Values of K up to `block_size`, of which each sequence draws one."""
+    """Values of K up to block_size, of which each sequence draws one, such as [4,8,16]; None has
+    one K."""
     block_shares: list[float] | None = None
-    """How often each is drawn, of any sum; None draws all alike."""
+    """How often each of them is drawn, such as [1,1,2]; None draws all alike."""
     loss_span: str = "document"
-    """`document`, or `response`: prompts of the corpus get no blocks and carry no loss."""
+    """What is learnt of a document: document, or response, what stands behind its prompt
+    (corpus.prompt_field); prompts then get no blocks and carry no loss."""
 
     def __post_init__(self) -> None:
         if self.loss_span not in LOSS_SPANS:
@@ -83,24 +100,44 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
-class PlainKeys:
-    """The keys of `conf/prepare.yaml` that stand in no group; they are explained there."""
+class PrepareKeys:
+    """The keys of `tidar-prepare` that stand in no section."""
 
     output_dir: Path
-    sequence_length: int
-    heldout_fraction: float
-    packing: str
-    shard_bytes: int
-    shard_sequences: int | None
-    group_size: int
-    task_bytes: int | None
-    workers: int
-    array: str | None
-    seed: int
-    verify: bool
-    stats: bool
-    inspect: int | None
-    overwrite: bool
+    """Folder to write: manifest.json, the tokenizer, train/*.tar and heldout/*.tar."""
+    sequence_length: int = 1024
+    """Tokens of a packed sequence."""
+    heldout_fraction: float = 0.01
+    """Share of the documents that is held out, in (0, 1); by a hash of the seed and the document's
+    id."""
+    packing: str = "best_fit"
+    """best_fit (a document that fits is never cut) or concatenate (no padding, many cuts)."""
+    shard_bytes: int = 64_000_000
+    """Bytes of a shard, about."""
+    shard_sequences: int | None = None
+    """Sequences of a shard; None makes it as many as shard_bytes has room for."""
+    group_size: int = 32
+    """Packed sequences in one sample of a shard; one read fetches a whole sample."""
+    task_bytes: int | None = None
+    """Text of a task, which one core does without the rest, and never again. None takes a 64th of
+    the corpus, from 2 to 128 MB."""
+    workers: int = 1
+    """Tasks done at a time, each by a process. Does not change the output."""
+    array: str | None = None
+    """i/n does the i-th of n shares of the tasks, i from 0, so that n jobs prepare one folder; the
+    last to end puts it together. slurm/prepare.sbatch sets it. Does not change the output."""
+    seed: int = 0
+    """Of the held-out split, a trained tokenizer's sample, the shuffle and drawn layouts."""
+    verify: bool = False
+    """Prepare nothing; read the folder again and check it against its manifest."""
+    stats: bool = False
+    """Prepare nothing; print what a prepared folder holds, and draw it into its stats.html."""
+    inspect: int | None = None
+    """Prepare nothing; show this sequence of train, from 0 (documents, blocks, who may attend to
+    what), also as a picture beside the folder."""
+    overwrite: bool = False
+    """Prepare anew in a folder that is finished; what it holds is removed once corpus and tokenizer
+    are known to be good."""
 
     def __post_init__(self) -> None:
         for key, least in (("sequence_length", 2), ("shard_bytes", 1), ("shard_sequences", 1),
@@ -121,8 +158,8 @@ class PlainKeys:
         return array_share(self.array)
 
 
-@dataclass(frozen=True)
-class PrepareSettings(PlainKeys):
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings(PrepareKeys):
     """Everything `tidar-prepare` is told, but the corpus, which its reader checks."""
 
     filters: FiltersConfig
@@ -137,7 +174,7 @@ class PrepareSettings(PlainKeys):
     def from_config(cls, cfg: DictConfig) -> "PrepareSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
         plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in GROUPS])
-        values = dict(vars(parse(PlainKeys, plain, "")))
+        values = dict(vars(parse(PrepareKeys, plain, "")))
         values["output_dir"] = values["output_dir"].expanduser()
         return cls(
             **values,
@@ -175,3 +212,59 @@ def in_heldout(document_id: str, *, seed: int, fraction: float) -> bool:
     # Ids from file names and JSON may hold lone surrogates, which plain UTF-8 refuses.
     key = f"{seed}\n{document_id}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < fraction
+
+
+ABOUT = """\
+tidar-prepare: raw text to packed, laid-out, sharded training sequences.
+
+  tidar-prepare output_dir=data/stdlib sequence_length=256
+  tidar-prepare corpus=jsonl corpus.path=text/ output_dir=data/mine workers=16
+  tidar-prepare tokenizer=huggingface tokenizer.path=Qwen2.5-1.5B/ sequence_length=4096 ...
+  tidar-prepare verify=true output_dir=data/mine
+  tidar-prepare stats=true output_dir=data/mine
+  tidar-prepare inspect=0 output_dir=data/mine
+
+The same command continues an interrupted preparation.
+Exit codes: 0 done, 2 bad config or input, 130 interrupted.
+"""
+CORPORA = {
+    "python_stdlib": "The library of the Python that runs this: about 10 MB of text.",
+    "text_folder": "A folder of text files, one document each.",
+    "jsonl": "JSON lines, plain or compressed, one document a line.",
+    "parquet": "Parquet files, one document a row; needs the parquet extra.",
+    "arrow": "A folder that Hugging Face datasets saved to disk, one document a row; needs the "
+    "parquet extra.",
+    "webdataset": "Tars of text as webdataset has them, one document a sample.",
+    "mix": "Several corpora, each with a share of the tokens.",
+}
+GOPHER = {"repetition": defaults(RepetitionRules), "quality": defaults(QualityRules)}
+FINEWEB = {**GOPHER, "c4": defaults(C4Rules), "fineweb": defaults(FineWebRules)}
+SCHEMAS = {**{name: schema for name, (schema, _) in READERS.items()}, "mix": MixConfig}
+PREPARE = Command(
+    "prepare", ABOUT, PrepareKeys,
+    {"layout": LayoutConfig, "dedup": DedupConfig, "decontaminate": DecontaminateConfig},
+    {"corpus": "python_stdlib", "filters": "none", "tokenizer": "sentencepiece"},
+)  # fmt: skip
+register(
+    PREPARE,
+    *(Choice("corpus", name, SCHEMAS[name], text) for name, text in CORPORA.items()),
+    Choice("filters", "none", FiltersConfig, "No rules of quality."),
+    Choice(
+        "filters", "gopher", FiltersConfig,
+        "Gopher's rules (arXiv 2112.11446), for English web text; needs the filters extra.", GOPHER,
+    ),
+    Choice(
+        "filters", "fineweb", FiltersConfig,
+        "FineWeb's rules (arXiv 2406.17557): Gopher's, C4's and its own; needs the filters extra.",
+        FINEWEB,
+    ),
+    Choice(
+        "tokenizer", "sentencepiece", TokenizerConfig, "Trained on the corpus, or existing.",
+        only=("kind", "path", "vocab_size", "model_type", "sample_bytes"),
+    ),
+    Choice(
+        "tokenizer", "huggingface", TokenizerConfig,
+        "A tokenizer.json, as that of the base model whose training is continued.",
+        {"kind": "huggingface", "path": NO_VALUE}, only=("kind", "path", "eos_token"),
+    ),
+)  # fmt: skip

@@ -4,13 +4,15 @@ import sys
 
 from omegaconf import DictConfig
 
-from pipeline import load_model
-from pipeline.distributed import joined_world
-from pipeline.evals.run import EvaluateSettings, describe, run_evals, write_results
 from tidar_common.cli import run
 
 
 def evaluate(cfg: DictConfig) -> int:
+    # Here, so that help and a mistake in a key do not wait for torch.
+    from pipeline import load_model
+    from pipeline.distributed import joined_world
+    from pipeline.evals.run import EvaluateSettings, describe, run_evals, write_results
+
     settings = EvaluateSettings.from_config(cfg)
     with joined_world() as world:
 

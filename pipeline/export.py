@@ -1,26 +1,58 @@
 """`tidar-export`: a checkpoint to a Hugging Face folder that other software loads."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.model.hf_export import check_output, write_export
-from pipeline.model.loading import as_dtype, open_model, read_model
 from tidar_common.cli import run
-from tidar_common.config import existing_path, require
+from tidar_common.config import existing_path, parse
+from tidar_common.schema import Command, register
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The keys of `tidar-export`."""
+
+    checkpoint: str
+    """A training checkpoint (run_dir/checkpoints/step-...), a run_dir (its latest one), an earlier
+    export or a Hugging Face folder."""
+    output: str
+    """The folder to write; it appears when it is complete."""
+    dtype: str | None = None
+    """bf16 or fp32. None keeps the type of training, so that the export decodes as the evals did;
+    fp32 of a bf16 checkpoint gives the master weights of ZeRO 1, 2 and 3."""
+    overwrite: bool = False
+    """Replace an export that is already there. Folders that hold anything else are never
+    touched."""
+
+
+ABOUT = """\
+tidar-export: write a checkpoint as a Hugging Face folder, with tidar.json beside it.
+
+  tidar-export checkpoint=runs/first output=exports/first
+  tidar-export checkpoint=runs/first/checkpoints/step-00000500 output=exports/at500 dtype=bf16
+
+transformers loads the folder as a plain autoregressive model; tidar-generate and
+pipeline.load_model decode several tokens a forward with it.
+"""
+register(Command("export", ABOUT, ExportConfig))
 
 
 def export(cfg: DictConfig) -> int:
+    from pipeline.model.hf_export import check_output, write_export
+    from pipeline.model.loading import as_dtype, open_model, read_model
+
     checkpoint = existing_path(cfg, "checkpoint", "a checkpoint, a run_dir or a model folder")
-    require(cfg, "output")
-    output = Path(str(cfg.output)).expanduser()
-    dtype = None if cfg.dtype is None else as_dtype(str(cfg.dtype))
-    check_output(output, bool(cfg.overwrite))
+    config = parse(ExportConfig, cfg, "")
+    output = Path(config.output).expanduser()
+    dtype = None if config.dtype is None else as_dtype(config.dtype)
+    check_output(output, config.overwrite)
     source = open_model(checkpoint)
     tokenizer = source.tokenizer()
     model = read_model(source, dtype=dtype, device="cpu")
-    warning = write_export(model, tokenizer, source, output, overwrite=bool(cfg.overwrite))
+    warning = write_export(model, tokenizer, source, output, overwrite=config.overwrite)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     stored = str(next(model.parameters()).dtype).removeprefix("torch.")

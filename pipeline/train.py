@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.distributed import LostProcessError, World, joined_world
-from pipeline.training.guards.watchdog import EXIT_LOST, Watchdog
-from pipeline.training.launch.run_dir import INTERRUPTED, StillHeldError, owned
 from pipeline.training.launch.signals import (
     EXIT_SAVED,
     StopRequest,
@@ -15,17 +13,25 @@ from pipeline.training.launch.signals import (
     deadline,
     stop_on_signal,
 )
-from pipeline.training.moments import TrainingStoppedError
-from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import build_trainer, make_deterministic
 from tidar_common.cli import report_mistake, run
 from tidar_common.sweep import FLAGS, run_sweep
+
+# What needs torch is imported where training begins: no help or mistake in a key waits for it.
+if TYPE_CHECKING:
+    from pipeline.distributed import World
+    from pipeline.training.settings import TrainSettings
 
 EXIT_STOPPED = 3
 """Exit code of a run that cannot go on as it is."""
 
 
 def train(cfg: DictConfig) -> int:
+    from pipeline.distributed import LostProcessError, joined_world
+    from pipeline.training.guards.watchdog import EXIT_LOST
+    from pipeline.training.launch.run_dir import StillHeldError, owned
+    from pipeline.training.settings import TrainSettings
+    from pipeline.training.setup import make_deterministic
+
     settings = TrainSettings.from_config(cfg)
     ends = deadline(settings.stop_before, settings.stop_margin_s)
     try:
@@ -48,9 +54,14 @@ def train(cfg: DictConfig) -> int:
 
 
 def train_in_world(
-    settings: TrainSettings, world: World, stop: StopRequest, say: Callable[[str], None]
+    settings: "TrainSettings", world: "World", stop: StopRequest, say: Callable[[str], None]
 ) -> int:
     """Build the trainer and run it; returns the exit code."""
+    from pipeline.training.guards.watchdog import Watchdog
+    from pipeline.training.launch.run_dir import INTERRUPTED
+    from pipeline.training.moments import TrainingStoppedError
+    from pipeline.training.setup import build_trainer
+
     try:
         with Watchdog(settings.run_dir, world.rank, settings.watch) as watchdog:
             trainer = build_trainer(settings, world, watchdog, say)

@@ -9,39 +9,44 @@ import functools
 import os
 import re
 import select
+import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
-from difflib import get_close_matches
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import hydra
-import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tidar_common.config import nearest
+from tidar_common import overrides, schema
 from tidar_common.errors import UserError
+from tidar_common.schema import Command
 
 P = ParamSpec("P")
 EXIT_BAD_INPUT = 2
 EXIT_CLOSED_PIPE = 141
 """As a shell gives it for SIGPIPE."""
-NOISE = (
-    "full_key:", "object_type=", "Config search path:", "provider=",
-)  # fmt: skip
-"""Lines of Hydra's messages that tell a user of this project nothing, or nothing that helps."""
+HELP_FLAGS = {"--help", "-h"}
 
 
 def config_dir() -> Path:
     """The folder with the Hydra configuration: `conf/` of the checkout, or the installed copy."""
     root = Path(__file__).resolve().parent.parent
     for candidate in (root / "conf", root / "pipeline" / "conf"):
-        if (candidate / "train.yaml").is_file():
+        if (candidate / "experiment").is_dir():
             return candidate
     raise FileNotFoundError(f"no conf/ folder under {root}; reinstall tidar-pretrain")
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of the command `name`; raises what Hydra does for overrides that are wrong."""
+    schema.command(name)
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
 
 
 def run(
@@ -76,6 +81,8 @@ def _run(
 ) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
+    command = schema.command(config_name)
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     codes: list[int] = []
     mistakes: list[str] = []
     closed: list[BrokenPipeError] = []
@@ -85,30 +92,74 @@ def _run(
         nonlocal composed
         composed = True
         try:
-            refuse_unknown(cfg, config_name)
+            overrides.refuse_unknown(cfg, command, given)
             codes.append(task(cfg) or 0)
         except (UserError, OmegaConfBaseException) as error:
             # Caught inside the job, or Hydra adds lines of its own before it passes it on.
-            mistakes.append(one_line(error))
+            mistakes.append(overrides.one_line(error))
         except BrokenPipeError as error:
             if not _nobody_reads_stdout():
                 raise
             closed.append(error)
 
     try:
+        if HELP_FLAGS & set(sys.argv[1:]):
+            print("\n".join(help_lines(command, given)))
+            return 0
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
             guarded
         )()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if composed:
             raise
-        mistakes.append(describe_override(error, config_name))
+        mistakes.append(overrides.describe(error, command, given))
     if closed:
         raise closed[0]
     if mistakes:
         report_mistake(mistakes[0])
         return EXIT_BAD_INPUT
     return max(codes, default=0)
+
+
+def help_lines(command: Command, given: Sequence[str]) -> Iterator[str]:
+    """The help of a command: what it does, its groups, and a line for each key, with the value
+    that it has with the overrides `given`."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    yield command.about.strip("\n")
+    chosen = overrides.chosen(command, given)
+    if command.groups:
+        yield "\nGroups (group=choice):"
+    for group, usual in {**command.groups, **chosen}.items():
+        names = ", ".join(schema.choices_of(group, config_dir()))
+        note = f"{names} (now {_shown(usual)})" if usual else names
+        yield from _entry(f"{group}=", note, width)
+    yield "\nKeys (key=value) and their values with the overrides given:"
+    cfg = compose(command.name, given)
+    for key in command.key_list(chosen):
+        node = OmegaConf.select(cfg, key.name, throw_on_missing=False, default=key.default)
+        missing = key.default == schema.NO_VALUE and node is None
+        value = schema.NO_VALUE if missing else _shown(node)
+        yield from _entry(f"{key.name}={value}", key.text, width)
+
+
+def _entry(head: str, text: str, width: int) -> Iterator[str]:
+    """`head`, and behind it the text in a column of its own."""
+    column = 34
+    lines = textwrap.wrap(text, max(width - column - 2, 30)) or [""]
+    if len(head) < column - 1:
+        yield f"  {head:{column}}{lines.pop(0)}".rstrip()
+    else:
+        yield f"  {head}"
+    yield from (" " * (column + 2) + line for line in lines)
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    if isinstance(value, list | tuple) or OmegaConf.is_list(value):
+        return "[" + ",".join(map(_shown, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
 
 
 def _nobody_reads_stdout() -> bool:
@@ -153,65 +204,3 @@ def telling_mistakes(main: Callable[P, int | None]) -> Callable[P, int]:
             return EXIT_BAD_INPUT
 
     return told
-
-
-def describe_override(error: BaseException, config_name: str) -> str:
-    """What is wrong with a command line that Hydra could not make a config of."""
-    override = getattr(error, "override", None)  # where one cannot be parsed
-    if override:
-        return f"{override}: {one_line(error)}"
-    unknown = re.match(r"Could not override '([^']*)'", str(error))
-    if unknown is None:
-        return one_line(error)
-    key = unknown[1]
-    close = get_close_matches(key, all_keys(config_name), n=1)
-    return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else "see --help")
-
-
-def all_keys(config_name: str) -> list[str]:
-    """Every dotted key of the config without overrides."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = OmegaConf.to_container(hydra.compose(config_name))
-
-    def walk(node: object, prefix: str) -> Iterator[str]:
-        if isinstance(node, dict):
-            for name, value in node.items():
-                yield f"{prefix}{name}"
-                yield from walk(value, f"{prefix}{name}.")
-
-    return list(walk(cfg, ""))
-
-
-def refuse_unknown(cfg: DictConfig, config_name: str) -> None:
-    """Refuse a key at the top that no file of this command has.
-
-    Hydra finds those on the command line, but takes any from an experiment's file or after a `+`.
-
-    Raises:
-        UserError: with the key and the nearest one that is known.
-    """
-    known = top_level_keys(config_name)
-    for name in map(str, cfg):
-        if name not in known:
-            raise UserError(f"{name}: unknown key; {nearest(name, known)}")
-
-
-def top_level_keys(config_name: str) -> set[str]:
-    """The keys of `conf/<config_name>.yaml`, and those that its defaults list brings."""
-    content = yaml.safe_load((config_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))
-    keys = {str(key) for key in content if key not in ("defaults", "hydra")}
-    for entry in content.get("defaults", []):
-        if isinstance(entry, str):
-            keys |= top_level_keys(entry) if entry != "_self_" else set()
-            continue
-        group = str(next(iter(entry)))
-        if not group.startswith(("override ", "optional ")):
-            keys.add(group.rpartition("@")[2].partition(".")[0])
-    return keys
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line, without Hydra's hints."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(NOISE)]
-    return " ".join(kept) or type(error).__name__

@@ -4,16 +4,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tidar_common.errors import UserError
+from tidar_common.overrides import nearest
+from tidar_common.schema import key_fields
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
             or when the dataclass itself refuses the values (a ValueError in `__post_init__`).
     """
     prefix = f"{key}." if key else ""
-    known = {field.name for field in fields(schema)}  # type: ignore[arg-type]
+    known = {field.name for field in key_fields(schema)}
     if not isinstance(section, DictConfig):
         raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
     for name in map(str, section):
@@ -36,6 +36,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
             full = prefix + name
             raise UserError(f"{full}: has no value; set {full}=... on the command line")
     refuse_non_finite(section, prefix)
+    refuse_single_values(schema, section, prefix)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), section)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
@@ -61,10 +62,18 @@ def refuse_non_finite(section: DictConfig, prefix: str) -> None:
             raise UserError(f"{prefix}{name}: must be a finite number, got {value}")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """What to say to a user who wrote `name` where only `known` names are understood."""
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+def refuse_single_values(schema: type, section: DictConfig, prefix: str) -> None:
+    """A list is written with brackets, one of a single value as well.
+
+    Raises:
+        UserError: naming the first key that has a text or a number instead.
+    """
+    for name, kind in get_type_hints(schema).items():
+        value = section.get(name)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        lists = {list, tuple} & set(map(get_origin, kinds))
+        if isinstance(value, str | int | float) and lists:
+            raise UserError(f"{prefix}{name}: must be a list, such as {prefix}{name}=[{value}]")
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

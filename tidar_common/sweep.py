@@ -19,8 +19,9 @@ from itertools import product
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from tidar_common.cli import one_line, telling_mistakes
+from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
+from tidar_common.overrides import unreadable
 
 FLAGS = ("-m", "--multirun")
 RUN_DIR = "run_dir"
@@ -42,7 +43,7 @@ def expand(overrides: list[str]) -> list[list[str]]:
             else:
                 fixed.append(text)
         except (HydraException, RuntimeError) as error:  # the latter for a kind it cannot list
-            raise UserError(f"{text}: {one_line(error)}") from error
+            raise UserError(unreadable(text, error)) from error
     if not swept:
         return [fixed]
     below = [text for text in fixed if text.startswith(f"{RUN_DIR}=")]

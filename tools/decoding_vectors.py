@@ -28,8 +28,9 @@ from pipeline.model.attention import training_mask
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
+from pipeline.objective.config import ObjectiveConfig
 from pipeline.objective.head_loss import head_loss
-from pipeline.objective.loss import ObjectiveConfig, make_targets
+from pipeline.objective.loss import make_targets
 
 FOLDER = Path(__file__).parent / "decoding"
 BLOCK_SIZE = 4

@@ -14,13 +14,16 @@ from tidar_common.errors import UserError
 @dataclass(frozen=True)
 class ArrowConfig:
     path: str
-    """A folder written by `save_to_disk`, with one split or several, or one *.arrow file."""
+    """The folder, with one split or several, or one *.arrow file."""
     kind: str = "arrow"
+    """Which reader."""
     text_field: str = "text"
+    """Column with the document's text."""
     id_field: str | None = None
-    """Column with the document's id; None makes ids of file name and row number."""
+    """Column with the document's id, which decides its split; None makes ids of file name and row
+    number."""
     prompt_field: str | None = None
-    """Column with a prompt that the text answers; see `layout.loss_span`."""
+    """Column with a prompt that the text answers, for layout.loss_span=response; None has none."""
 
 
 class ArrowCorpus(Corpus):

@@ -24,13 +24,16 @@ class JsonlConfig:
     path: str
     """A file, or a folder whose *.jsonl, *.jsonl.gz and *.jsonl.zst are read; a path or a URL."""
     kind: str = "jsonl"
+    """Which reader."""
     text_field: str = "text"
+    """Field with the document's text."""
     id_field: str | None = None
-    """Field with the document's id; None makes ids of file name and the byte a line starts at."""
+    """Field with the document's id, which decides its split; None makes ids of file name and the
+    byte a line starts at."""
     prompt_field: str | None = None
-    """Field with a prompt that the text answers; see `layout.loss_span`."""
+    """Field with a prompt that the text answers, for layout.loss_span=response; None has none."""
     cut_field: str | None = None
-    """Field that is true where the text breaks off, so that it gets no end token."""
+    """Field that is true where the text breaks off, so that it gets no end token; None ends all."""
 
 
 class JsonlCorpus(Corpus):

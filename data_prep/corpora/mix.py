@@ -16,10 +16,13 @@ SAMPLED_PARTS = 8
 @dataclass(frozen=True)
 class MixConfig:
     sources: dict[str, Any] | None = None
-    """By name: the keys of a corpus, its `kind` among them, and its `weight`."""
+    """By name: a weight, and the keys of a corpus, its kind among them. Weights need not add up to
+    1:
+    'corpus.sources={web:{kind:jsonl,path:web/,weight:0.7},code:{kind:parquet,path:code/,weight:0.3}}'."""
     kind: str = "mix"
+    """Which reader."""
     max_epochs: float = 4.0
-    """A source that would be read more often than this is an error."""
+    """A source that would be read more often than this to have its share is an error."""
 
     def __post_init__(self) -> None:
         if self.sources is None or len(self.sources) < 2:

@@ -17,11 +17,14 @@ class ParquetConfig:
     path: str
     """A file, or a folder whose *.parquet are read; a path or a URL."""
     kind: str = "parquet"
+    """Which reader."""
     text_field: str = "text"
+    """Column with the document's text."""
     id_field: str | None = None
-    """Column with the document's id; None makes ids of file name and row number."""
+    """Column with the document's id, which decides its split; None makes ids of file name and row
+    number."""
     prompt_field: str | None = None
-    """Column with a prompt that the text answers; see `layout.loss_span`."""
+    """Column with a prompt that the text answers, for layout.loss_span=response; None has none."""
 
 
 KEYS = ("text_field", "id_field", "prompt_field")

@@ -28,8 +28,9 @@ class TextFolderConfig:
     path: str
     """A folder, read with all folders below it, or one file; a path or a URL."""
     kind: str = "text_folder"
+    """Which reader."""
     glob: str = "*.txt"
-    """Which files; `*` takes all."""
+    """Which files; "*" takes all."""
 
 
 class FilesCorpus(Corpus):
@@ -75,8 +76,9 @@ class TextFolderCorpus(FilesCorpus):
 @dataclass(frozen=True)
 class StdlibConfig:
     kind: str = "python_stdlib"
+    """Which reader."""
     max_bytes: int | None = None
-    """Stop after this much text; None takes all of it."""
+    """Stop after this many bytes of text; None takes all."""
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_bytes < 1:

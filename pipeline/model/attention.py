@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.model.config import BACKENDS
 from pipeline.model.flex import FlexMask, attend_by_flex
 from pipeline.model.mask import Spans
 from pipeline.model.tiles import TiledMask, attend_by_tiles
@@ -25,9 +26,6 @@ class SectionMasks:
     """Of the S clean rows over themselves."""
     slots: Mask
     """Of the M slots over all S + M keys."""
-
-
-BACKENDS = ("auto", "flex", "tiles", "dense")
 
 
 def training_mask(spans: Spans, device: torch.device, backend: str = "auto") -> Mask:

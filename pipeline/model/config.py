@@ -1,13 +1,13 @@
 """The shape of a model: all that is needed to build one, and nothing of how it is trained."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.rotary import check_scaling
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
+from tidar_common.schema import INTERNAL
 
 DRAFT_CELLS = ("linear", "mlp", "gru")
 DRAFTING_FIELDS = (
@@ -15,13 +15,65 @@ DRAFTING_FIELDS = (
     "own_mask_embedding", "causal_slots", "linear_drafts",
 )  # fmt: skip
 """Fields of `ModelConfig` that no Hugging Face config has: what drafting adds to a base model."""
+BACKENDS = ("auto", "flex", "tiles", "dense")
+"""Of attention; `auto` is flex on a GPU and tiles on a CPU."""
+CHECKPOINTING = ("none", "selective", "full")
+"""What is computed again in the backward pass: nothing, the feed-forward layers' activations (no
+matrix product), or whole layers."""
 ADAPTER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}  # fmt: skip
+"""Kinds of scaling, and the numbers that each must have."""
+OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}
+KIND = "rope_type"
+
+
+def check_scaling(scaling: dict[str, Any] | None) -> None:
+    """Raises ValueError for a scaling that is not implemented, or lacks a number."""
+    if scaling is None:
+        return
+    kind = scaling.get(KIND)
+    if kind not in KINDS:
+        raise ValueError(f"rope_scaling.{KIND} must be one of {', '.join(KINDS)}, got {kind!r}")
+    for name in KINDS[kind]:
+        if not isinstance(scaling.get(name), int | float):
+            raise ValueError(f"rope_scaling.{name} must be a number for {kind}")
+    known = {KIND, *KINDS[kind], *OPTIONAL.get(kind, ())}
+    if unknown := sorted(set(scaling) - known):
+        raise ValueError(f"rope_scaling.{unknown[0]} is not implemented for {kind}")
 
 
 def block_slots(block_size: int, linear: bool) -> int:
     """Slots of a block that drafts `block_size` places, with `linear` drafts from any of the first
     `block_size` on."""
     return 2 * block_size - 1 if linear else block_size
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of a model acts on mask slots alone, beside the draft head."""
+
+    rank: int = 0
+    """Rank of low-rank updates that act on mask slots alone; 0 is none."""
+    targets: tuple[str, ...] = ADAPTER_TARGETS
+    """The projections that have one."""
+    own_mask_embedding: bool | None = None
+    """Give mask slots an embedding outside of the embedding matrix; None does with freeze_base."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be 0 (none) or more, got {self.rank}")
+        for name in self.targets:
+            if name not in ADAPTER_TARGETS:
+                known = ", ".join(ADAPTER_TARGETS)
+                raise ValueError(f"targets: no projection {name!r}; known are {known}")
+        if self.rank and not self.targets:
+            raise ValueError("targets names no projection; name one, or set rank=0")
 
 
 @dataclass(frozen=True)
@@ -32,46 +84,55 @@ class ModelConfig:
     """
 
     hidden_size: int
+    """Width of the residual stream."""
     intermediate_size: int
     """Width of the SwiGLU feed-forward layer."""
     num_layers: int
+    """Transformer layers."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int
-    """Key/value heads of grouped-query attention; divides `num_heads`."""
+    """Key/value heads of grouped-query attention; divides num_heads."""
     head_dim: int
+    """Width of a head, even."""
     vocab_size: int | None = None
     """Rows of the embedding; None takes the tokenizer's."""
     max_positions: int = 4096
     """Longest sequence, in tokens, that the model is meant for."""
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = field(default=None, metadata=INTERNAL)
     """How rotary frequencies are stretched, in Hugging Face's words: `rope_type` linear, llama3 or
     yarn, and its numbers. None does not."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     qkv_bias: bool = False
+    """Biases of the query, key and value projections, as Qwen2 has."""
     qk_norm: bool = False
+    """RMSNorm of queries and keys, as Qwen3 has."""
     tie_embeddings: bool = True
     """One matrix for the input embedding and the LM head."""
-    mask_token_id: int | None = None
+    mask_token_id: int | None = field(default=None, metadata=INTERNAL)
     """Token that stands in every mask slot; None for a model that was never trained to draft."""
-    block_size: int | None = None
+    block_size: int | None = field(default=None, metadata=INTERNAL)
     """K that the model was trained with, the default for decoding."""
     draft_rank: int = 0
-    """Rank r of the sequential draft head (`pipeline.model.draft_head`); 0 is none."""
+    """Rank of the sequential draft head; 0 is none."""
     draft_cell: str = "gru"
-    """What the head remembers of the tokens before a place: one of `DRAFT_CELLS`."""
+    """What the head remembers of the tokens before a place: linear (the last one), mlp (the same,
+    two layers) or gru (all of the draft)."""
     draft_width: int | None = None
-    """Width of the head's cell (`mlp`, `gru`); None takes `hidden_size`."""
-    adapter_rank: int = 0
+    """Width of the head's cell (mlp, gru); None takes hidden_size."""
+    adapter_rank: int = field(default=0, metadata=INTERNAL)
     """Rank of the low-rank updates that act on mask-slot rows alone; 0 is none."""
-    adapter_targets: tuple[str, ...] = ()
+    adapter_targets: tuple[str, ...] = field(default=(), metadata=INTERNAL)
     """The projections that have them, some of `ADAPTER_TARGETS`."""
-    own_mask_embedding: bool = False
+    own_mask_embedding: bool = field(default=False, metadata=INTERNAL)
     """Mask slots have an embedding of their own, beside the matrix: training it leaves the AR half
     as it is, even where the matrix is the LM head, too."""
-    causal_slots: bool = False
+    causal_slots: bool = field(default=False, metadata=INTERNAL)
     """A slot sees only earlier slots of its block, instead of all."""
-    linear_drafts: bool = False
+    linear_drafts: bool = field(default=False, metadata=INTERNAL)
     """Blocks have 2K - 1 slots, and drafts may begin at any of the first K (linear drafting)."""
 
     def __post_init__(self) -> None:
@@ -229,7 +290,7 @@ class ModelConfig:
         """Read `path`, a JSON file written by `save`; raises UserError naming it when damaged."""
         try:
             values = json.loads(read_text_checked(path))
-            known = {field.name for field in fields(cls)}
+            known = {item.name for item in fields(cls)}
             return cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a model description ({error})") from error

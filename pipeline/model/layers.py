@@ -38,11 +38,6 @@ class CleanPart:
         return torch.cat([self.kept[0], key], dim=2), torch.cat([self.kept[1], value], dim=2)
 
 
-CHECKPOINTING = ("none", "selective", "full")
-"""What is computed again in the backward pass: nothing, the feed-forward layers' activations (no
-matrix product), or whole layers."""
-
-
 def again_in_backward(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Call `function`, keeping only `args` for the backward pass.
 

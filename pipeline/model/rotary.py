@@ -10,31 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}  # fmt: skip
-"""Kinds of scaling, and the numbers that each must have."""
-OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}
-KIND = "rope_type"
-
-
-def check_scaling(scaling: dict[str, Any] | None) -> None:
-    """Raises ValueError for a scaling that is not implemented, or lacks a number."""
-    if scaling is None:
-        return
-    kind = scaling.get(KIND)
-    if kind not in KINDS:
-        raise ValueError(f"rope_scaling.{KIND} must be one of {', '.join(KINDS)}, got {kind!r}")
-    for name in KINDS[kind]:
-        if not isinstance(scaling.get(name), int | float):
-            raise ValueError(f"rope_scaling.{name} must be a number for {kind}")
-    known = {KIND, *KINDS[kind], *OPTIONAL.get(kind, ())}
-    if unknown := sorted(set(scaling) - known):
-        raise ValueError(f"rope_scaling.{unknown[0]} is not implemented for {kind}")
+from pipeline.model.config import KIND
 
 
 def rotary_table(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.attention import Mask, SectionMasks
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import CHECKPOINTING, ModelConfig
 from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
-from pipeline.model.layers import CHECKPOINTING, Cache, CleanPart, DecoderLayer, again_in_backward
+from pipeline.model.layers import Cache, CleanPart, DecoderLayer, again_in_backward
 from pipeline.model.parameters import Opening, initial_value, is_drafting, is_of_head, whole
 from pipeline.model.rotary import rotary_table
 

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.data.batch import section_length
+from pipeline.model.config import CHECKPOINTING
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
-from pipeline.model.layers import CHECKPOINTING
 from pipeline.objective.loss import MEASURED
 from pipeline.planning.hardware import GPUS, Gpu, find_gpu
 from pipeline.planning.memory import (

@@ -8,59 +8,10 @@ from data_prep.formats.manifest import FORMAT_VERSION, Manifest, Split, Tokenize
 from pipeline.data.batch import section_length
 from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig, block_slots
+from pipeline.planning.config import ClusterConfig, PlanConfig
 from pipeline.training.settings import TrainSettings, with_layout
 from tidar_common.config import parse
 from tidar_common.errors import UserError
-
-ATTENTION = ("flex", "fused", "math")
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """Where the run would go; see `conf/plan.yaml`."""
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    gpu: str | None = None
-    memory_gib: float | None = None
-    tflops: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("memory_gib", "tflops"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-
-    @property
-    def processes(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What a plan assumes; see `conf/plan.yaml`."""
-
-    sequence_length: int | None = None
-    vocab_size: int | None = None
-    mfu: float = 0.4
-    attention: str = "flex"
-    reserve_gib: float = 4.0
-    json: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.mfu <= 1.0:
-            raise ValueError(f"mfu must be in (0, 1], got {self.mfu}")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be flex, fused or math, got {self.attention!r}")
-        for name in ("sequence_length", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2, got {value}")
-        if self.reserve_gib < 0:
-            raise ValueError(f"reserve_gib must be 0 or more, got {self.reserve_gib}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ learning rate of a step; what is read out of the engine, and how an update is ke
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,63 +14,7 @@ from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.parameters import divide, full_shape
 from pipeline.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW. Norms and biases are never decayed, nor are weights that only draft."""
-
-    learning_rate: float = 3e-4
-    """Peak of the schedule."""
-    draft_learning_rate: float | None = None
-    """The same for the draft head, adapters and the mask slots' own embedding; None takes
-    `learning_rate`."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of their squares."""
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clipping: float = 1.0
-    """Largest gradient norm of a step; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "draft_learning_rate", "epsilon"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("weight_decay", "gradient_clipping"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-    @property
-    def draft_rate_scale(self) -> float:
-        """The rate of weights that only draft, in rates of the others."""
-        return (self.draft_learning_rate or self.learning_rate) / self.learning_rate
-
-
-@dataclass(frozen=True)
-class DeepSpeedConfig:
-    """What is partitioned over the processes, and what lives on the host."""
-
-    stage: int = 1
-    """ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
-    offload_optimizer: bool = False
-    """Keep optimizer states in host memory (stages 1 to 3)."""
-    offload_parameters: bool = False
-    """Keep each process's share of the weights in host memory (stage 3)."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed settings, merged over ours; see DeepSpeed's configuration reference."""
-
-    def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"stage must be 0, 1, 2 or 3, got {self.stage}")
-        if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
-        if self.offload_parameters and self.stage != 3:
-            raise ValueError("offload_parameters needs stage 3")
+from pipeline.training.config import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 
 
 def build_engine(
@@ -255,21 +198,6 @@ def full_copy(engine: Any, config: ModelConfig) -> Transformer:
             with deepspeed.zero.GatheredParameters([source], enabled=partitioned):
                 target.copy_(source)
     return model.eval()
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Linear warm-up, then half a cosine down to a share of the peak."""
-
-    warmup_steps: int = 100
-    final_share: float = 0.1
-    """Learning rate of the last step as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
-        if not 0.0 <= self.final_share <= 1.0:
-            raise ValueError(f"final_share must be in [0, 1], got {self.final_share}")
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -13,70 +13,27 @@ from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.model.adapters import AdapterConfig
-from pipeline.model.attention import BACKENDS
-from pipeline.model.config import ModelConfig
-from pipeline.model.layers import CHECKPOINTING
-from pipeline.objective.loss import ObjectiveConfig
-from pipeline.training.engine import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
-from pipeline.training.guards.anomalies import AnomalyConfig
-from pipeline.training.guards.ar_guard import ArGuardConfig
-from pipeline.training.guards.mask_embedding import MaskGuardConfig
-from pipeline.training.guards.watchdog import WatchConfig
-from pipeline.training.launch.signals import deadline
+from pipeline.model.config import AdapterConfig, ModelConfig
+from pipeline.objective.config import ObjectiveConfig
+from pipeline.training.config import (
+    SECTIONS,
+    AnomalyConfig,
+    ArGuardConfig,
+    DeepSpeedConfig,
+    MaskGuardConfig,
+    OptimizerConfig,
+    RunKeys,
+    ScheduleConfig,
+    WandbConfig,
+    WatchConfig,
+)
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
-from pipeline.training.trackers.wandb import WandbConfig
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
 from tidar_common.secrets import without_secrets
 
-PRECISIONS = ("bf16", "fp32")
-PREFLIGHT = ("auto", "true", "false")
 SPOKEN = {"true": "full", "false": "none"}
 """Other words for kinds of activation checkpointing."""
-
-
-@dataclass(frozen=True)
-class PlainKeys:
-    """The keys of `conf/train.yaml` that stand in no group; they are explained there."""
-
-    run_dir: Path
-    steps: int
-    seed: int
-    init_from: Path | None
-    freeze_base: bool
-    global_batch_size: int
-    micro_batch_size: int
-    precision: str
-    activation_checkpointing: str
-    compile: bool
-    attention: str
-    peak_tflops: float | None
-    deterministic: bool
-    preflight: str
-    stop_before: str | None
-    stop_margin_s: float
-    log_every_s: float
-    tensorboard: bool
-
-    def __post_init__(self) -> None:
-        for key, known in (("preflight", PREFLIGHT), ("precision", PRECISIONS),
-                           ("activation_checkpointing", CHECKPOINTING),
-                           ("attention", BACKENDS)):  # fmt: skip
-            if (value := getattr(self, key)) not in known:
-                shown = ", ".join(known)
-                raise UserError(f"{key}: unknown value {value!r}; known are {shown}")
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise UserError(f"peak_tflops: must be above 0, got {self.peak_tflops}")
-        for key, least in (("steps", 1), ("seed", 0), ("global_batch_size", 1),
-                           ("micro_batch_size", 1)):  # fmt: skip
-            if (number := getattr(self, key)) < least:
-                raise UserError(f"{key}: must be at least {least}, got {number}")
-        for key in ("stop_margin_s", "log_every_s"):
-            if (seconds := getattr(self, key)) < 0:
-                raise UserError(f"{key}: must be 0 or more, got {seconds}")
-        deadline(self.stop_before, self.stop_margin_s)  # a mistake in it shows now
-        check_tensorboard(self.tensorboard)
 
 
 def with_adapters(model: ModelConfig, adapter: AdapterConfig, frozen: bool) -> ModelConfig:
@@ -103,9 +60,9 @@ def check_tensorboard(wanted: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class TrainSettings(PlainKeys):
-    """Everything a run is told, from `conf/train.yaml` and its overrides."""
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RunKeys):
+    """Everything a run is told: its keys, checked, and what they name, opened."""
 
     data_dir: Path
     data: DataConfig
@@ -139,48 +96,40 @@ class TrainSettings(PlainKeys):
         data_dir = Path()
         if manifest is None:
             data_dir = open_data_dir(cfg)
-        plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
+        plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(RunKeys)])
         plain.preflight = str(plain.preflight).lower()  # true and false are YAML's own, too
         spoken = str(plain.activation_checkpointing).lower()
         plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
-        values = dict(vars(parse(PlainKeys, plain, "")))
+        values = dict(vars(parse(RunKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
         if cfg.init_from is not None and manifest is None:
             values["init_from"] = existing_path(
                 cfg, "init_from", "a Hugging Face folder or a checkpoint"
             )
         planned = manifest is not None and cfg.data.dir is None
-        data = parse(DataConfig, cfg.data, "data")
         manifest = manifest or Manifest.load(data_dir)
-        layout = parse(LayoutChoice, cfg.layout, "layout")
-        model = parse(ModelConfig, cfg.model, "model")
-        objective = parse(ObjectiveConfig, cfg.objective, "objective")
+        sections: dict[str, Any] = {
+            name.rpartition(".")[2]: parse(schema, OmegaConf.select(cfg, name), name)
+            for name, schema in SECTIONS.items()
+        }
+        layout, model, objective = (sections[name] for name in ("layout", "model", "objective"))
+        frozen = values["freeze_base"]
+        changed = {
+            "model": with_adapters(model, sections.pop("adapter"), frozen),
+            "layout": replace(layout, linear=layout.linear or model.linear_drafts),
+            "objective": replace(objective, alpha=0.0) if frozen else objective,
+        }
         return cls(
-            **values,
+            **values | sections | changed,
             data_dir=data_dir,
-            data=data,
-            mix=() if planned else open_mix(data, manifest, layout),
+            mix=() if planned else open_mix(sections["data"], manifest, layout),
             manifest=manifest,
-            model=with_adapters(
-                model, parse(AdapterConfig, cfg.adapter, "adapter"), values["freeze_base"]
-            ),
-            layout=replace(layout, linear=layout.linear or model.linear_drafts),
-            objective=replace(objective, alpha=0.0) if values["freeze_base"] else objective,
-            optimizer=parse(OptimizerConfig, cfg.optimizer, "optimizer"),
-            schedule=parse(ScheduleConfig, cfg.schedule, "schedule"),
-            deepspeed=parse(DeepSpeedConfig, cfg.deepspeed, "deepspeed"),
-            checkpoint=parse(CheckpointConfig, cfg.checkpoint, "checkpoint"),
-            anomalies=parse(AnomalyConfig, cfg.anomalies, "anomalies"),
-            watch=parse(WatchConfig, cfg.watch, "watch"),
-            decode_speed=parse(DecodeSpeedConfig, cfg.evals.decode_speed, "evals.decode_speed"),
-            wandb=parse(WandbConfig, cfg.wandb, "wandb"),
-            ar_guard=parse(ArGuardConfig, cfg.ar_guard, "ar_guard"),
-            mask_guard=parse(MaskGuardConfig, cfg.mask_guard, "mask_guard"),
             resolved=without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_tensorboard(self.tensorboard)
         if self.freeze_base and self.init_from is None:
             raise UserError(
                 "freeze_base: there is no base without init_from; set init_from=... to the model "

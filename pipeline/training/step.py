@@ -12,8 +12,9 @@ from torch import Tensor
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
 from pipeline.model.attention import section_masks, training_mask
+from pipeline.objective.config import ObjectiveConfig
 from pipeline.objective.head_loss import SUMS, head_loss
-from pipeline.objective.loss import ObjectiveConfig, make_targets, place_weights
+from pipeline.objective.loss import make_targets, place_weights
 from pipeline.training.engine import (
     Refuses,
     discard_step,

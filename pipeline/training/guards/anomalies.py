@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.checkpoint.retention import step_in_name
 from pipeline.data.order import TrainState
 from pipeline.distributed import World
+from pipeline.training.config import FEWEST, REPORT, ROLLBACK, AnomalyConfig
 from pipeline.training.moments import Event, Guard, TrainingStoppedError, make_event
 from pipeline.training.step import StepDone
 from tidar_common.errors import UserError
@@ -23,41 +24,6 @@ from tidar_common.files import write_text_atomic
 
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation times this estimates the standard deviation of a normal sample."""
-FEWEST = 16
-"""Values before a score means anything."""
-REPORT, SKIP, ROLLBACK = "report", "skip", "rollback"
-
-
-@dataclass(frozen=True)
-class AnomalyConfig:
-    max_skipped_in_a_row: int = 5
-    """Steps in a row that are skipped; one more ends the run."""
-    spike_score: float = 0.0
-    """A loss or gradient norm whose robust z-score is above this is a spike; 0 finds none."""
-    spike_window: int = 128
-    """Steps that a score looks back on."""
-    on_spike: str = REPORT
-    """`report` it, `skip` the step, or `rollback` to the last checkpoint and go on from there
-    without the step's sequences."""
-    max_rollbacks: int = 3
-    """Rollbacks to one checkpoint; one more ends the run."""
-
-    def __post_init__(self) -> None:
-        if self.max_skipped_in_a_row < 0:
-            raise ValueError(
-                f"max_skipped_in_a_row must be 0 or more, got {self.max_skipped_in_a_row}"
-            )
-        if self.spike_score < 0:
-            raise ValueError(f"spike_score must be 0 or more, got {self.spike_score}")
-        if self.spike_window < FEWEST:
-            raise ValueError(f"spike_window must be at least {FEWEST}, got {self.spike_window}")
-        if self.on_spike not in (REPORT, SKIP, ROLLBACK):
-            known = f"{REPORT}, {SKIP} or {ROLLBACK}"
-            raise ValueError(f"on_spike must be {known}, got {self.on_spike!r}")
-        if self.on_spike != REPORT and not self.spike_score:
-            raise ValueError(f"on_spike={self.on_spike} needs a spike_score above 0, such as 10")
-        if self.max_rollbacks < 0:
-            raise ValueError(f"max_rollbacks must be 0 or more, got {self.max_rollbacks}")
 
 
 @dataclass(frozen=True)

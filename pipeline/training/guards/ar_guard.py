@@ -2,27 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.training.config import ArGuardConfig
 from pipeline.training.moments import Guard, make_event
 from tidar_common.files import write_text_atomic
 
 BASE_FILE = "ar_base.json"
 """Under `evals`: the held-out AR loss of `init_from`, before the first step."""
-
-
-@dataclass(frozen=True)
-class ArGuardConfig:
-    """See `conf/train.yaml`."""
-
-    most_rise: float = 0.05
-    """Nats a token that the held-out AR loss may rise above the base model's."""
-
-    def __post_init__(self) -> None:
-        if self.most_rise < 0:
-            raise ValueError(f"most_rise must be 0 or more, got {self.most_rise}")
 
 
 def write_base(run_dir: Path, ar_loss: float) -> None:

@@ -12,23 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.transformer import Decoder
+from pipeline.training.config import MaskGuardConfig
 from pipeline.training.moments import Guard, make_event
 from pipeline.training.step import StepDone
-
-
-@dataclass(frozen=True)
-class MaskGuardConfig:
-    least_share: float = 1e-3
-    """Report the mask embedding when its norm is below this share of the text's mean norm."""
-    most_share: float = 10.0
-    """Or above this."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.least_share < self.most_share:
-            raise ValueError(
-                f"least_share must be 0 or more and below most_share, got {self.least_share} and "
-                f"{self.most_share}"
-            )
 
 
 @dataclass(frozen=True)

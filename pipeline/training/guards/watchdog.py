@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.distributed import World
+from pipeline.training.config import WatchConfig
 from pipeline.training.launch.signals import leave_code
 from pipeline.training.moments import DATA, Event, Guard, make_event
 from pipeline.training.step import StepDone
@@ -32,25 +32,6 @@ ASKED = ".stacks-asked-for"
 """File in the run directory by which a rank that gave up asks all others for their stacks."""
 STDERR = 2
 """The process's own, whatever stands for it in Python."""
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    hang_timeout_s: float = 1800
-    """Seconds that a rank may be at one step, save or eval before the job ends; 0 for ever."""
-    data_stall_s: float = 60
-    """Seconds of waiting for data that are reported, with rank and host; 0 never."""
-    straggler_ratio: float = 1.5
-    """A rank whose forwards take this many times the median over all ranks is reported; 0 never."""
-    report_every: int = 50
-    """Steps between the comparisons of ranks that these reports need."""
-
-    def __post_init__(self) -> None:
-        for key in ("hang_timeout_s", "data_stall_s", "straggler_ratio"):
-            if (value := getattr(self, key)) < 0:
-                raise ValueError(f"{key} must be 0 or more, got {value}")
-        if self.report_every < 1:
-            raise ValueError(f"report_every must be at least 1, got {self.report_every}")
 
 
 class Watchdog(Guard):

@@ -4,7 +4,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from markupsafe import Markup
 
 from pipeline.data.order import TrainState
 from pipeline.report.page import generation
+from pipeline.training.config import WandbConfig
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.trackers.environment import describe_environment
 from pipeline.training.trackers.metrics import eval_values, step_values
 from tidar_common.figures import heat_map
 from tidar_common.page import Section, page
 
-MODES = ("offline", "online", "disabled")
 OVER_TOKENS = ("train/*", "decode/*")
 OVER_STEPS = ("data/*", "system/*")
 """The axis each group of panels has at first; both axes are in every row."""
@@ -39,25 +38,6 @@ SOURCES_TABLE = (
 
 MOST_EVALS = 40
 """That a heat map shows; of more, as many as fit are picked evenly, the last included."""
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    mode: str = "offline"
-    """`online`, `disabled`, or `offline`: to run_dir/wandb, for `wandb sync` to upload later."""
-    project: str = "tidar"
-    entity: str | None = None
-    name: str | None = None
-    """Name of the run; None takes the run directory's."""
-    tags: tuple[str, ...] = ()
-    alerts: bool = True
-    """Send an alert when something goes wrong."""
-    checkpoints: bool = False
-    """Record each checkpoint as an artifact that refers to its folder; nothing is uploaded."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
 
 class Wandb(Tracker):

@@ -75,8 +75,15 @@ def unknown_key(name: str, command: Command, choices: Mapping[str, Any]) -> str:
     for other in MODULES:
         if other != command.name and name in {key.name for key in schema.command(other).key_list()}:
             return f"{name}: unknown key; it is decided by tidar-{other}"
-    close = get_close_matches(name, known, n=1)
-    return f"{name}: unknown key; " + (f"did you mean {close[0]}?" if close else "see --help")
+    section, _, leaf = name.rpartition(".")
+    split = [key.rpartition(".") for key in known]
+    if beside := sorted(last for parent, _, last in split if section and parent == section):
+        close = get_close_matches(leaf, beside, n=1)
+        hint = f"did you mean {section}.{close[0]}?" if close else f"known are {', '.join(beside)}"
+    else:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help"
+    return f"{name}: unknown key; {hint}"
 
 
 def sections_of(keys: Collection[str]) -> set[str]:

@@ -1,14 +1,12 @@
 """Command-line options from the fields of a dataclass: name, type, default and docstring."""
 
 import argparse
-import ast
-import inspect
-import textwrap
 import typing
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from tidar_common.errors import UserError
+from tidar_common.schema import texts
 
 T = TypeVar("T")
 
@@ -16,7 +14,7 @@ T = TypeVar("T")
 def add_options(parser: argparse.ArgumentParser, title: str, schema: type) -> None:
     """An option for every field of `schema`, with the string below the field as its help."""
     group = parser.add_argument_group(f"options of {title}")
-    kinds, notes = typing.get_type_hints(schema), field_notes(schema)
+    kinds, notes = typing.get_type_hints(schema), texts(schema)
     for field in fields(schema):
         assert field.default is not MISSING, "every option has a default"
         kind: Any = kinds[field.name]
@@ -48,16 +46,3 @@ def given_options(parsed: argparse.Namespace, schema: type[T]) -> T:
                 raise UserError(f"--{flag}: must be at least {least}, got {number}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return schema(**values)
-
-
-def field_notes(schema: type) -> dict[str, str]:
-    """The string that stands below each field of a dataclass."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
-    assert isinstance(body, ast.ClassDef)
-    notes = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            notes[statement.target.id] = str(following.value.value)
-    return notes

@@ -72,16 +72,16 @@ class LayoutConfig:
     coverage: float = 1.0
     """Share of the positions that are drafted, in (0, 1]; below 1 the mask section is shorter."""
     shift: bool = False
-    """Let blocks start anywhere: at full coverage each document's grid is moved by a random 0 to
-    K-1 positions, below that every block has a place of its own."""
+    """Let blocks start anywhere: each document's grid is moved by 0 to K-1 positions; below full
+    coverage each block has a place of its own."""
     block_sizes: list[int] | None = None
     """Values of K up to block_size, of which each sequence draws one, such as [4,8,16]; None has
     one K."""
     block_shares: list[float] | None = None
     """How often each of them is drawn, such as [1,1,2]; None draws all alike."""
     loss_span: str = "document"
-    """What is learnt of a document: document, or response, what stands behind its prompt
-    (corpus.prompt_field); prompts then get no blocks and carry no loss."""
+    """What is learnt: document, or response, what stands behind its prompt
+    (corpus.prompt_field)."""
 
     def __post_init__(self) -> None:
         if self.loss_span not in LOSS_SPANS:
@@ -119,13 +119,12 @@ class PrepareKeys:
     group_size: int = 32
     """Packed sequences in one sample of a shard; one read fetches a whole sample."""
     task_bytes: int | None = None
-    """Text of a task, which one core does without the rest, and never again. None takes a 64th of
-    the corpus, from 2 to 128 MB."""
+    """Text of a task, done by one core, once. None takes a 64th of the corpus, from 2 to 128 MB."""
     workers: int = 1
     """Tasks done at a time, each by a process. Does not change the output."""
     array: str | None = None
-    """i/n does the i-th of n shares of the tasks, i from 0, so that n jobs prepare one folder; the
-    last to end puts it together. slurm/prepare.sbatch sets it. Does not change the output."""
+    """i/n does the i-th of n shares of the tasks, i from 0, for n jobs; slurm/prepare.sbatch sets
+    it."""
     seed: int = 0
     """Of the held-out split, a trained tokenizer's sample, the shuffle and drawn layouts."""
     verify: bool = False
@@ -133,11 +132,9 @@ class PrepareKeys:
     stats: bool = False
     """Prepare nothing; print what a prepared folder holds, and draw it into its stats.html."""
     inspect: int | None = None
-    """Prepare nothing; show this sequence of train, from 0 (documents, blocks, who may attend to
-    what), also as a picture beside the folder."""
+    """Prepare nothing; show this sequence of train, from 0, also as a picture beside the folder."""
     overwrite: bool = False
-    """Prepare anew in a folder that is finished; what it holds is removed once corpus and tokenizer
-    are known to be good."""
+    """Prepare anew in a folder that is finished."""
 
     def __post_init__(self) -> None:
         for key, least in (("sequence_length", 2), ("shard_bytes", 1), ("shard_sequences", 1),

@@ -21,8 +21,8 @@ class ExportConfig:
     output: str
     """The folder to write; it appears when it is complete."""
     dtype: str | None = None
-    """bf16 or fp32. None keeps the type of training, so that the export decodes as the evals did;
-    fp32 of a bf16 checkpoint gives the master weights of ZeRO 1, 2 and 3."""
+    """bf16 or fp32. None keeps the type of training; fp32 of a bf16 checkpoint gives the master
+    weights."""
     overwrite: bool = False
     """Replace an export that is already there. Folders that hold anything else are never
     touched."""

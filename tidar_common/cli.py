@@ -131,14 +131,14 @@ def help_lines(command: Command, given: Sequence[str]) -> Iterator[str]:
         yield "\nGroups (group=choice):"
     for group, usual in {**command.groups, **chosen}.items():
         names = ", ".join(schema.choices_of(group, config_dir()))
-        note = f"{names} (now {_shown(usual)})" if usual else names
+        note = f"{names} (now {shown(usual)})" if usual else names
         yield from _entry(f"{group}=", note, width)
     yield "\nKeys (key=value) and their values with the overrides given:"
     cfg = compose(command.name, given)
     for key in command.key_list(chosen):
         node = OmegaConf.select(cfg, key.name, throw_on_missing=False, default=key.default)
         missing = key.default == schema.NO_VALUE and node is None
-        value = schema.NO_VALUE if missing else _shown(node)
+        value = schema.NO_VALUE if missing else shown(node)
         yield from _entry(f"{key.name}={value}", key.text, width)
 
 
@@ -153,10 +153,10 @@ def _entry(head: str, text: str, width: int) -> Iterator[str]:
     yield from (" " * (column + 2) + line for line in lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as one would write it on the command line."""
     if isinstance(value, list | tuple) or OmegaConf.is_list(value):
-        return "[" + ",".join(map(_shown, value)) + "]"
+        return "[" + ",".join(map(shown, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -13,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tidar_common.errors import UserError
 from tidar_common.overrides import nearest
-from tidar_common.schema import key_fields
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def parse(schema: type[T], section: DictConfig, key: str) -> T:
             or when the dataclass itself refuses the values (a ValueError in `__post_init__`).
     """
     prefix = f"{key}." if key else ""
-    known = {field.name for field in key_fields(schema)}
+    known = {field.name for field in fields(schema)}  # type: ignore[arg-type]
     if not isinstance(section, DictConfig):
         raise UserError(f"{key}: expected a group of keys ({', '.join(sorted(known))})")
     for name in map(str, section):

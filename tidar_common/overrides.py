@@ -23,7 +23,7 @@ def describe(error: BaseException, command: Command, overrides: Sequence[str]) -
     override = getattr(error, "override", None)  # where one cannot be parsed
     if override:
         return unreadable(override, error)
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
         return missing_choice(error)
     unknown = re.match(r"Could not override '([^']*)'", str(error))
     if unknown is None:
@@ -45,8 +45,9 @@ def missing_choice(error: MissingConfigException) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     asking = re.match(r"In '(\w+/[^']*)'", str(error))
     where = f" (in {asking[1]})" if asking else ""
-    known = ", ".join(error.options or ())
-    return f"{group}: unknown choice {name!r}{where}; known are {known}"
+    # Hydra names no options where one of several is missing.
+    names = error.options or sorted(name for of, name in CHOICES if of == group)
+    return f"{group}: unknown choice {name!r}{where}; known are {', '.join(names)}"
 
 
 def chosen(command: Command, overrides: Sequence[str]) -> dict[str, Any]:
@@ -67,14 +68,27 @@ def unknown_key(name: str, command: Command, choices: Mapping[str, Any]) -> str:
         if of == group and of in command.groups and name in {key.name for key in choice.key_list()}:
             now = choices.get(group, command.groups[group])
             return f"{name}: not a key of {group}={now}; it is one of {group}={other}"
-    known = {key.name for key in command.key_list(choices)}
+    keys = {key.name for key in command.key_list(choices)}
+    known = keys | sections_of(keys)
     if similar := by_words(name, known):
         return f"{name}: unknown key; did you mean {' or '.join(similar)}?"
     for other in MODULES:
         if other != command.name and name in {key.name for key in schema.command(other).key_list()}:
             return f"{name}: unknown key; it is decided by tidar-{other}"
-    close = get_close_matches(name, known, n=1)
-    return f"{name}: unknown key; " + (f"did you mean {close[0]}?" if close else "see --help")
+    section, _, leaf = name.rpartition(".")
+    split = [key.rpartition(".") for key in known]
+    if beside := sorted(last for parent, _, last in split if section and parent == section):
+        close = get_close_matches(leaf, beside, n=1)
+        hint = f"did you mean {section}.{close[0]}?" if close else f"known are {', '.join(beside)}"
+    else:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help"
+    return f"{name}: unknown key; {hint}"
+
+
+def sections_of(keys: Collection[str]) -> set[str]:
+    """What dotted keys stand in."""
+    return {key[: match.start()] for key in keys for match in re.finditer(r"\.", key)}
 
 
 def by_words(name: str, known: Collection[str]) -> list[str]:
@@ -111,7 +125,7 @@ def refuse_unknown(cfg: DictConfig, command: Command, overrides: Sequence[str]) 
     """
     choices = chosen(command, overrides)
     known = {key.name for key in command.key_list(choices)}
-    sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    sections = sections_of(known)
 
     def walk(node: DictConfig, prefix: str) -> None:
         for name in map(str, node):

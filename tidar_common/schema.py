@@ -157,20 +157,20 @@ def command(name: str) -> Command:
 
 def key_fields(schema: type) -> list[Field[Any]]:
     """The fields of `schema` that are keys."""
-    return [one for one in fields(schema) if not one.metadata.get("internal")]
+    return [item for item in fields(schema) if not item.metadata.get("internal")]
 
 
 def defaults(schema: type) -> dict[str, Any]:
     """The default of each key of `schema`, as plain values."""
-    return {one.name: _default(one) for one in key_fields(schema)}
+    return {item.name: _default(item) for item in key_fields(schema)}
 
 
-def _default(one: Field[Any]) -> Any:
-    if one.default_factory is not MISSING:
-        return one.default_factory()
-    if one.default is MISSING:
+def _default(item: Field[Any]) -> Any:
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    if item.default is MISSING:
         return NO_VALUE
-    return list(one.default) if isinstance(one.default, tuple) else one.default
+    return list(item.default) if isinstance(item.default, tuple) else item.default
 
 
 def keys_of(schema: type, prefix: str, content: Mapping[str, Any]) -> Iterator[Key]:
@@ -209,7 +209,7 @@ def texts(schema: type) -> dict[str, str]:
 
 def choices_of(group: str, folder: Path) -> dict[str, str]:
     """The choices of `group`, registered or a file of `folder`, each with what is said of it."""
-    registered = {name: one.text for (of, name), one in CHOICES.items() if of == group}
+    registered = {name: choice.text for (of, name), choice in CHOICES.items() if of == group}
     files = {path.stem: about(path) for path in sorted((folder / group).glob("*.yaml"))}
     return registered | files
 

@@ -1,111 +1,129 @@
-"""Writes docs/config.md out of the YAML files in conf/: `python -m tools.config_reference`.
+"""Writes docs/config.md out of the commands' dataclasses: `python -m tools.config_reference`.
 
-A key is described by the comment above it, so the page says what the files say. A test compares.
+A key is described by the string below its field, a choice by the comment at the top of its file.
+Each key stands once: where a second command or choice has the same ones, it says so. A test
+compares.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from tidar_common import schema
+from tidar_common.cli import shown
+from tidar_common.schema import CHOICES, Choice, Command, Key
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "config.md"
-COMMANDS = ("prepare", "train", "evaluate", "generate", "export", "plan", "dashboard")
-HYDRA_KEYS = ("defaults", "hydra")
-KEY = re.compile(r"^( *)([A-Za-z_][\w@/]*):(?: (.*))?$")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "export", "plan")
+ELSEWHERE = {"evals.decode_speed": "train"}
+"""Sections of a command that are described as a choice of a group."""
+IN_THEIR_FILES = ("experiment",)
+"""Groups whose files say a whole run: how the comment there begins is enough."""
+LIKE = {"plan": "train"}
+"""A command that takes all keys of another."""
 
 HEAD = """\
 # Configuration reference
 
 <!-- Written by tools/config_reference.py; do not edit. -->
 
-Every key of every command, with its default. Set one with `key=value` on the command line, choose
-a file of a group with `group=file`, and see the values that result with `--cfg job`. A key without
-a default (`???`) must be set.
+Every key of every command, with its default; experiments are in `conf/experiment`. Set one with
+`key=value` on the command line, take a choice with `group=choice`; `--help` and `--cfg job` show
+what results. A key at `???` must be set.
 """
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A key as its file has it."""
-
-    key: str
-    default: str
-    comment: str
+def rows(keys: list[Key]) -> Iterator[str]:
+    for key in keys:
+        yield f"- `{key.name}={shown(key.default)}` {key.text}"
 
 
-def read_file(path: Path, prefix: str = "") -> tuple[str, list[Entry]]:
-    """What the file's first comment says of it, and its keys, dotted, those of Hydra left out.
-
-    The comment at the top speaks of the file. One for the first key stands behind an empty line.
-    """
-    entries: list[Entry] = []
-    comment: list[str] = []
-    parents: list[tuple[int, str]] = []
-    about = ""
-    skipping = False
-    for line in path.read_text(encoding="utf-8").splitlines():
-        found = KEY.match(line)
-        if not line.strip() and comment and not about and not parents:
-            about, comment = " ".join(comment), []
-        elif line.startswith("#"):
-            comment.append(line.lstrip("# "))
-        elif line.strip().startswith("#"):
-            if not skipping:
-                comment.append(line.strip().lstrip("# "))
-        elif found:
-            indent, name, value = len(found[1]), found[2], (found[3] or "").strip()
-            if indent == 0:
-                skipping = name in HYDRA_KEYS
-            if not parents and comment and not about:
-                about, comment = " ".join(comment), []
-            parents = [(level, parent) for level, parent in parents if level < indent]
-            if skipping:
-                comment = []
-            else:
-                key = ".".join([*(parent for _, parent in parents), name])
-                if value:
-                    entries.append(Entry(prefix + key, value, " ".join(comment)))
-            parents.append((indent, name))
-            comment = []
-    return about, entries
+def command_lines(command: Command) -> Iterator[str]:
+    """The command's keys but those of groups, then its groups."""
+    yield f"## tidar-{command.name}"
+    keys = list(command.key_list(dict.fromkeys(command.groups)))
+    if command.name in LIKE:
+        like = schema.command(LIKE[command.name])
+        yield f"\nThe keys of tidar-{like.name}, of which it needs none, and:"
+        shared = {key.name for key in like.key_list()}
+        keys = [key for key in keys if key.name not in shared]
+    hidden = [name for name, owner in ELSEWHERE.items() if owner == command.name]
+    yield ""
+    yield from rows([key for key in keys if not key.name.startswith(tuple(hidden))])
+    for name in hidden:
+        yield f"\n`{name}` has the keys of that choice of `evals`."
+    yield ""
 
 
-def group_title(folder: Path) -> str:
-    return folder.relative_to(CONF).as_posix()
+def group_lines(group: str, usual: Any) -> Iterator[str]:
+    """The choices of a group; keys that an earlier choice has are not said again."""
+    yield f"### {group}\n"
+    said: dict[str, list[Key]] = {}
+    for name, about in schema.choices_of(group, CONF).items():
+        choice = CHOICES.get((group, name))
+        path = CONF / group / f"{name}.yaml"
+        mark = " (default)" if name in (usual if isinstance(usual, list) else [usual]) else ""
+        if group in IN_THEIR_FILES:
+            about = re.split(r"[.:,] ", about)[0].rstrip(".") + "."
+        yield f"**`{group}={name}`**{mark} {about}"
+        if choice is not None:
+            yield from choice_keys(choice, said)
+        elif group not in IN_THEIR_FILES:
+            yield from changes(schema.deviations(path))
+        yield ""
 
 
-def rows(entries: list[Entry]) -> Iterator[str]:
-    yield "| key | default | |"
-    yield "|---|---|---|"
-    for entry in entries:
-        default = entry.default.replace("|", "\\|")
-        comment = entry.comment.replace("|", "\\|")
-        yield f"| `{entry.key}` | `{default}` | {comment} |"
+def choice_keys(choice: Choice, said: dict[str, list[Key]]) -> Iterator[str]:
+    """Its keys that no earlier choice had, which are added to `said`, and the names of the rest."""
+    keys = [key for key in choice.key_list() if not key.name.endswith(".kind")]
+    known = {key.name for listed in said.values() for key in listed}
+    new = [key for key in keys if key.name not in known and not is_filled(key, choice)]
+    old = {key.name for key in keys if key.name in known}
+    for name, listed in said.items():
+        if listed and (names := {key.name for key in listed}) <= old:
+            old -= names
+            yield f"Has the keys of `{name}`."
+    if old:
+        names = ", ".join(key.name.rpartition(".")[2] for key in keys if key.name in old)
+        yield f"Has `{names}` as above."
+    said[choice.name] = new
+    if new:
+        yield ""
+        yield from rows(new)
+
+
+def is_filled(key: Key, choice: Choice) -> bool:
+    """Whether a section that is null here has keys in another choice of the group."""
+    inside = f"{key.name}."
+    return any(
+        other.name.startswith(inside)
+        for (group, _), another in CHOICES.items()
+        if group == choice.group
+        for other in another.key_list()
+    )
+
+
+def changes(values: Mapping[str, Any]) -> Iterator[str]:
+    """What a file of conf/ sets, as one would write it on the command line."""
+    if values:
+        yield f"`{' '.join(f'{key}={shown(value)}' for key, value in values.items())}`"
 
 
 def page() -> str:
     """The whole page."""
     lines = [HEAD]
-    for command in COMMANDS:
-        _, entries = read_file(CONF / f"{command}.yaml")
-        lines += [f"## tidar-{command}", ""]
-        lines += [*rows(entries), ""] if entries else []
-    lines += ["# Groups", ""]
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        lines += [f"## {group_title(folder)}", ""]
-        for path in sorted(folder.glob("*.yaml")):
-            text = path.read_text(encoding="utf-8")
-            package = re.match(r"# @package (\S+)\n", text)
-            prefix = f"{folder.name}."
-            if package:
-                prefix = "" if package[1] == "_global_" else f"{package[1]}."
-            about, entries = read_file(path, prefix)
-            about = about.removeprefix(f"@package {package[1]} ") if package else about
-            lines += [f"**`{folder.name}={path.stem}`** {about}", ""]
-            lines += [*rows(entries), ""] if entries else []
-    return "\n".join(lines)
+    groups: dict[str, Any] = {}
+    for name in COMMANDS:
+        command = schema.command(name)
+        lines += command_lines(command)
+        for group, usual in command.groups.items():
+            if group not in groups:
+                groups[group] = usual
+                lines += group_lines(group, usual)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ RUNS = (
 )  # fmt: skip
 RECIPE = "kl_early_50"
 """The run that the results page puts beside `published`: more expected tokens per forward at equal
-compute, with the lowest AR loss. `objective=default` is taken from it once that is within 1 % of
-the twin's."""
+compute, with the lowest AR loss. The default objective is taken from it once that is within 1 %
+of the twin's."""
 TWINS = {"published": ("ar_tokens", "ar_compute"), RECIPE: ("ar_tokens_50", "ar_compute")}
 """For each of the two the AR twins with equal clean tokens, and with equal compute."""
 BY_NAME = {run.name: run for run in RUNS}

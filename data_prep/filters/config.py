@@ -142,8 +142,7 @@ class DedupConfig:
     num_buckets: int = 14
     """Buckets of a signature; documents with an equal one are near copies."""
     hashes_per_bucket: int = 8
-    """Documents that share a part s of their shingles are found with probability
-    1 - (1 - s^hashes)^buckets: one half at s = 0.69 with 14 and 8."""
+    """Sharing a part s of the shingles is found with probability 1-(1-s^hashes)^buckets."""
 
     def __post_init__(self) -> None:
         for key in ("n_grams", "num_buckets", "hashes_per_bucket"):
@@ -163,8 +162,7 @@ class DecontaminateConfig:
     fields: list[str] | None = None
     """Fields of the evals with text, such as [question,answer]; None takes all that hold text."""
     n_grams: int = 13
-    """Words that have to stand in both, in a row; case, punctuation and the values of numbers do
-    not count."""
+    """Words in a row that both have; case, punctuation and numbers do not count."""
 
     def __post_init__(self) -> None:
         if self.n_grams < 1:

@@ -40,9 +40,9 @@ class DataConfig:
     dir: str | None = None
     """Folder written by tidar-prepare, or a URL of one (https://, s3://, pipe:COMMAND)."""
     cache_dir: str | None = None
-    """Folder on a disk of the node to which the files of a URL are copied; its ranks share it."""
+    """Folder on the node's disk for the files of a URL."""
     cache_bytes: int | None = None
-    """Shards used longest ago are removed from there beyond this many bytes; None keeps all."""
+    """Bytes beyond which the oldest shards leave it; None keeps all."""
     skip_damaged: bool = False
     """Go on without a shard that cannot be read: its sequences come as padding."""
     mix: dict[str, Any] | None = None

@@ -90,16 +90,14 @@ class LayoutChoice:
     """
 
     block_size: int | None = None
-    """K, the most positions a block drafts; this and what follows: None as the data was prepared, a
-    value lays sequences out anew, differently in each epoch."""
+    """K, the most positions a block drafts; None here and below is as prepared, a value lays out
+    anew in each epoch."""
     coverage: float | None = None
-    """Share of the positions that have slots and are drafted, in (0, 1]; with linear, that have
-    slots."""
+    """Share of the positions that have slots, in (0, 1]."""
     shift: bool | None = None
     """Let blocks start anywhere; see tidar-prepare."""
     block_sizes: list[int] | None = None
-    """Values of K up to block_size, of which each sequence draws one, such as [4,8,16]; None has
-    one K."""
+    """Values of K of which each sequence draws one, such as [4,8,16]."""
     block_shares: list[float] | None = None
     """How often each of them is drawn, such as [1,1,2]; None draws all alike."""
     block_shares_end: list[float] | None = None
@@ -111,8 +109,8 @@ class LayoutChoice:
     causal_slots: bool = False
     """A mask slot sees only earlier slots of its block; part of the model from then on."""
     linear: bool = False
-    """Train for steps with one block for all counts: 2K-1 slots, of which K places from a random
-    one on are drafted; part of the model from then on. Needs model.draft_rank above 0."""
+    """Train for steps with one block for all counts (2K-1 slots); part of the model from then on.
+    Needs model.draft_rank."""
     loss_span: str | None = None
     """What is learnt of a document: document, or response, what stands behind its prompt."""
 

@@ -27,8 +27,7 @@ class GenerateConfig:
     """A training checkpoint, a run_dir (its latest checkpoint), an export or a Hugging Face
     folder."""
     prompt: str = ""
-    """Text to continue, taken letter for letter; - reads standard input. Without one the model
-    starts after an end token, which it may never have been trained on."""
+    """Text to continue, taken letter for letter; - reads standard input."""
     prompt_file: str | None = None
     """A UTF-8 text file to continue, instead of prompt."""
     method: str = "tidar"
@@ -44,8 +43,7 @@ class GenerateConfig:
     seed: int = 0
     """Of the draws at a temperature above 0."""
     trust: float = 1.0
-    """Weight of the AR logits in what is accepted, in [0, 1]; 1 changes nothing in the output,
-    below 1 the diffusion logits count too."""
+    """Weight of the AR logits in what is accepted, in [0, 1]; 1 is lossless."""
     top_k: int | None = None
     """Keep the k most probable tokens; None keeps all."""
     top_p: float = 1.0
@@ -56,13 +54,11 @@ class GenerateConfig:
     """Texts that end the generation, such as ["\\n\\n"]; only in output files the text is cut
     there."""
     block_size: int | None = None
-    """K, positions drafted in a forward; None takes the one trained with. With prompt_lookup and
-    speculative the most tokens of a forward."""
+    """K, positions drafted in a forward; None takes the one trained with."""
     blocks: Any = None
-    """Mask blocks in a step of tidar: all, numbers from 1 to K like [1,4], or auto, which chooses
-    them and the block size by this machine's latency curve and what is accepted. Greedy text is
-    the same with any. None is auto, but all where trust is below 1 or sampled texts go to a
-    file."""
+    """Mask blocks in a step of tidar: all, numbers from 1 to K like [1,4], or auto, what pays on
+    this machine; greedy text is the same. None is auto, but all where trust is below 1 or sampled
+    texts go to a file."""
     confidence: float = CONFIDENCE
     """Probability from which block_diffusion keeps a token, above 0, at most 1."""
     dtype: str | None = None
@@ -81,17 +77,17 @@ class GenerateConfig:
     """The split of prompts_data: train or heldout. What is made of held-out text spoils evals on
     it."""
     prompt_tokens: int | None = 64
-    """Tokens of a document that are its prompt; only longer documents count. None takes the prompts
-    that the data was prepared with (layout.loss_span=response)."""
+    """Tokens of a document that are its prompt; None takes the prompts that the data was prepared
+    with."""
     prompts_limit: int | None = None
-    """Most prompts, of all shares together; None takes all. Of prompts_data they are a sample of
-    the split; raise it and the same command adds the others."""
+    """Most prompts, of all shares together; None takes all. Of prompts_data a sample; raise it and
+    others are added."""
     array: str | None = None
-    """i/n continues the i-th of n shares of the prompts, i from 0; each rank under torchrun has a
-    share of that. slurm/generate.sbatch sets it. Does not change the texts."""
+    """i/n continues the i-th of n shares of the prompts, i from 0; slurm/generate.sbatch sets
+    it."""
     output: str | None = None
-    """JSON lines to which their texts are appended; the same command goes on. Of n > 1 shares each
-    writes its own: answers.jsonl becomes answers-00000-of-00008.jsonl."""
+    """JSON lines to which their texts are appended; each share has its own,
+    answers-00000-of-00008.jsonl."""
     batch_size: int = 1
     """Prompts that are decoded side by side."""
 

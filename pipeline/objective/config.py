@@ -15,36 +15,34 @@ class ObjectiveConfig:
     name: str = "tidar"
     """tidar trains both sections; ar has no mask section, the plain twin."""
     alpha: float = 1.0
-    """Weight of the AR term against the diffusion term, 0 or more: 3.3 counts the diffusion term
-    0.3 times as much as the AR term."""
+    """Weight of the AR term against the diffusion term, 0 or more."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over the vocabulary, in [0, 1)."""
     place_weights: str = "decay"
     """What a place of a block counts: uniform; decay, by position_decay; or by accepted prefix
     dpace or auf."""
     position_decay: float = 1.0
-    """With decay a slot counts this to the power of its place in its block (0 is the first), in
-    (0, 1]."""
+    """With decay a place p, from 0, counts this to the power of p, in (0, 1]."""
     # D-PACE's score of a draft is q(token) for `text`, as in the paper, whose text the verifier
     # wrote; for `ar` it is sum_v min(p_v, q_v), the chance of acceptance that this stands for.
     # Spec-AUF's wanted token is the text's, or the argmax of p, which greedy decoding would keep.
     teacher: str = "ar"
-    """Whom agreement, dpace and auf compare drafts with: ar, the AR distribution p of the same
-    position, taken as given; or text, whose token is all of p."""
+    """What drafts are compared with: ar, the AR distribution p of the same position; or text,
+    whose token is all of p."""
     # With `text`, `kl` and `acceptance` are the cross entropy, `tv` is 1 - q(token).
     agreement: str = "none"
-    """Distance between a draft's distribution q and p: none, kl (KL(p || q)), tv (total variation),
-    acceptance (-log(1 - TV)) or blend (KL that becomes TV as drafts get better)."""
+    """Distance between a draft's distribution q and p: none, kl (KL(p || q)), tv, acceptance
+    (-log(1 - TV)) or blend (KL that becomes TV)."""
     agreement_weight: float = 0.0
     """w in (1 - w) x cross entropy + w x distance, in [0, 1]."""
     agreement_from_step: int = 0
     """Optimizer steps before the distance counts."""
     agreement_ramp_steps: int = 0
-    """Optimizer steps over which w then grows to its value, linearly."""
+    """Optimizer steps over which w then grows."""
     alone_weight: float = 1.0
-    """Weight of drafts without slots, which a model with a draft head trains on too; 0 or more."""
+    """Weight of drafts without slots, of a model with a draft head; 0 or more."""
     alone_share: float = 0.25
-    """Share of the blocks that such a model drafts without slots as well, in [0, 1]."""
+    """Share of the blocks drafted so as well, in [0, 1]."""
 
     def __post_init__(self) -> None:
         if self.name not in ("tidar", "ar"):

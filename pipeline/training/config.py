@@ -31,47 +31,44 @@ class RunKeys:
     """The keys of a run that stand in no section."""
 
     run_dir: Path
-    """Everything a run writes goes here; the same command with the same run_dir continues it."""
+    """Folder of the run; the same command continues it."""
     steps: int = 1000
     """Optimizer steps."""
     seed: int = 0
     """Of weights, data order and block shifts."""
     init_from: Path | None = None
-    """Start from these weights: a Hugging Face folder, an export or a checkpoint. null draws them
-    anew."""
+    """Start from a Hugging Face folder, an export or a checkpoint; None draws weights anew."""
     freeze_base: bool = False
-    """Train only what drafts (adapters, draft head, the mask slots' embedding): the AR half stays
-    that of init_from, bit for bit, and a step costs about what one of AR training does."""
+    """Train only what drafts (adapters, draft head, the slots' embedding); the AR half stays that
+    of init_from, bit for bit."""
     global_batch_size: int = 32
     """Sequences in an optimizer step, over all processes."""
     micro_batch_size: int = 4
-    """Sequences in one forward of one process; the accumulation steps follow from it."""
+    """Sequences in one forward of one process."""
     precision: str = "bf16"
     """bf16 or fp32."""
     activation_checkpointing: str = "none"
-    """What the backward pass computes again: none, selective (activations of feed-forward layers:
-    a third less memory, hardly more time) or full (whole layers: a third more time)."""
+    """What the backward pass computes again: none, selective (feed-forward activations, a third
+    less memory) or full (whole layers, a third more time)."""
     compile: bool = False
-    """Have torch.compile make one function of each layer; not with deepspeed=zero3."""
+    """torch.compile each layer; not with deepspeed=zero3."""
     attention: str = "auto"
     """auto (flex on a GPU, tiles on a CPU), flex, tiles, or dense, to compare with."""
     peak_tflops: float | None = None
-    """Peak dense TFLOP/s of one device in the run's precision, for mfu; null looks a known GPU
-    up."""
+    """Peak dense TFLOP/s of a device, for mfu; None looks a known GPU up."""
     deterministic: bool = False
-    """Bit-equal losses between two runs on one topology, at some cost in speed on a GPU."""
+    """Bit-equal losses between two runs on one topology."""
     preflight: str = "auto"
-    """Check all hosts before the first step (versions, disk, data, clocks, a collective, one
-    forward and backward): true, false, or auto, on more than one node."""
+    """Check all hosts before the first step: true, false, or auto, on more than one node."""
     stop_before: str | None = "auto"
-    """Save and leave before this: auto (the job's time limit under Slurm), null, a length of time
-    such as 90m or 1d12h, or a moment such as 2026-01-31T18:00."""
+    """Save and leave before this: auto (the Slurm job's time limit), None, 90m, 1d12h, or
+    2026-01-31T18:00."""
     stop_margin_s: float = 120
-    """Seconds before it that are left for the last step and its save."""
+    """Seconds before it for the last step and its save."""
     tensorboard: bool = False
-    """Also write run_dir/tensorboard; needs the extra of that name."""
+    """Also write run_dir/tensorboard; needs that extra."""
     log_every_s: float = 10
-    """Seconds between progress lines where there is no terminal."""
+    """Seconds between progress lines without a terminal."""
 
     def __post_init__(self) -> None:
         for key, known in (("preflight", PREFLIGHT), ("precision", PRECISIONS),
@@ -99,8 +96,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """Peak of the schedule, above 0."""
     draft_learning_rate: float | None = None
-    """The same for what only drafts (draft head, adapters, the mask slots' own embedding); None
-    takes learning_rate."""
+    """The same for what only drafts; None takes learning_rate."""
     beta1: float = 0.9
     """Decay of the mean of gradients, in [0, 1)."""
     beta2: float = 0.95
@@ -108,7 +104,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the root of that mean, above 0."""
     weight_decay: float = 0.1
-    """Of matrices; norms, biases and what only drafts are not decayed."""
+    """Of matrices but those that only draft."""
     gradient_clipping: float = 1.0
     """Largest gradient norm of a step; 0 does not clip."""
 
@@ -152,9 +148,9 @@ class DeepSpeedConfig:
     stage: int = 1
     """ZeRO: 0 partitions nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     offload_optimizer: bool = False
-    """Keep optimizer states in host memory (stages 1 to 3)."""
+    """Optimizer states in host memory (stages 1 to 3)."""
     offload_parameters: bool = False
-    """Keep each process's share of the weights in host memory (stage 3)."""
+    """Weights in host memory (stage 3)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours."""
 
@@ -170,14 +166,13 @@ class DeepSpeedConfig:
 @dataclass(frozen=True)
 class AnomalyConfig:
     max_skipped_in_a_row: int = 5
-    """Steps in a row that are skipped; one more ends the run."""
+    """Skipped steps in a row; one more ends the run."""
     spike_score: float = 0.0
-    """A loss or gradient norm whose robust z-score is above this is a spike; 0 finds none."""
+    """A loss or gradient norm with a robust z-score above this is a spike; 0 finds none."""
     spike_window: int = 128
     """Steps that a score looks back on."""
     on_spike: str = REPORT
-    """report it, skip the step, or rollback to the last checkpoint and go on without the step's
-    sequences."""
+    """report, skip the step, or rollback to the last checkpoint and go on without its sequences."""
     max_rollbacks: int = 3
     """Rollbacks to one checkpoint; one more ends the run."""
 
@@ -202,13 +197,13 @@ class AnomalyConfig:
 @dataclass(frozen=True)
 class WatchConfig:
     hang_timeout_s: float = 1800
-    """Seconds that a rank may be at one step, save or eval before the job ends; 0 for ever."""
+    """Seconds at one step, save or eval after which the job ends; 0 never."""
     data_stall_s: float = 60
-    """Seconds of waiting for data that are reported, with rank and host; 0 never."""
+    """Seconds of waiting for data that are reported; 0 never."""
     straggler_ratio: float = 1.5
-    """A rank whose forwards take this many times the median over all ranks is reported; 0 never."""
+    """Report a rank whose forwards take this many times the median; 0 never."""
     report_every: int = 50
-    """Steps between the comparisons of ranks that these reports need."""
+    """Steps between these comparisons of ranks."""
 
     def __post_init__(self) -> None:
         for key in ("hang_timeout_s", "data_stall_s", "straggler_ratio"):
@@ -221,8 +216,7 @@ class WatchConfig:
 @dataclass(frozen=True)
 class ArGuardConfig:
     most_rise: float = 0.05
-    """Nats a token that the held-out AR loss may rise above that of init_from before evals report
-    it."""
+    """Nats a token that the held-out AR loss may rise above that of init_from."""
 
     def __post_init__(self) -> None:
         if self.most_rise < 0:
@@ -232,7 +226,7 @@ class ArGuardConfig:
 @dataclass(frozen=True)
 class MaskGuardConfig:
     least_share: float = 1e-3
-    """Report the mask embedding when its norm is below this share of the text's mean norm."""
+    """Report a mask embedding with a norm below this share of the text's mean."""
     most_share: float = 10.0
     """Or above this."""
 
@@ -259,7 +253,7 @@ class WandbConfig:
     alerts: bool = True
     """Send an alert when something goes wrong."""
     checkpoints: bool = False
-    """Record each checkpoint as an artifact that refers to its folder; nothing is uploaded."""
+    """Record checkpoints as artifacts that refer to their folders."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

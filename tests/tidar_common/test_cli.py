@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from tidar_common.cli import config_dir, one_line, run
+from tidar_common.cli import compose, config_dir, run
 from tidar_common.errors import UserError
+from tidar_common.overrides import by_words, one_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -72,7 +73,7 @@ def test_a_key_that_is_not_there_is_a_mistake(call):
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
-        ("corpus=nothing", "Could not find 'corpus/nothing'"),
+        ("corpus=nothing", "corpus: unknown choice 'nothing'; known are arrow, jsonl, mix, "),
         ("nothing=1", "nothing: unknown key; see --help"),
         ("sequence_lenght=1", "sequence_lenght: unknown key; did you mean sequence_length?"),
         ("layout.shfit=true", "layout.shfit: unknown key; did you mean layout.shift?"),
@@ -80,6 +81,9 @@ def test_a_key_that_is_not_there_is_a_mistake(call):
         ("tokenizer=null", "must be a string or a list"),
         ("seed", "seed"),
         ("seed=[", "seed=[: "),
+        ("corpus.path=~/x", """as in 'corpus.path="~/x"'"""),
+        ("output_dir=runs/é", """as in 'output_dir="runs/é"'"""),
+        ("output_dir=a/lr=0.1", """as in 'output_dir="a/lr=0.1"'"""),
         ("--config-name=nothing", "nothing"),
     ],
 )
@@ -88,6 +92,95 @@ def test_what_hydra_refuses_is_one_line(call, argument, text):
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("error: ")
     assert text in error
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "text"),
+    [
+        ("train", ["optimizer.lr=1"], "optimizer.lr: unknown key; did you mean "
+         "optimizer.learning_rate?"),
+        ("train", ["batch_size=1"], "batch_size: unknown key; did you mean global_batch_size or "
+         "micro_batch_size?"),
+        ("train", ["sequence_length=9"], "sequence_length: unknown key; it is decided by "
+         "tidar-prepare"),
+        ("train", ["evals=likelihood"], "evals"),
+        ("train", ["+evals.decode.every=3"], "evals.decode: unknown key; did you mean "
+         "evals.decode_speed?"),
+        ("prepare", ["tokenizer=huggingface", "tokenizer.vocab_size=900"], "tokenizer.vocab_size: "
+         "not a key of tokenizer=huggingface; it is one of tokenizer=sentencepiece"),
+        ("evaluate", ["evals=[tasks,nothing]"], "evals: unknown choice 'nothing'; known are code, "
+         "decode_speed, likelihood, tasks"),
+    ],
+)  # fmt: skip
+def test_a_key_is_answered_with_the_one_that_was_meant(capsys, monkeypatch, command, arguments,
+                                                       text):  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    assert run(command, lambda cfg: pytest.fail("must not be called")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert text in error
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "check"])
+@pytest.mark.parametrize("group", ["experiment", "model", "objective", "deepspeed", "curriculum"])
+def test_a_misspelt_choice_is_refused_with_those_that_exist(capsys, monkeypatch, command, group):
+    monkeypatch.setattr(sys, "argv", [command, f"{group}=nothing"])
+    assert run(command, lambda cfg: pytest.fail("must not be called")) == 2
+    names = ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+    assert capsys.readouterr().err == (
+        f"error: {group}: unknown choice 'nothing'; known are {names}\n"
+    )
+
+
+def test_a_misspelt_choice_inside_an_experiment_is_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: tinny\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["train", f"--config-dir={tmp_path}", "experiment=mine"])
+    assert run("train", lambda cfg: pytest.fail("must not be called")) == 2
+    error = capsys.readouterr().err
+    assert "model: unknown choice 'tinny'" in error
+    assert "qwen2_5_1_5b, qwen3_8b, small" in error
+    assert error.count("\n") == 1
+
+
+def test_a_single_value_for_a_list_is_said(capsys, monkeypatch):
+    from pipeline.training.config import WandbConfig
+    from tidar_common.config import parse
+
+    cfg = compose("train", ["wandb.tags=a"])
+    with pytest.raises(UserError, match=r"wandb.tags: must be a list, such as wandb.tags=\[a\]"):
+        parse(WandbConfig, cfg.wandb, "wandb")
+
+
+def test_words_and_initials_find_keys_beside_first():
+    known = ["a.learning_rate", "b.learning_rate", "b.warm_up", "rate"]
+    assert by_words("b.lr", known) == ["b.learning_rate"]
+    assert by_words("lr", known) == ["a.learning_rate", "b.learning_rate"]
+    assert by_words("b.rate", known) == ["b.learning_rate"]
+    assert by_words("c.up_warm", known) == ["b.warm_up"]
+    assert by_words("other", known) == []
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate", "export", "plan"])
+def test_help_has_a_line_for_each_key_with_its_value_and_waits_for_no_torch(command):
+    """In a process of its own, so that nothing has imported torch before."""
+    code = (
+        "import sys; from tidar_common.cli import run; from tidar_common import schema;"
+        f"code = run({command!r}, print); assert 'torch' not in sys.modules;"
+        f"print('|'.join(key.name for key in schema.command({command!r}).key_list()));"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    *lines, keys = done.stdout.splitlines()
+    for key in keys.split("|"):
+        assert any(line.startswith(f"  {key}=") for line in lines), key
+    shown = [line for line in lines if line.startswith("  deepspeed=")]
+    assert bool(shown) == (command in ("train", "plan"))
 
 
 def test_a_fault_keeps_its_traceback(call):
@@ -112,7 +205,7 @@ def test_nothing_is_written_by_the_shell(call, tmp_path, monkeypatch):
 
 def test_the_config_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (config_dir() / "prepare.yaml").is_file()
+    assert (config_dir() / "experiment" / "demo.yaml").is_file()
 
 
 def test_the_real_command_line(tmp_path):

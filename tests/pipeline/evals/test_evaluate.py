@@ -143,6 +143,8 @@ def test_data_of_a_url_is_measured_like_its_folder(checkpoint, data, tmp_path):
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(run))
     named = settings(f"checkpoint={checkpoint}")
     moved = settings(f"checkpoint={checkpoint}", f"data.cache_dir={tmp_path / 'elsewhere'}")
+    strict = settings(f"checkpoint={checkpoint}", "data.skip_damaged=false")
+    assert (named.data.skip_damaged, strict.data.skip_damaged) == (True, False)
     assert given.data_dir == named.data_dir
     assert given.data_dir.parent == cache
     assert moved.data_dir.parent == tmp_path / "elsewhere"

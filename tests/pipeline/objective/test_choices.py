@@ -1,35 +1,42 @@
-"""The names of objectives: one published, under two names, and a default that is one of them."""
+"""The choices of objectives: the published one by default, the others where they differ."""
+
+from dataclasses import fields
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.objective.loss import ObjectiveConfig
-from tidar_common.cli import config_dir
+from pipeline.objective.config import ObjectiveConfig
+from tidar_common.cli import compose, config_dir
 from tidar_common.config import parse
 
-
-def objective(*overrides: str) -> dict:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("train", ["data.dir=none", "run_dir=none", *overrides])
-    parse(ObjectiveConfig, cfg.objective, "objective")
-    return OmegaConf.to_container(cfg.objective)
+CHOICES = sorted(path.stem for path in (config_dir() / "objective").glob("*.yaml"))
 
 
-def test_the_published_objective_has_two_names_and_the_values_of_the_paper():
-    published = objective("objective=published")
-    assert objective("objective=tidar") == published
-    assert ObjectiveConfig(**published) == ObjectiveConfig()
+def objective(*overrides: str) -> ObjectiveConfig:
+    return parse(ObjectiveConfig, compose("train", overrides).objective, "objective")
 
 
-def test_the_default_is_the_objective_where_none_is_named():
-    assert objective() == objective("objective=default")
+def test_the_default_is_the_published_objective():
+    assert objective() == objective("objective=tidar") == ObjectiveConfig()
 
 
-def test_an_alias_takes_overrides():
-    assert objective("objective=tidar", "objective.alpha=0.5")["alpha"] == 0.5
+def test_a_choice_takes_overrides():
+    assert objective("objective=tidar", "objective.alpha=0.5").alpha == 0.5
 
 
-@pytest.mark.parametrize("path", sorted((config_dir() / "objective").glob("*.yaml")))
-def test_every_choice_has_the_same_keys(path):
-    assert list(objective(f"objective={path.stem}")) == list(objective())
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_says_only_what_differs(choice):
+    stated = OmegaConf.load(config_dir() / "objective" / f"{choice}.yaml")
+    chosen, usual = objective(f"objective={choice}"), ObjectiveConfig()
+    differing = {
+        field.name: getattr(chosen, field.name)
+        for field in fields(ObjectiveConfig)
+        if getattr(chosen, field.name) != getattr(usual, field.name)
+    }
+    assert differing == stated
+    assert chosen.drafts == (choice != "ar")
+
+
+def test_a_choice_leaves_nothing_behind_of_the_one_it_replaces():
+    mixed = objective("experiment=two_stage_1", "objective=tidar_auf")
+    assert (mixed.place_weights, mixed.position_decay) == ("auf", 1.0)

@@ -30,5 +30,5 @@ class Report(Tracker):
         except Exception as error:
             self.say(
                 f"warning: report.html could not be written ({error}); training goes on, and "
-                f"python -m pipeline.report {self.run_dir} draws it later"
+                f"tidar-status {self.run_dir} --report draws it later"
             )

@@ -11,6 +11,8 @@ import torch
 
 from bench.results import RESULTS, machine, revision
 from tidar_common.files import write_text_atomic
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import METRICS
 
 RUNS = ("ar", "tidar", "twin")
 
@@ -36,7 +38,7 @@ def collect(work: Path, device: torch.device) -> dict[str, Any]:
 
 def training(run_dir: Path) -> dict[str, Any]:
     """Steps, tokens, losses and speed of a run."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_whole(run_dir / METRICS)
     last = rows[-1]
     speeds = sorted(row["tokens_per_second"] for row in rows)
     return {

@@ -25,6 +25,8 @@ from bench.results import RESULTS, ROOT, Outcome, write
 from pipeline.checkpoint.files import FILE_LIST, load_checked, verify_file_list
 from pipeline.report.compare import compare, describe
 from tidar_common.errors import UserError
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import DECODE_SPEED, EVENTS, newest_checkpoint
 
 MODEL = (
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
@@ -137,7 +139,7 @@ def survive_signals(data_dir: Path, folder: Path, options: Options) -> dict[str,
         signal_run(process, name, options)
         process.communicate(timeout=600)
         codes.append(process.returncode)
-        newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+        newest = newest_checkpoint(run_dir)
         marked = (run_dir / "interrupted").exists()
         saved.append(marked and newest == f"step-{lines_of(run_dir):08d}")
     finish(launch("pipeline.train", data_dir, run_dir, options))
@@ -152,8 +154,7 @@ def survive_signals(data_dir: Path, folder: Path, options: Options) -> dict[str,
 
 def eval_rows(run_dir: Path) -> list[tuple[Any, ...]]:
     """What an eval found, without what the clock says."""
-    path = run_dir / "evals" / "decode_speed.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_whole(run_dir / DECODE_SPEED)
     return [
         tuple(row[k] for k in ("step", "method", "temperature", "forwards", "ar_loss"))
         for row in rows
@@ -242,7 +243,7 @@ def time_resume(data_dir: Path, run_dir: Path, options: Options) -> dict[str, An
         time.sleep(0.01)
     seconds = time.perf_counter() - started
     finish(process)
-    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    events = read_whole(copy / EVENTS)
     load_s = [event["load_s"] for event in events if event["event"] == "started"][-1]
     return {"resume: seconds to the first step": seconds, "resume: of them loading": load_s}
 

@@ -28,9 +28,8 @@ from data_prep.stages.workers import Workers
 from tidar_common.cli import run
 from tidar_common.errors import UserError
 from tidar_common.progress import Progress
+from tidar_common.run_files import Exit
 
-EXIT_INTERRUPTED = 130
-"""As a shell gives it for Ctrl-C."""
 DISK_TROUBLES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
@@ -62,7 +61,7 @@ def prepare(cfg: DictConfig) -> int:
             return 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except OSError as error:
         if error.errno not in DISK_TROUBLES:
             raise

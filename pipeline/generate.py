@@ -12,7 +12,6 @@ from pipeline.decoding.choice import Choice
 from pipeline.decoding.prompts import Share, output_file, rank_device, read_prompt
 from pipeline.decoding.settings import GenerateConfig
 from pipeline.decoding.terminal import (
-    EXIT_INTERRUPTED,
     histogram,
     prompts_progress,
     reader_may_leave,
@@ -24,6 +23,7 @@ from pipeline.decoding.text import TextStream
 from pipeline.model.loading import load_model
 from tidar_common.cli import run
 from tidar_common.config import existing_path, parse
+from tidar_common.run_files import Exit
 
 
 def generate_text(cfg: DictConfig) -> int:
@@ -64,7 +64,7 @@ def generate_many(config: GenerateConfig, checkpoint: Path) -> int:
             summary = generate_file(model, tokenizer, prompts, path, options, share, advance)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     seconds = time.perf_counter() - started
     report(f"{share}{config.method}", summary.tokens, summary.forwards, seconds, choices)
     print(f"{path}: {summary.answers}", file=sys.stderr)

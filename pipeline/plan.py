@@ -1,34 +1,43 @@
-"""`tidar-plan`: what a training run takes, before a GPU is asked for."""
+"""`tidar-plan`: what a training run takes, or with `check=true` whether it could start."""
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.planning.plan import make_plan
+from pipeline.planning.checks import run_checks
+from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.settings import Planned
 from pipeline.planning.show import describe
 from tidar_common.cli import run
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic
+from tidar_common.run_files import Exit
 
 
 def plan(cfg: DictConfig) -> int:
+    started = time.monotonic()
     planned = Planned.from_config(cfg)
     result = make_plan(planned)
-    print(describe(result), flush=True)
     if planned.plan.json is not None:
-        try:
-            text = json.dumps(result.to_dict(), indent=2) + "\n"
-            write_text_atomic(Path(planned.plan.json).expanduser(), text)
-        except OSError as error:
-            raise UserError(
-                f"plan.json: {planned.plan.json} cannot be written ({error})"
-            ) from error
+        write_json(result, Path(planned.plan.json).expanduser())
+    if planned.check:
+        run_checks(result, lambda line: print(line, flush=True))
+        print(f"ready to submit; checked in {time.monotonic() - started:.1f} s")
+        return Exit.DONE
+    print(describe(result), flush=True)
     if result.errors:
         raise UserError("; ".join(result.errors))
-    return 0
+    return Exit.DONE
+
+
+def write_json(result: Plan, path: Path) -> None:
+    try:
+        write_text_atomic(path, json.dumps(result.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"plan.json: {path} cannot be written ({error})") from error
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""`tidar-status RUN_DIR`: where a run stands, from its files alone, wherever they can be seen."""
+"""`tidar-status RUN_DIR`: where a run or a sweep stands, its report, and how runs differ; from
+their files alone, wherever those can be seen."""
 
 import argparse
 import sys
@@ -6,24 +7,36 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.report.compare import compare, describe, draw
+from pipeline.report.page import build_report
 from pipeline.report.read import Run, as_number, read_run
 from pipeline.report.standing import (
     PACE_STEPS,
     Starts,
     pace_of,
+    ran_as,
     read_starts,
     skipped_shards,
 )
 from pipeline.training.trackers.progress import duration
-from tidar_common.cli import EXIT_BAD_INPUT, report_mistake
+from tidar_common.cli import report_mistake, telling_mistakes
 from tidar_common.errors import UserError
-from tidar_common.run_files import newest_checkpoint
-from tidar_common.tables import Table, compact, fixed
+from tidar_common.run_files import CONFIG, METRICS, REPORT, Exit, newest_checkpoint
+from tidar_common.tables import MISSING, Table, compact, fixed
 
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""
 QUIET_AT_LEAST_S = 300.0
 """An eval or a checkpoint may take this long."""
+PLACES = (("report", REPORT), ("W&B", "wandb"), ("logs", "logs"))
+"""What a reader may want to open next, named where a run has it."""
+EVAL = {
+    "step": "step",
+    "tokens per forward": "tokens_per_forward",
+    "x the speed of AR": "speedup_over_ar",
+    "held-out AR loss": "ar_loss",
+}
+"""What is shown of the latest eval, and the keys of its row."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,10 @@ class Status:
     """Seconds since the epoch, for a run that is running."""
     skipped_shards: str | None = None
     """The damaged shards that the run went on without, in words."""
+    environment: str | None = None
+    """What the newest start ran as."""
+    places: tuple[tuple[str, str], ...] = ()
+    """Name and path of what there is to open."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
@@ -86,7 +103,9 @@ class Status:
             rows.append(("starts", str(self.starts)))
         if self.skipped_shards is not None:
             rows.append(("shards", self.skipped_shards))
-        return rows
+        if self.environment is not None:
+            rows.append(("ran as", self.environment))
+        return [*rows, *self.places]
 
 
 def read_status(run_dir: Path, now: float) -> Status:
@@ -100,7 +119,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     step = int(last["step"])
     steps = run.setting("steps")
     pace = pace_of(run, "step_seconds")
-    quiet = max(now - (run_dir / "metrics.jsonl").stat().st_mtime, 0.0)
+    quiet = max(now - (run_dir / METRICS).stat().st_mtime, 0.0)
     checkpoint = newest_checkpoint(run_dir)
     left = pace * (steps - step) if pace is not None and isinstance(steps, int) else None
     state = state_of(run_dir, step, steps, quiet, pace)
@@ -119,6 +138,8 @@ def read_status(run_dir: Path, now: float) -> Status:
         last_eval=latest_eval(run),
         starts=read_starts(run_dir),
         skipped_shards=skipped_shards(run_dir),
+        environment=ran_as(run_dir),
+        places=tuple((name, str(run_dir / at)) for name, at in PLACES if (run_dir / at).exists()),
         expected_end=now - quiet + left if state == "running" and left is not None else None,
     )
 
@@ -136,29 +157,90 @@ def latest_eval(run: Run) -> dict[str, float | None] | None:
     row = run.last_eval("tidar", 0.0) or run.last_eval("ar", 0.0) if run.evals else None
     if row is None:
         return None
-    names = {
-        "step": "step",
-        "tokens per forward": "tokens_per_forward",
-        "x the speed of AR": "speedup_over_ar",
-        "held-out AR loss": "ar_loss",
-    }
-    return {shown: as_number(row.get(name)) for shown, name in names.items()}
+    return {shown: as_number(row.get(name)) for shown, name in EVAL.items()}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="tidar-status", description=__doc__)
-    parser.add_argument("run_dir", type=Path, nargs="+", help="a training run's directory")
-    found = 0
-    for run_dir in parser.parse_args(arguments).run_dir:
+def runs_below(folder: Path) -> list[Path]:
+    """The runs of a sweep, each a folder of its own; none where `folder` is a run itself."""
+    if (folder / METRICS).is_file() or not folder.is_dir():
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+
+
+def sweep_table(runs: list[Path], now: float) -> Table:
+    """A line for each run; one without a step yet has no more than its name."""
+    rows = []
+    for run_dir in runs:
         try:
-            status = read_status(run_dir, time.time())
+            status = read_status(run_dir, now)
+        except UserError:
+            rows.append([run_dir.name, "no step yet"])
+            continue
+        evaluated = status.last_eval or {}
+        rows.append([
+            run_dir.name, status.state, f"{status.step:,}", fixed(status.loss, 3),
+            *(fixed(evaluated.get(name), 3) for name in list(EVAL)[1:]),
+            compact(status.tokens_per_second), status.checkpoint or MISSING,
+        ])  # fmt: skip
+    head = ("run", "state", "step", "loss", *list(EVAL)[1:], "tokens/s", "checkpoint")
+    return Table(head, rows, left=(0, 1))
+
+
+def show(folder: Path, now: float) -> str:
+    """A run's status, or the table of a sweep's runs, under its path."""
+    if runs := runs_below(folder):
+        return f"{folder}\n{sweep_table(runs, now).text('  ')}"
+    return f"{folder}\n{Table((), read_status(folder, now).rows(), left=(0, 1)).text('  ')}"
+
+
+def compare_runs(first: Path, others: list[Path], asked: argparse.Namespace) -> Exit:
+    """Print how each of `others` differs from the first run; whether all are equal or near."""
+    if not others or (asked.plot is not None and len(others) > 1):
+        count = "two runs or more" if not others else "two runs for --plot"
+        raise UserError(f"--compare: give {count}, the first to compare with")
+    equal = True
+    for other in others:
+        comparison = compare(first, other, asked.key)
+        print(f"{first} and {other}", describe(comparison, asked.key), sep="\n")
+        equal = equal and (comparison.equal or comparison.near(asked.tolerance))
+        if asked.plot is not None:
+            draw(comparison, asked.key, asked.plot, f"{first} and {other}")
+    return Exit.DONE if equal else Exit.FAULT
+
+
+def parser() -> argparse.ArgumentParser:
+    words = argparse.ArgumentParser(
+        prog="tidar-status",
+        description=__doc__,
+        epilog="Exit codes: 0 done, 1 runs that are compared differ, 2 a mistake in the input.",
+    )
+    add = words.add_argument
+    add("run_dir", type=Path, nargs="+", help="a training run's directory, or that of a sweep's")
+    action = words.add_mutually_exclusive_group()
+    action.add_argument("--report", action="store_true", help="draw report.html, print its path")
+    action.add_argument("--compare", action="store_true", help="where runs differ from the first")
+    add("--key", default="loss", help="compared key of metrics.jsonl (default loss)")
+    add("--plot", type=Path, help="write the compared differences as a page (HTML) here")
+    help_tolerance = "largest relative difference that counts as equal (default 0: bit for bit)"
+    add("--tolerance", type=float, default=0.0, help=help_tolerance)
+    return words
+
+
+@telling_mistakes
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code; a run that cannot be read does not hide the others."""
+    asked = parser().parse_args(arguments)
+    if asked.compare:
+        return compare_runs(asked.run_dir[0], asked.run_dir[1:], asked)
+    code = Exit.DONE
+    for run_dir in asked.run_dir:
+        try:
+            print(build_report(run_dir) if asked.report else show(run_dir, time.time()))
         except UserError as error:
             report_mistake(str(error))
-            found = EXIT_BAD_INPUT
-            continue
-        print(run_dir, Table((), status.rows(), left=(0, 1)).text("  "), sep="\n")
-    sys.exit(found)
+            code = Exit.BAD_INPUT
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

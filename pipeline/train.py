@@ -1,33 +1,31 @@
 """`tidar-train`: prepared shards to a trained model. `torchrun … -m pipeline.train` for several."""
 
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from pipeline.training.launch.signals import (
-    EXIT_SAVED,
     StopRequest,
     code_for_launcher,
     deadline,
     stop_on_signal,
 )
-from tidar_common.cli import report_mistake, run
-from tidar_common.sweep import FLAGS, run_sweep
+from tidar_common.cli import report_mistake, run, telling_mistakes
+from tidar_common.run_files import Exit
+from tidar_common.sweep import FLAGS, expand, train_each
 
 # What needs torch is imported where training begins: no help or mistake in a key waits for it.
 if TYPE_CHECKING:
     from pipeline.distributed import World
     from pipeline.training.settings import TrainSettings
 
-EXIT_STOPPED = 3
-"""Exit code of a run that cannot go on as it is."""
-
 
 def train(cfg: DictConfig) -> int:
     from pipeline.distributed import LostProcessError, joined_world
-    from pipeline.training.guards.watchdog import EXIT_LOST
     from pipeline.training.launch.run_dir import StillHeldError, owned
     from pipeline.training.settings import TrainSettings
     from pipeline.training.setup import make_deterministic
@@ -47,10 +45,10 @@ def train(cfg: DictConfig) -> int:
                 return train_in_world(settings, world, stop, say)
     except LostProcessError as error:
         report_mistake(f"{error}; the last checkpoint is intact, and the same command continues")
-        return EXIT_LOST
+        return Exit.LOST
     except StillHeldError as error:
         report_mistake(f"{error}; end it, and the same command continues")
-        return EXIT_LOST
+        return Exit.LOST
 
 
 def train_in_world(
@@ -69,22 +67,34 @@ def train_in_world(
     except TrainingStoppedError as error:
         if world.is_main:
             report_mistake(str(error))
-        return EXIT_STOPPED
+        return Exit.STOPPED
     if finished:
         say(f"done: {settings.run_dir} has {trainer.state.step} steps, see report.html there")
-        return 0
+        return Exit.DONE
     if world.is_main:
         (settings.run_dir / INTERRUPTED).touch()
     say(
         f"stopped ({stop.name or 'another rank was asked to'}) after step {trainer.state.step} "
         "and saved; the same command continues"
     )
-    return EXIT_SAVED
+    return Exit.SAVED
+
+
+@telling_mistakes
+def train_sweep(overrides: list[str]) -> int:
+    """Train the runs of a sweep, print where they stand; returns the first code that is not 0."""
+    from pipeline.status import sweep_table
+
+    code = train_each(overrides)
+    if len(runs := expand(overrides)) > 1:
+        folders = [Path(run[-1].partition("=")[2]).expanduser() for run in runs]
+        print(sweep_table(folders, time.time()).text())
+    return code
 
 
 def main() -> None:
     if any(flag in sys.argv for flag in FLAGS):
-        sys.exit(run_sweep([word for word in sys.argv[1:] if word not in FLAGS]))
+        sys.exit(train_sweep([word for word in sys.argv[1:] if word not in FLAGS]))
     sys.exit(code_for_launcher(run("train", train)))
 
 

@@ -2,12 +2,19 @@
 # Sourced by every job script. Slurm runs a copy of the script, so the checkout is known only as the
 # folder that sbatch was called in.
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
-if [[ ! -f slurm/cluster.env ]]; then
-  echo "error: $PWD: not the checkout (no slurm/cluster.env); call sbatch in its top folder" >&2
+if [[ ! -f slurm/cluster.env.example ]]; then
+  echo "error: $PWD: not the checkout (no slurm/cluster.env.example); call sbatch in its top folder" >&2
   exit 2
 fi
-# shellcheck source=slurm/cluster.env
-source slurm/cluster.env
+# The cluster's own copy of the example, which git ignores; without one the example's defaults.
+settings="${TIDAR_CLUSTER_ENV:-slurm/cluster.env}"
+if [[ -z "${TIDAR_CLUSTER_ENV:-}" && ! -f "$settings" ]]; then settings=slurm/cluster.env.example; fi
+if [[ ! -f "$settings" ]]; then
+  echo "error: TIDAR_CLUSTER_ENV: $settings is not there; copy slurm/cluster.env.example to it" >&2
+  exit 2
+fi
+# shellcheck source=slurm/cluster.env.example
+source "$settings"
 tidar_modules
 
 read -ra prefix <<<"$TIDAR_PREFIX"

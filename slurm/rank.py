@@ -36,15 +36,16 @@ def link_logs(folder: Path, rank: str) -> None:
 
 def train_and_tell() -> int:
     from pipeline.train import train
-    from pipeline.training.launch.signals import EXIT_CODE_FILE, EXIT_SAVED, leave_code
+    from pipeline.training.launch.signals import EXIT_CODE_FILE, leave_code
     from tidar_common.cli import run
+    from tidar_common.run_files import Exit
 
     # Also for the watchdog, which ends the process by itself.
     os.environ[EXIT_CODE_FILE] = str(Path(os.environ["TIDAR_START_DIR"]) / "exit-code")
     code = run("train", train)
     if code:
         leave_code(code)
-    return 0 if code == EXIT_SAVED else code
+    return Exit.DONE if code == Exit.SAVED else code
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@
 
 `end` prints one line for the job script, `requeue DELAY_S NODES` or `stop 0 -`; NODES are to be
 excluded from then on, separated by commas, or `-`. What a reader of the log should know goes to
-stderr. Only the standard library is imported, by this file and `run_files`: this runs between two
-starts, where every second counts.
+stderr. Only the standard library is imported, here and in `tidar_common`'s files: this runs between
+two starts, where every second counts.
 
 A run that was saved (75) is requeued without limit. A crash is retried after a wait that doubles
 each time. Crashes count while no newer checkpoint appears between them: a long run may crash once a
 day, a loop ends. A mistake in the config (2) and a loss that is not finite (3) would only recur.
 """
 
-import json
 import os
 import sys
 import time
@@ -22,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidar_common.run_files import newest_checkpoint
+from tidar_common.jsonlines import append, read_whole
+from tidar_common.run_files import FINAL, STARTS, Exit, newest_checkpoint
 
-SAVED = 75
-FINAL = {0: "done", 2: "bad config or input", 3: "stopped for a numerical reason"}
 LONGEST_BACKOFF_S = 3600
 NODE_FAILURES = 2
 """A node that failed this often in a run is left out of its next starts."""
@@ -48,7 +46,7 @@ class Next:
 def decide(ends: list[dict[str, Any]], max_crashes: int, backoff_s: int) -> Next:
     """What follows the last of the run's recorded `ends`."""
     code = ends[-1]["code"]
-    if code == SAVED:
+    if code == Exit.SAVED:
         return Next(True, exclude=bad_nodes(ends), why="saved")
     if code in FINAL:
         return Next(False, why=FINAL[code])
@@ -74,7 +72,7 @@ def crashes_without_progress(ends: list[dict[str, Any]]) -> int:
     for end in reversed(ends):
         if (end["job"], end["checkpoint"]) != (last["job"], last["checkpoint"]):
             break
-        if end["code"] != SAVED:
+        if end["code"] != Exit.SAVED:
             count += 1
     return count
 
@@ -100,25 +98,9 @@ def failed_node(start_dir: Path) -> str | None:
     return min(failures)[2] if failures else None
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The record's whole lines; a node that died while writing may have left half of one."""
-    events = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
-
-
-def append(path: Path, event: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
-
-
 def main(arguments: list[str]) -> None:
     what, run_dir = arguments[0], Path(arguments[1])
-    record = run_dir / "starts.jsonl"
+    record = run_dir / STARTS
     event: dict[str, Any] = {
         "event": what,
         "job": os.environ["SLURM_JOB_ID"],
@@ -126,24 +108,24 @@ def main(arguments: list[str]) -> None:
         "time": round(time.time(), 3),
     }
     if what == "start":
-        append(record, {**event, "nodes": os.environ["SLURM_JOB_NODELIST"]})
+        append(record, [{**event, "nodes": os.environ["SLURM_JOB_NODELIST"]}])
         return
     event |= {
         "code": int(arguments[2]),
         "checkpoint": newest_checkpoint(run_dir),
         "failed_node": None,
     }
-    if event["code"] != SAVED and event["code"] not in FINAL:
+    if event["code"] != Exit.SAVED and event["code"] not in FINAL:
         event["failed_node"] = failed_node(Path(arguments[3]))
-    ends = [earlier for earlier in read_events(record) if earlier["event"] == "end"]
+    ends = [earlier for earlier in read_whole(record) if earlier.get("event") == "end"]
     following = decide(
         [*ends, event],
         int(os.environ.get("TIDAR_MAX_CRASHES", "3")),
         int(os.environ.get("TIDAR_BACKOFF_S", "60")),
     )
-    append(record, {**event, "requeued": following.requeue, "why": following.why})
+    append(record, [{**event, "requeued": following.requeue, "why": following.why}])
     print(following.line())
-    if event["code"] not in (0, SAVED):
+    if event["code"] not in (Exit.DONE, Exit.SAVED):
         at = f" (first on {event['failed_node']})" if event["failed_node"] else ""
         prefix = "train.sbatch: " if following.requeue else "error: "
         print(f"{prefix}{following.why}{at}", file=sys.stderr)

@@ -1,8 +1,7 @@
 """The shell around every entry point: Hydra, one-line errors, exit codes.
 
-Exit codes: 0 done, 1 a fault of this project (with traceback), 2 a mistake in config or input
-(one line on stderr), and whatever code a task returns, such as the one for a run that was
-interrupted and saved.
+A command ends with the code that its task returns, or as `run_files.Exit` says for mistakes and
+faults.
 """
 
 import functools
@@ -24,12 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tidar_common import overrides, schema
 from tidar_common.errors import UserError
+from tidar_common.run_files import Exit
 from tidar_common.schema import Command
 
 P = ParamSpec("P")
-EXIT_BAD_INPUT = 2
-EXIT_CLOSED_PIPE = 141
-"""As a shell gives it for SIGPIPE."""
 HELP_FLAGS = {"--help", "-h"}
 
 
@@ -73,7 +70,7 @@ def run(
             raise
         # Or Python's own flush at the end would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED_PIPE
+        return Exit.CLOSED_PIPE
 
 
 def _run(
@@ -117,7 +114,7 @@ def _run(
         raise closed[0]
     if mistakes:
         report_mistake(mistakes[0])
-        return EXIT_BAD_INPUT
+        return Exit.BAD_INPUT
     return max(codes, default=0)
 
 
@@ -201,6 +198,6 @@ def telling_mistakes(main: Callable[P, int | None]) -> Callable[P, int]:
             return main(*arguments, **named) or 0
         except UserError as error:
             report_mistake(str(error))
-            return EXIT_BAD_INPUT
+            return Exit.BAD_INPUT
 
     return told

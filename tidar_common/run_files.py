@@ -14,6 +14,10 @@ SKIPPED_SHARDS = "skipped_shards.jsonl"
 """Damaged shards that the run went on without, a line each."""
 DECODE_SPEED = "evals/decode_speed.jsonl"
 EXAMPLE = "evals/example.json"
+ENVIRONMENT = "environment.json"
+"""Of the newest start: commit, versions, hardware, command."""
+REPORT = "report.html"
+CONFIG = "config.yaml"
 METHOD_LABELS = {
     "ar": "AR",
     "tidar": "TiDAR",

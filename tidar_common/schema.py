@@ -31,7 +31,6 @@ MODULES = {
     "generate": "pipeline.decoding.settings",
     "export": "pipeline.export",
     "plan": "pipeline.planning.config",
-    "check": "pipeline.planning.config",
 }
 """The module that registers a command, imported when it is asked for."""
 QUIET = {

@@ -14,7 +14,7 @@ combination. Each run gets a folder of its own below `run_dir`, named by what it
 import re
 import subprocess
 import sys
-from itertools import product
+from itertools import islice, product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -22,19 +22,25 @@ from hydra.errors import HydraException
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 from tidar_common.overrides import unreadable
+from tidar_common.run_files import Exit
 
 FLAGS = ("-m", "--multirun")
 RUN_DIR = "run_dir"
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run, in a fixed order; one run where nothing is swept.
+    """The overrides of each run, in a fixed order; one run where nothing is swept. Hydra's options
+    (`--config-dir=DIR`) are every run's.
 
     Raises:
         UserError: for an override that cannot be read, or a sweep without `run_dir`.
     """
     fixed, swept = [], []
-    for text in overrides:
+    words = iter(overrides)
+    for text in words:
+        if text.startswith("-"):
+            fixed += [text] if "=" in text else [text, *islice(words, 1)]
+            continue
         try:
             override = OverridesParser.create().parse_override(text)
             if override.is_sweep_override():
@@ -66,8 +72,6 @@ def train_each(overrides: list[str]) -> int:
 
     A run that fails does not keep the others from starting; one that was stopped by a signal does.
     """
-    from pipeline.training.launch.signals import EXIT_SAVED
-
     runs = expand(overrides)
     first_failure = 0
     for number, run in enumerate(runs, 1):
@@ -75,13 +79,9 @@ def train_each(overrides: list[str]) -> int:
         command = [sys.executable, "-m", "pipeline.train", *run]
         code = subprocess.run(command, check=False).returncode
         first_failure = first_failure or code
-        if code == EXIT_SAVED or code < 0:
+        if code == Exit.SAVED or code < 0:
             break
     return first_failure if first_failure >= 0 else 128 - first_failure
-
-
-run_sweep = telling_mistakes(train_each)
-"""`train_each` as an entry point."""
 
 
 @telling_mistakes

@@ -1,7 +1,6 @@
 """What is kept of a run: its figures, what it cost, and how to do it again."""
 
 import importlib.metadata
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 
 from bench.experiments.runs import Run
 from bench.results import machine, revision
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import METRICS
 
 PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece")
 
@@ -37,7 +38,7 @@ def make_result(
         scores: outputs of `tidar-evaluate`, one for each block length.
         text: what `bench.experiments.corpus` said of the corpus.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_whole(run_dir / METRICS)
     return {
         "run": run.name,
         "about": run.about,

@@ -1,11 +1,13 @@
 """Which checkpoints stay on disk."""
 
-import json
 import math
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from tidar_common.jsonlines import read_whole
+from tidar_common.run_files import DECODE_SPEED
 
 EVAL_LOSS = "ar_loss"
 """Key of `evals/decode_speed.jsonl` by which `keep_best` chooses: the held-out AR loss."""
@@ -73,17 +75,13 @@ def steps_to_keep(
 
 def eval_losses(run_dir: Path) -> dict[int, float]:
     """Held-out AR loss by step, as far as evals have been written."""
-    path = run_dir / "evals" / "decode_speed.jsonl"
-    losses: dict[int, float] = {}
-    if not path.exists():
-        return losses
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            losses[int(row["step"])] = float(row[EVAL_LOSS])
-        except (ValueError, KeyError, TypeError):
-            continue  # the torn end of a crash; a resume cuts it
-    return losses
+    rows = read_whole(run_dir / DECODE_SPEED)
+    numbers = [(row.get("step"), row.get(EVAL_LOSS)) for row in rows]
+    return {
+        step: float(loss)
+        for step, loss in numbers
+        if isinstance(step, int) and isinstance(loss, int | float)
+    }
 
 
 def delete_old(folder: Path, config: CheckpointConfig) -> None:

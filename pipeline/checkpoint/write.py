@@ -170,9 +170,10 @@ class Checkpoints:
         if name is None:
             return None, {}
         path = self.folder / name
-        content = json.loads((path / "state.json").read_text())
-        changed = differences(completed(content["identity"], self.identity), self.identity)
-        refuse_changes(name, changed, self.config.allow_changes)
+        content = read_state(path)
+        changed = check_identity(
+            name, content["identity"], self.identity, self.config.allow_changes
+        )
         reshaped = differences(content["topology"], self.topology)
         if reshaped:
             load_reshaped(engine, path)
@@ -258,6 +259,26 @@ class Checkpoints:
         fsync_path(self.folder)
         write_text_atomic(self.folder / "latest", final.name + "\n")
         delete_old(self.folder, self.config)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The progress and the identity that a checkpoint's `state.json` holds."""
+    content: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return content
+
+
+def check_identity(
+    name: str, saved: Mapping[str, Any], asked: Mapping[str, Any], allowed: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """(saved, asked) of what differs between the run that wrote checkpoint `name` and this one.
+
+    Raises:
+        UserError: where a key differs that is not `allowed` to.
+    """
+    asked = json.loads(json.dumps(asked))  # as it comes back from state.json
+    changed = differences(completed(saved, asked), asked)
+    refuse_changes(name, changed, allowed)
+    return changed
 
 
 def completed(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Prompts from the command line, from a text file, or many from a JSON-lines file; and which of
 many a process continues, where several share them."""
 
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from tidar_common.config import array_share
 from tidar_common.errors import UserError
+from tidar_common.jsonlines import parse_strictly
 
 
 @dataclass(frozen=True)
@@ -128,24 +128,12 @@ def read_prompts(path: Path, key: str) -> list[PromptRow]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {path} is not a file of UTF-8 text ({error})") from error
     rows: list[PromptRow] = []
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            prompt = values["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f'{key}: {path}:{number + 1}: not a JSON object with a "prompt" ({error!r})'
-            ) from error
+    for number, values in parse_strictly(lines, f"{key}: {path}"):
+        prompt = values.get("prompt")
         if not isinstance(prompt, str):
-            raise UserError(f'{key}: {path}:{number + 1}: "prompt" must be a text')
-        category = values.get("category")
-        rows.append(
-            PromptRow(
-                str(values.get("id", number)), prompt, None if category is None else str(category)
-            )
-        )
+            raise UserError(f'{key}: {path}:{number}: "prompt" must be there, and be a text')
+        name, category = str(values.get("id", number - 1)), values.get("category")
+        rows.append(PromptRow(name, prompt, None if category is None else str(category)))
     if not rows:
         raise UserError(f"{key}: {path} holds no prompt")
     if len({row.id for row in rows}) < len(rows):

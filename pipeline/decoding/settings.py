@@ -10,7 +10,6 @@ from tidar_common.errors import UserError
 from tidar_common.schema import Command, register
 
 if TYPE_CHECKING:
-
     from data_prep.tokenizers.load import Tokenizer
     from pipeline.decoding.choice import Choice
     from pipeline.decoding.document_prompts import DocumentPrompts
@@ -181,7 +180,6 @@ class GenerateConfig:
         if isinstance(self.blocks, str):
             return None if self.blocks == "all" else self.blocks
         return tuple(self.blocks)
-
 
 
 ABOUT = """\

@@ -3,7 +3,6 @@ leaves."""
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -15,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tidar_common.errors import UserError
+from tidar_common.run_files import Exit
 
 PALETTE = (39, 208, 78, 213, 220, 141)
 """Colours of successive forwards, of the 256 of a terminal; neighbours are easy to tell apart."""
 RESET = "\x1b[0m"
 EVERY_S = 10.0
 """Between two lines of progress."""
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class Decoded(Protocol):
@@ -61,7 +60,7 @@ def show_steps(
             counts.append(len(new))
             write_text(decoded.add(new), len(counts), colors)
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+        code = Exit.INTERRUPTED
     write_text(decoded.end(), len(counts), colors)
     write_text("\n", len(counts), colors=False)
     return code

@@ -5,7 +5,6 @@ full coverage, each document's grid at its start, so that every position is pred
 block that begins 0 … K - 1 positions before it. Letters: K block length.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from pipeline.model.transformer import Transformer
 from pipeline.objective.acceptance import Controls, DraftScores, drafts_of
 from pipeline.objective.scoring import score_sequence
 from tidar_common.errors import UserError
+from tidar_common.jsonlines import parse_strictly
 
 TEXTS_KEY = "evals.likelihood.texts_file"
 
@@ -237,18 +237,10 @@ def read_texts(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{TEXTS_KEY}: {path} is not a file of UTF-8 text ({error})") from error
     by_source: dict[str, list[PackedSequence]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, source = row["text"], str(row.get("source", "text"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f'{TEXTS_KEY}: {path}:{number}: not a JSON object with a "text" ({error!r})'
-            ) from error
+    for number, row in parse_strictly(lines, f"{TEXTS_KEY}: {path}"):
+        text, source = row.get("text"), str(row.get("source", "text"))
         if not isinstance(text, str):
-            raise UserError(f'{TEXTS_KEY}: {path}:{number}: "text" must be a text')
+            raise UserError(f'{TEXTS_KEY}: {path}:{number}: "text" must be there, and be a text')
         ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
         pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
         sequences = by_source.setdefault(source, [])

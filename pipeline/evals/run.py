@@ -26,7 +26,7 @@ from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked, write_text_atomic
-from tidar_common.run_files import METHOD_LABELS
+from tidar_common.run_files import METHOD_LABELS, newest_checkpoint
 from tidar_common.tables import Table, percent, significant
 
 WITHOUT_DATA = {"tasks", "code"}
@@ -54,9 +54,8 @@ class Origin:
         Raises:
             UserError: when a file that is there cannot be read.
         """
-        latest = path / "checkpoints" / "latest"
-        if latest.is_file():
-            path = latest.parent / latest.read_text(encoding="utf-8").strip()
+        if (name := newest_checkpoint(path)) is not None:
+            path = path / "checkpoints" / name
         state = _read_part(path / "state.json", json.loads)
         config = _read_part(path / "config.yaml", yaml.safe_load)
         data = config.get("data")

@@ -3,7 +3,6 @@
 Each check returns a line for people, or raises UserError with the key and the remedy.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -12,37 +11,42 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlparse
 
+import torch
+
 from data_prep.formats.manifest import ShardInfo
+from data_prep.tokenizers.load import load_tokenizer
+from pipeline.checkpoint.write import check_identity, read_state
 from pipeline.data.mix import MixedSource
 from pipeline.data.place import is_remote
+from pipeline.planning.hardware import CPU
 from pipeline.planning.plan import GIB, Plan
+from pipeline.training.due import open_heldout
+from pipeline.training.setup import model_config, open_sequences, open_start, run_identity
 from tidar_common.errors import UserError
+from tidar_common.run_files import newest_checkpoint
 
 WANDB_TIMEOUT_S = 3.0
-HF_FILES = ("config.json", "model.json")
 
 
-def check_data(plan: Plan, data_dir: Path | None) -> str:
-    """Every training and held-out shard of the manifest is there with its size; contents unread.
-
-    With None the data is at a URL, of which planning has read the manifest.
-    """
+def check_data(plan: Plan) -> str:
+    """Every training and held-out shard of the manifest is there with its size, and the evals find
+    what they need; of the contents only some held-out sequences are read, and nothing at a URL."""
     train = plan.planned.train
     shards = [*train.manifest.train.shards, *train.manifest.heldout.shards]
-    if data_dir is not None:
-        check_files(data_dir, shards)
-    sequences = train.steps * train.global_batch_size
-    if train.mix:
-        for one in train.mix:
-            if not is_remote(str((train.data.mix or {})[one.name]["dir"])):
-                own = one.manifest
-                check_files(one.dir, [*own.train.shards, *own.heldout.shards])
-        source = MixedSource(train.mix, train.manifest, train.seed, train.layout, train.data,
-                             train.global_batch_size)  # fmt: skip
-        return source.describe(sequences)
-    epochs = sequences / max(train.manifest.train.sequences, 1)
-    place = f"in {data_dir}" if data_dir else "at the URL, not looked at"
-    return f"{len(shards)} shards {place}; the run reads them {epochs:.2f} times"
+    at_url = is_remote(str(train.data.dir))
+    if not at_url:
+        check_files(train.data_dir, shards)
+    for part in train.mix:
+        if not is_remote(str((train.data.mix or {})[part.name]["dir"])):
+            check_files(part.dir, [*part.manifest.train.shards, *part.manifest.heldout.shards])
+    source = open_sequences(train)
+    if not at_url:
+        open_heldout(train, model_config(train))
+        load_tokenizer(train.data_dir)
+    if isinstance(source, MixedSource):
+        return source.describe(train.steps * train.global_batch_size)
+    place = "at the URL, not looked at" if at_url else f"in {train.data_dir}"
+    return f"{len(shards)} shards {place}; the run reads them {plan.epochs:.2f} times"
 
 
 def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
@@ -58,27 +62,18 @@ def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
             )
 
 
-def check_init(init_from: str | None) -> str:
-    """The weights to start from are a folder that looks like a model or a checkpoint."""
-    if init_from is None:
-        return "weights are drawn from the seed"
-    folder = Path(init_from).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"init_from: {folder} does not exist; give a model's folder, or null for new weights"
-        )
-    runs = folder / "checkpoints" / "latest"
-    if not runs.is_file() and not any((folder / name).is_file() for name in HF_FILES):
-        raise UserError(
-            f"init_from: {folder} holds none of {', '.join(HF_FILES)} and no checkpoints; give a "
-            "Hugging Face folder, an export or a checkpoint"
-        )
-    return f"weights from {folder}"
+def check_init(plan: Plan) -> str:
+    """The weights to start from are those of a model of this shape."""
+    train = plan.planned.train
+    source = open_start(train, model_config(train))
+    return "weights are drawn from the seed" if source is None else f"weights from {source.folder}"
 
 
 def check_batch(plan: Plan) -> str:
     """Planning has refused a batch that does not divide; this says how it does."""
     train = plan.planned.train
+    if plan.gpu.name == CPU:
+        train.check_device(torch.device("cpu"))
     return (
         f"{train.global_batch_size} sequences = {train.micro_batch_size} x "
         f"{plan.accumulation_steps} accumulation steps x {plan.planned.cluster.processes} processes"
@@ -90,7 +85,8 @@ def check_memory(plan: Plan) -> str:
         raise UserError("; ".join(plan.errors))
     if plan.gpu.memory_gib is None:
         return f"{plan.memory.peak / GIB:.1f} GiB a process, not judged: cluster.gpu is unknown"
-    return f"{plan.memory.peak / GIB:.1f} of {plan.gpu.memory_gib:g} GiB a GPU"
+    unit = "process" if plan.gpu.name == CPU else "GPU"
+    return f"{plan.memory.peak / GIB:.1f} of {plan.gpu.memory_gib:.4g} GiB a {unit}"
 
 
 def check_disk(plan: Plan) -> str:
@@ -107,24 +103,26 @@ def check_disk(plan: Plan) -> str:
     if needed > free + there:
         raise UserError(
             f"run_dir: {needed / GIB:.1f} GiB of checkpoints do not fit into the {free / GIB:.1f} "
-            f"GiB that are free at {folder}; set checkpoint.keep_last lower, or another run_dir"
+            f"GiB that are free at {folder}; set checkpoint.keep_last lower, keep_every higher, or "
+            "another run_dir"
         )
     return f"{needed / GIB:.1f} GiB of checkpoints, {free / GIB:,.1f} GiB free at {folder}"
 
 
 def check_run_dir(plan: Plan) -> str:
-    """Whether the run starts, goes on, or is done."""
-    run_dir = plan.planned.train.run_dir
-    latest = run_dir / "checkpoints" / "latest"
-    if not latest.is_file():
+    """Whether the run starts, goes on as the same run, or is done."""
+    train = plan.planned.train
+    run_dir, name = train.run_dir, newest_checkpoint(train.run_dir)
+    if name is None:
         return f"{run_dir} is new"
-    name = latest.read_text(encoding="utf-8").strip()
-    state = run_dir / "checkpoints" / name / "state.json"
     try:
-        step = int(json.loads(state.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError) as error:
+        state = read_state(run_dir / "checkpoints" / name)
+        step, saved = int(state["step"]), state["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{run_dir} has {name}, whose state.json cannot be read ({error}); training decides"
-    if step >= plan.planned.train.steps:
+    identity = run_identity(train, model_config(train))
+    check_identity(name, saved, identity, train.checkpoint.allow_changes)
+    if step >= train.steps:
         raise UserError(
             f"steps: {run_dir} has all {step} steps already; give more steps or another run_dir"
         )
@@ -163,13 +161,11 @@ def netrc_has(host: str) -> bool:
         return False
 
 
-def run_checks(
-    plan: Plan, data_dir: Path | None, init_from: str | None, say: Callable[[str], None]
-) -> None:
+def run_checks(plan: Plan, say: Callable[[str], None]) -> None:
     """All checks, each with its line; raises UserError with everything that is wrong."""
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("data", lambda: check_data(plan, data_dir)),
-        ("weights", lambda: check_init(init_from)),
+        ("data", lambda: check_data(plan)),
+        ("weights", lambda: check_init(plan)),
         ("batch", lambda: check_batch(plan)),
         ("memory", lambda: check_memory(plan)),
         ("run", lambda: check_run_dir(plan)),
@@ -183,5 +179,7 @@ def run_checks(
         except UserError as error:
             wrong.append(str(error))
             say(f"  wrong   {name:<8} {error}")
+    for text in plan.warnings:
+        say(f"  note    {text}")
     if wrong:
         raise UserError("; ".join(wrong))

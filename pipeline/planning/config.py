@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.training.config import TRAIN
+from pipeline.training.config import TRAIN, RunKeys
 from tidar_common.schema import Command, register
 
 ATTENTION = ("flex", "fused", "math")
@@ -17,9 +17,11 @@ class ClusterConfig:
     gpus_per_node: int = 8
     """Processes of each, one for each GPU."""
     gpu: str | None = None
-    """a100_40gb, a100_80gb, h100_80gb, h200, b200; None or another name is reported as unknown."""
+    """a100_40gb, a100_80gb, h100_80gb, h200, b200, or cpu, whose processes share the memory free on
+    this host; another name is unknown. None is unknown to a plan, and to a check this machine."""
     memory_gib: float | None = None
-    """Of a GPU that is not in the list: memory in GiB, as nvidia-smi shows it."""
+    """Memory in GiB of a GPU that is not in the list, as nvidia-smi shows it; of a process on a
+    CPU."""
     tflops: float | None = None
     """Of a GPU that is not in the list: peak dense TFLOP/s in the run's precision."""
 
@@ -42,9 +44,9 @@ class PlanConfig:
     """What a plan assumes."""
 
     sequence_length: int | None = None
-    """Tokens of a packed sequence; only without data.dir."""
+    """Tokens of a packed sequence; a plan takes it, and vocab_size, instead of data.dir."""
     vocab_size: int | None = None
-    """Ids of the tokenizer; only without data.dir."""
+    """Ids of the tokenizer, where the model has no vocabulary of its own."""
     mfu: float = 0.4
     """Assumed share of the peak TFLOP/s that the step's FLOPs reach, in (0, 1]."""
     attention: str = "flex"
@@ -68,28 +70,28 @@ class PlanConfig:
             raise ValueError(f"reserve_gib must be 0 or more, got {self.reserve_gib}")
 
 
-PLAN_ABOUT = """\
-tidar-plan: what a training run takes (memory, FLOPs, days, disk) before it is started.
+@dataclass(frozen=True)
+class PlanKeys(RunKeys):
+    """Those of a run, of which a plan needs next to none, and what it asks."""
+
+    check: bool = False
+    """Ask whether the run could start, by the code of tidar-train: its keys, data, weights, batch,
+    memory, run directory, disk space and W&B."""
+
+
+ABOUT = """\
+tidar-plan: what a training run takes (memory, FLOPs, days, disk) before it is started, and with
+check=true whether it could start.
 
   tidar-plan experiment=tidar_1p5b plan.sequence_length=4096 cluster.gpu=h100_80gb
   tidar-plan experiment=tidar_8b data.dir=data/mine cluster.nodes=4 cluster.gpu=h200
   tidar-plan ... deepspeed=zero3 micro_batch_size=1 plan.json=plan.json
-
-Needs no GPU and starts no processes. Exit codes: 0 the run can start, 2 it cannot.
-"""
-CHECK_ABOUT = """\
-tidar-check: whether a training run could start, asked before it is submitted. It looks at the
-keys, the data's files, the batch, memory, disk space, W&B and the run directory.
-
-  tidar-check experiment=tidar_1p5b data.dir=data/mine run_dir=runs/first \\
-    cluster.nodes=4 cluster.gpu=h100_80gb
+  tidar-plan ... data.dir=data/mine run_dir=runs/first check=true
   slurm/submit.sh --nodes=4 --gpus-per-node=8 experiment=... data.dir=... run_dir=...
                                             checks, and submits what passes
 
 Needs no GPU, starts no processes and writes nothing. Exit codes: 0 the run can start, 2 it
 cannot.
 """
-for name, about in (("plan", PLAN_ABOUT), ("check", CHECK_ABOUT)):
-    sections = {**TRAIN.sections, "cluster": ClusterConfig, "plan": PlanConfig}
-    values = {"data.dir": None, "run_dir": None}
-    register(Command(name, about, TRAIN.plain, sections, TRAIN.groups, values))
+SECTIONS = {**TRAIN.sections, "cluster": ClusterConfig, "plan": PlanConfig}
+register(Command("plan", ABOUT, PlanKeys, SECTIONS, TRAIN.groups))

@@ -1,6 +1,12 @@
 """Accelerators: memory and peak rate. What is not in the table is unknown, never guessed."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+CPU = "cpu"
+"""Name of a machine without accelerator, whose processes share the host's memory."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees the limit of its memory, `memory.max` (cgroup v2)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,21 @@ DEVICE_NAMES = {
 def recognise(device_name: str) -> Gpu | None:
     """The table's entry for what CUDA calls a device; None where it has none."""
     return GPUS.get(DEVICE_NAMES.get(device_name, ""))
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that new processes could get on this host; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        pass
+    return max(min(free), 0) if free else None
 
 
 def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:

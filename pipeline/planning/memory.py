@@ -162,7 +162,7 @@ def batch_memory(
     rows: int,
     checkpointing: str,
     attention: str,
-    fused_norm: bool = True,
+    device: str = "cuda",
     frozen_rows: int = 0,
 ) -> BatchMemory:
     """Memory of `sequences` of `rows` rows each, all of them labelled, with a kind of
@@ -174,6 +174,7 @@ def batch_memory(
     of a frozen base: of them only keys and values are kept.
     """
     size, total = element_bytes(precision), sequences * (rows - frozen_rows)
+    fused_norm = device != "cpu"
     pairs = 0 if attention == "flex" else sequences * (rows - frozen_rows) * rows
     scores = 4 * config.num_heads * pairs if attention == "math" else 0
     # In bf16 their gradients exist in both types.
@@ -195,17 +196,17 @@ def batch_memory(
     return BatchMemory(
         activations=activations,
         work=gradients + again,
-        logits=head_bytes(config, size, sequences * rows, learns=not frozen_rows),
+        logits=head_bytes(config, size, sequences * rows, device, learns=not frozen_rows),
         # A dense one with one more while it is put together; else three integers a row.
         mask=2 * pairs if pairs else 3 * 4 * sequences * rows,
     )
 
 
-def head_bytes(config: ModelConfig, size: int, rows: int, learns: bool = True) -> int:
+def head_bytes(config: ModelConfig, size: int, rows: int, device: str, learns: bool = True) -> int:
     """Bytes that the LM head, which `learns` or not, and its loss take for `rows` labelled rows;
     see `head_loss.py`."""
     width, vocabulary = config.hidden_size, config.num_embeddings
-    piece = min(rows, max(FEWEST_ROWS, PIECE_ELEMENTS["cuda"] // vocabulary))
+    piece = min(rows, max(FEWEST_ROWS, PIECE_ELEMENTS[device] // vocabulary))
     # In bf16 logits and their slopes exist in both types, and a piece's gradient of the head.
     element, matrix = (4, 4) if size == 4 else (6, 6)
     matrix = matrix if learns else 0

@@ -1,13 +1,16 @@
 """The plan of a run: every figure worked out before it starts, and what speaks against it."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from pipeline.data.batch import section_length
 from pipeline.model.config import CHECKPOINTING
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
 from pipeline.objective.loss import MEASURED
-from pipeline.planning.hardware import GPUS, Gpu, find_gpu
+from pipeline.planning.hardware import CPU, GPUS, Gpu, find_gpu, free_memory_bytes, recognise
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
     BatchMemory,
@@ -23,6 +26,8 @@ from pipeline.planning.settings import Planned
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
+MOST_EPOCHS = 4
+"""More passes over the same text are worth a word (Muennighoff et al., arXiv 2305.16264)."""
 COVERAGES = (1.0, 0.5, 0.25)
 """What a plan compares."""
 
@@ -76,6 +81,22 @@ class Plan:
         return self.planned.train.global_batch_size * self.planned.sequence_length
 
     @property
+    def epochs(self) -> float:
+        """Times that the run reads its data; 0 where there is none, or a mix of sets."""
+        train = self.planned.train
+        if train.mix:
+            return 0.0
+        return train.steps * train.global_batch_size / (train.manifest.train.sequences or math.inf)
+
+    @property
+    def room(self) -> float:
+        """Bytes that a process may take; infinite where that is unknown."""
+        if self.gpu.memory_gib is None:
+            return math.inf
+        reserve = 0.0 if self.gpu.name == CPU else self.planned.plan.reserve_gib
+        return (self.gpu.memory_gib - reserve) * GIB
+
+    @property
     def coverage_costs(self) -> dict[float, float]:
         """FLOPs of a step at some coverages, in steps of the AR twin."""
         twin = flops_at(self.planned, None).model
@@ -89,10 +110,16 @@ class Plan:
     @property
     def kept_checkpoints(self) -> int:
         """Most checkpoints on disk at one time, the one that is being written included."""
-        train = self.planned.train
-        total = -(-train.steps // train.checkpoint.every)
-        keep = train.checkpoint.keep_last
-        return total if keep == 0 else min(total, keep + 1)
+        steps, config = self.planned.train.steps, self.planned.train.checkpoint
+        total = -(-steps // config.every)
+        if config.keep_last == 0:
+            return total
+        for_good = 0
+        if config.keep_every:
+            for_good = steps // math.lcm(config.every, config.keep_every)
+            # One is always saved at the end.
+            for_good += steps % config.keep_every == 0 and steps % config.every != 0
+        return min(total, config.keep_last + 1 + for_good + config.keep_best)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; sizes in bytes, times in seconds unless the name says so."""
@@ -137,13 +164,13 @@ def make_plan(planned: Planned) -> Plan:
         UserError: when the global batch does not divide over the processes.
     """
     train, cluster = planned.train, planned.cluster
-    gpu = find_gpu(cluster.gpu, cluster.memory_gib, cluster.tflops)
+    gpu = device_of(planned)
     flops = flops_at(planned, planned.coverage if train.objective.drafts else None)
     plan = Plan(
         planned=planned,
         gpu=gpu,
         accumulation_steps=train.accumulation_steps(cluster.processes),
-        memory=process_memory(planned),
+        memory=process_memory(planned, CPU if gpu.name == CPU else "cuda"),
         flops=flops,
         duration=duration(planned, gpu, flops),
         checkpoint=checkpoint_bytes(
@@ -152,6 +179,22 @@ def make_plan(planned: Planned) -> Plan:
     )
     judge(plan)
     return plan
+
+
+def device_of(planned: Planned) -> Gpu:
+    """What each process runs on. A check without `cluster.gpu` is about this machine; processes
+    without a GPU share the memory that is free on it."""
+    cluster, name = planned.cluster, planned.cluster.gpu
+    if name is None and planned.check:
+        name = CPU
+        if torch.cuda.is_available():
+            called = torch.cuda.get_device_name()
+            known = recognise(called)
+            name = known.name if known else called
+    memory_gib = cluster.memory_gib
+    if name == CPU and memory_gib is None and (free := free_memory_bytes()) is not None:
+        memory_gib = free / GIB / cluster.gpus_per_node
+    return find_gpu(name, memory_gib, cluster.tflops)
 
 
 def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
@@ -178,8 +221,8 @@ def flops_at(planned: Planned, coverage: float | None) -> StepFlops:
     )
 
 
-def process_memory(planned: Planned) -> Memory:
-    """Memory of one process, one process a GPU."""
+def process_memory(planned: Planned, device: str) -> Memory:
+    """Memory of one process on a kind of `device`, `cuda` or `cpu`, one process a GPU."""
     train, model = planned.train, planned.model
     zero = train.deepspeed.extra.get("zero_optimization", {})
     static = static_memory(
@@ -199,6 +242,7 @@ def process_memory(planned: Planned) -> Memory:
         rows=planned.rows,
         checkpointing=train.activation_checkpointing,
         attention=planned.plan.attention,
+        device=device,
         frozen_rows=planned.sequence_length if train.freeze_base else 0,
     )
     return Memory(
@@ -223,19 +267,21 @@ def duration(planned: Planned, gpu: Gpu, flops: StepFlops) -> Duration | None:
 
 def judge(plan: Plan) -> None:
     """Say what keeps the run from starting, and what its user should know."""
-    planned, train = plan.planned, plan.planned.train
-    unknown = []
+    train, unknown = plan.planned.train, []
     if plan.gpu.memory_gib is None:
         unknown.append("memory is not judged (give cluster.memory_gib)")
-    else:
-        room = (plan.gpu.memory_gib - planned.plan.reserve_gib) * GIB
-        if plan.memory.peak > room:
-            plan.errors.append(
-                f"memory: {plan.memory.peak / GIB:.1f} GiB do not fit into {room / GIB:.1f} GiB "
-                f"({plan.gpu.memory_gib:g} less plan.reserve_gib={planned.plan.reserve_gib:g}); "
-                f"try {remedy(plan)}"
-            )
-    if plan.duration is None:
+    elif plan.memory.peak > plan.room:
+        plan.errors.append(
+            f"memory: {plan.memory.peak / GIB:.1f} GiB do not fit into {plan.room / GIB:.1f} GiB "
+            f"({where(plan)}); try {remedy(plan)}"
+        )
+    if plan.epochs > MOST_EPOCHS:
+        plan.warnings.append(
+            f"steps: the run reads its {train.manifest.train.sequences:,} sequences "
+            f"{plan.epochs:,.1f} times, and beyond {MOST_EPOCHS} times text teaches little more; "
+            "take fewer steps, or more data"
+        )
+    if plan.duration is None and plan.gpu.name != CPU:
         unknown.append(
             f"time is not estimated (give cluster.tflops, the peak in {train.precision})"
         )
@@ -244,6 +290,19 @@ def judge(plan: Plan) -> None:
             f"cluster.gpu: {plan.gpu.name}: unknown hardware, so {' and '.join(unknown)}; "
             f"known are {', '.join(GPUS)}"
         )
+
+
+def where(plan: Plan) -> str:
+    """What the room for a process is made of."""
+    cluster, memory = plan.planned.cluster, plan.gpu.memory_gib
+    if plan.gpu.name != CPU:
+        return f"{memory:g} less plan.reserve_gib={plan.planned.plan.reserve_gib:g}"
+    if cluster.memory_gib is not None:
+        return "cluster.memory_gib"
+    return (
+        f"what is free on this host, shared by {cluster.gpus_per_node}; for another say "
+        "cluster.gpu or cluster.memory_gib"
+    )
 
 
 def more_checkpointing(how: str) -> str | None:

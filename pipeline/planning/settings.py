@@ -9,9 +9,13 @@ from pipeline.data.batch import section_length
 from pipeline.data.place import open_data_dir
 from pipeline.model.config import ModelConfig, block_slots
 from pipeline.planning.config import ClusterConfig, PlanConfig
-from pipeline.training.settings import TrainSettings, with_layout
+from pipeline.training.settings import TrainSettings
+from pipeline.training.setup import drafting_config
 from tidar_common.config import parse
 from tidar_common.errors import UserError
+
+KEYS = ("cluster", "plan", "check")
+"""Those of a plan that are none of a run's."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Planned:
     """M, mask slots of a sequence."""
     coverage: float
     block_size: int
+    check: bool
+    """Whether the run could start is asked, not what it takes."""
 
     @property
     def block_slots(self) -> int:
@@ -45,36 +51,35 @@ class Planned:
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy."""
         cluster = parse(ClusterConfig, cfg.cluster, "cluster")
         plan = parse(PlanConfig, cfg.plan, "plan")
+        if not isinstance(cfg.check, bool):
+            raise UserError(f"check: must be true or false, got {cfg.check!r}")
         train = train_settings(cfg, plan)
         manifest = train.manifest
         length = manifest.sequence_length
         block_size = train.layout.block_size or manifest.block_size
         coverage = train.layout.coverage or manifest.coverage
-        tokenizer = manifest.tokenizer
-        model = train.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
-        if train.objective.drafts:
-            model = with_layout(model, train.layout)
-        if length > model.max_positions:
-            raise UserError(
-                f"model.max_positions: {model.max_positions}, but the sequences have {length} "
-                "tokens; raise it or prepare shorter sequences"
-            )
+        model = drafting_config(train)
         most = block_slots(block_size, model.linear_drafts)
         slots = section_length(length, coverage, most) if train.objective.drafts else 0
-        return cls(train, cluster, plan, model, length, slots, coverage, block_size)
+        return cls(train, cluster, plan, model, length, slots, coverage, block_size, cfg.check)
 
 
 def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
-    """The run's settings, by the checks of `tidar-train`; without `data.dir` over stand-in data."""
-    own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("cluster", "plan")])
-    if own.run_dir is None:
-        own.run_dir = "not given"
-    if own.data.dir is not None:
-        for name in ("sequence_length", "vocab_size"):
-            if getattr(plan, name) is not None:
-                raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
-        return TrainSettings.from_config(own, Manifest.load(open_data_dir(own)))
-    return TrainSettings.from_config(own, stand_in_manifest(cfg, plan))
+    """The run's settings, by the code of `tidar-train`. A plan needs neither `run_dir` nor files
+    of `init_from`; without `data.dir` it is made over stand-in data."""
+    run = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in KEYS])
+    has_data = OmegaConf.select(run, "data.dir", throw_on_missing=False) is not None
+    for name in ("sequence_length", "vocab_size") if has_data else ():
+        if getattr(plan, name) is not None:
+            raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
+    if cfg.check:
+        return TrainSettings.from_config(run)
+    if OmegaConf.select(run, "run_dir", throw_on_missing=False) is None:
+        run.run_dir = "not given"
+    if has_data:
+        return TrainSettings.from_config(run, Manifest.load(open_data_dir(run)))
+    run.data.dir = None
+    return TrainSettings.from_config(run, stand_in_manifest(cfg, plan))
 
 
 def stand_in_manifest(cfg: DictConfig, plan: PlanConfig) -> Manifest:

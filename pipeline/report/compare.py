@@ -1,24 +1,16 @@
-"""Compare two runs step by step: `python -m pipeline.report.compare RUN_A RUN_B`.
+"""Two runs step by step: whether they are bit-equal, at which step they first differ, and by how
+much at most."""
 
-Says whether they are bit-equal, at which step they first differ, and by how much at most.
-"""
-
-import argparse
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.training.moments import CLOCK
-from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 from tidar_common.figures import Chart, Series, chart_grid
 from tidar_common.files import write_text_atomic
+from tidar_common.jsonlines import Row, parse_strictly
 from tidar_common.page import Section, page
-
-EXIT_DIFFERENT = 1
+from tidar_common.run_files import METRICS
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,14 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
+        """Bit for bit."""
         return self.first_differing is None and not any(self.only)
+
+    def near(self, tolerance: float) -> bool:
+        """Whether the same steps saw the same data, and the key is as near as `tolerance`."""
+        if any(self.only) or self.data_differs_at is not None:
+            return False
+        return bool(self.steps) and max(self.differences) <= tolerance
 
 
 def compare(first: Path, second: Path, key: str) -> Comparison:
@@ -70,22 +69,21 @@ def compare(first: Path, second: Path, key: str) -> Comparison:
     )
 
 
-def read_metrics(run_dir: Path, key: str) -> dict[int, dict[str, Any]]:
+def read_metrics(run_dir: Path, key: str) -> dict[int, Row]:
     """The rows of a run by step."""
-    path = run_dir / "metrics.jsonl"
-    found: dict[int, dict[str, Any]] = {}
+    path = run_dir / METRICS
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            float(row[key])
-            found[int(row["step"])] = row
-    except OSError as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read; give a run directory ({error})") from error
-    except KeyError as error:
-        raise UserError(f"{path}: has no key {error}; choose another with --key") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not the metrics of a run ({error})") from error
-    return found
+    rows: dict[int, Row] = {}
+    for number, row in parse_strictly(lines, path):
+        if not isinstance(row.get(key), int | float):
+            raise UserError(f"{path}:{number}: has no number {key!r}; choose another with --key")
+        if not isinstance(row.get("step"), int) or "data_digest" not in row:
+            raise UserError(f"{path}:{number}: is not a step of a run; give a run directory")
+        rows[row["step"]] = row
+    return rows
 
 
 def relative(a: float, b: float) -> float:
@@ -123,29 +121,3 @@ def draw(found: Comparison, key: str, path: Path, title: str) -> None:
     charts = chart_grid([Chart(label, [series], "step", label)])
     lines = describe(found, key).splitlines()
     write_text_atomic(path, page(title, [Section("", charts)], paragraphs=lines))
-
-
-@telling_mistakes
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison; returns 0 if equal or within --tolerance, 1 if not, 2 on mistakes."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report.compare", description=__doc__)
-    parser.add_argument("first", type=Path, help="a run directory")
-    parser.add_argument("second", type=Path, help="another")
-    parser.add_argument("--key", default="loss", help="of metrics.jsonl (default loss)")
-    parser.add_argument("--plot", type=Path, help="write the differences as a page (HTML) here")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0,
-        help="largest relative difference that still counts as equal (default 0: bit for bit)",
-    )  # fmt: skip
-    given = parser.parse_args(arguments)
-    found = compare(given.first, given.second, given.key)
-    print(describe(found, given.key))
-    if given.plot is not None:
-        draw(found, given.key, given.plot, f"{given.first} and {given.second}")
-    close = bool(found.steps) and max(found.differences) <= given.tolerance
-    near = given.tolerance > 0 and close and not any(found.only) and found.data_differs_at is None
-    return 0 if found.equal or near else EXIT_DIFFERENT
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,7 @@ from pipeline.report import plots
 from pipeline.report.headline import headline, warnings
 from pipeline.report.read import Row, Run, as_number, read_run
 from pipeline.report.standing import (
+    ran_as,
     read_starts,
     skipped_shards,
     standing_tables,
@@ -19,14 +20,13 @@ from pipeline.report.standing import (
 from tidar_common.figures import chart_grid
 from tidar_common.files import write_text_atomic
 from tidar_common.page import Section, page, render, visible
-from tidar_common.run_files import METHOD_LABELS, METRICS, newest_checkpoint
+from tidar_common.run_files import METHOD_LABELS, METRICS, REPORT, newest_checkpoint
 from tidar_common.tables import MISSING, Table, compact, fixed, percent
 
-FILE_NAME = "report.html"
 PROMPT_CHARACTERS = 480
 FOOTER = (
     "TiDAR: Think in Diffusion, Talk in Autoregression (arXiv 2511.08923). Made from config.yaml, "
-    "metrics.jsonl and evals/ of this run; rebuild with python -m pipeline.report RUN_DIR."
+    "metrics.jsonl and evals/ of this run; rebuild with tidar-status RUN_DIR --report."
 )
 ACCEPTANCE = Markup(
     "<p>A draft is accepted when the AR half of the same model agrees with it. Position 1 is the "
@@ -60,6 +60,7 @@ def build_report(run_dir: Path) -> Path:
         checkpoint,
         (run_dir / METRICS).stat().st_mtime,
         skipped_shards(run_dir),
+        ran_as(run_dir),
     )
     text = page(
         run.name,
@@ -70,7 +71,7 @@ def build_report(run_dir: Path) -> Path:
         warnings=[*warnings(run), *run.notices],
         footer=FOOTER,
     )
-    target = run_dir / FILE_NAME
+    target = run_dir / REPORT
     write_text_atomic(target, text)
     return target
 

@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> Run:
     evals_path = run_dir / run_files.DECODE_SPEED
     keys = ("step", "method", "temperature")
     evals = _read_rows(evals_path, keys, notices) if evals_path.is_file() else []
-    config, config_text = _read_config(run_dir / "config.yaml", notices)
+    config, config_text = _read_config(run_dir / run_files.CONFIG, notices)
     return Run(
         name=run_dir.resolve().name,
         config=config,

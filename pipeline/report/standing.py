@@ -8,8 +8,15 @@ from statistics import median
 from typing import Any
 
 from pipeline.report.read import Run, as_number
-from tidar_common.jsonlines import read_whole
-from tidar_common.run_files import EVENTS, FINAL, SKIPPED_SHARDS, STARTS, Exit
+from tidar_common.jsonlines import read_whole, whole_object
+from tidar_common.run_files import (
+    ENVIRONMENT,
+    EVENTS,
+    FINAL,
+    SKIPPED_SHARDS,
+    STARTS,
+    Exit,
+)
 from tidar_common.tables import MISSING, Table, compact, fixed
 
 PACE_STEPS = 50
@@ -44,7 +51,7 @@ class Starts:
         text = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         text = f"{self.count}" + (f": {text}" if text and self.events else "")
         last = self.ends[-1] if self.ends and not self.running else {}
-        if last.get("code") not in (None, 0, Exit.SAVED):
+        if last.get("code") not in (None, Exit.DONE, Exit.SAVED):
             node = f" on {last['failed_node']}" if last.get("failed_node") else ""
             text += f"; last ended with {last['code']}{node}: {last.get('why')}"
         return text
@@ -77,6 +84,29 @@ def read_starts(run_dir: Path) -> Starts | None:
     return Starts(count=len(started), ends=(), running=True) if started else None
 
 
+def ran_as(run_dir: Path) -> str | None:
+    """What the newest start ran as, in a line; None where nothing says.
+
+    Of `environment.json`, whatever it holds, what can be read.
+    """
+    path = run_dir / ENVIRONMENT
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    environment = whole_object(text) or {}
+    parts = []
+    if commit := environment.get("git_commit"):
+        changed = ", changed" if environment.get("git_changed") else ""
+        parts.append(f"commit {str(commit)[:10]}{changed}")
+    packages = environment.get("packages")
+    if isinstance(packages, Mapping):
+        known = [name for name in ("torch", "deepspeed") if packages.get(name)]
+        parts += [f"{name} {packages[name]}" for name in known]
+    devices, hosts = environment.get("devices"), environment.get("hosts")
+    if isinstance(devices, Mapping) and isinstance(hosts, Mapping):
+        shown = " and ".join(f"{count} x {name}" for name, count in devices.items())
+        parts.append(f"{shown} on {len(hosts)} host{'s' if len(hosts) != 1 else ''}")
+    return ", ".join(parts) or None
+
+
 def skipped_shards(run_dir: Path) -> str | None:
     """The damaged shards that the run went on without, in words; None where there are none."""
     found = read_whole(run_dir / SKIPPED_SHARDS)
@@ -103,11 +133,12 @@ def standing_tables(
     checkpoint: str | None,
     updated: float | None,
     skipped: str | None = None,
+    environment: str | None = None,
 ) -> list[Table]:
     """Step, pace, checkpoint and what is left, and a table with one line for each start.
 
     `checkpoint` names the newest one; `updated` is when the last step was recorded, in seconds
-    since the epoch; `skipped` is what `skipped_shards` says.
+    since the epoch; `skipped` is what `skipped_shards` says, `environment` what `ran_as` does.
     """
     step, steps = int(run.metrics[-1]["step"]), run.setting("steps")
     pace = pace_of(run, "step_seconds")
@@ -122,6 +153,7 @@ def standing_tables(
         ["expected end", MISSING if ends is None else f"{ends}, without another stop"],
         ["starts", str(starts) if starts else MISSING],
         *([["shards", skipped]] if skipped is not None else []),
+        *([["ran as", environment]] if environment is not None else []),
     ]
     tables = [Table((), rows, left=(0, 1))]
     if starts and (pairs := starts.pairs()):

@@ -87,6 +87,25 @@ class Saver:
                 )
 
 
+def open_heldout(settings: TrainSettings, config: ModelConfig) -> HeldOut:
+    """The held-out split, with which a run's evals can be made.
+
+    Raises:
+        UserError: before the first step, not at the first eval, for what could not be decoded.
+    """
+    evals = settings.decode_speed
+    longest = evals.prompt_tokens + evals.max_new_tokens
+    if longest > config.max_positions:
+        raise UserError(
+            f"evals.decode_speed.max_new_tokens: {evals.prompt_tokens} prompt tokens "
+            f"and {evals.max_new_tokens} new ones exceed the model's "
+            f"{config.max_positions} positions; shorten one of them"
+        )
+    heldout = HeldOut(settings.data_dir, settings.manifest, settings.mix)
+    heldout.prompts(1, evals.prompt_tokens, evals.seed)
+    return heldout
+
+
 class PeriodicEval:
     """Holds what stays the same between evals; all ranks call it together."""
 
@@ -94,23 +113,11 @@ class PeriodicEval:
         self.settings = settings.decode_speed
         self.config = config
         self.world = world
-        self.heldout = HeldOut(settings.data_dir, settings.manifest, settings.mix)
+        self.heldout = open_heldout(settings, config)
         self.tokenizer = load_tokenizer(settings.data_dir)
         self.run_dir = settings.run_dir
         self.init_from = settings.init_from
         self.example: Path = settings.run_dir / "evals" / "example.json"
-        self._check()
-
-    def _check(self) -> None:
-        """Find out before the first step, not at the first eval, what could not be decoded."""
-        longest = self.settings.prompt_tokens + self.settings.max_new_tokens
-        if longest > self.config.max_positions:
-            raise UserError(
-                f"evals.decode_speed.max_new_tokens: {self.settings.prompt_tokens} prompt tokens "
-                f"and {self.settings.max_new_tokens} new ones exceed the model's "
-                f"{self.config.max_positions} positions; shorten one of them"
-            )
-        self.heldout.prompts(1, self.settings.prompt_tokens, self.settings.seed)
 
     def due(self, step: int, steps: int) -> bool:
         every = self.settings.every

@@ -140,6 +140,12 @@ class TrainSettings(RunKeys):
                 "freeze_base: objective=ar has nothing to train then; set freeze_base=false, or "
                 "another objective"
             )
+        length, block_size = self.manifest.sequence_length, self.layout.block_size or 0
+        if block_size > length:
+            raise UserError(
+                f"layout.block_size: {block_size} is longer than the data's sequences of {length} "
+                "tokens; choose a smaller one"
+            )
         if self.compile and self.deepspeed.stage == 3:
             raise UserError(
                 "compile: not with deepspeed=zero3, which gathers weights inside of every layer; "

@@ -22,6 +22,7 @@ from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import check_shape, load_into, open_model
 from pipeline.model.parameters import Opening, whole
+from pipeline.model.source import SavedModel
 from pipeline.model.transformer import Transformer
 from pipeline.training.due import PeriodicEval, Saver
 from pipeline.training.engine import build_engine, deepspeed_settings
@@ -36,7 +37,11 @@ from pipeline.training.loop import Trainer
 from pipeline.training.moments import Event, Guards, Moments, Together, Tracker, make_event
 from pipeline.training.settings import TrainSettings, with_layout
 from pipeline.training.speed import SpeedMeter
-from pipeline.training.trackers.environment import describe_rank
+from pipeline.training.trackers.environment import (
+    describe_environment,
+    describe_rank,
+    write_environment,
+)
 from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report
 from pipeline.training.trackers.progress import ProgressDisplay
 from pipeline.training.trackers.tensorboard import TensorBoard
@@ -128,6 +133,16 @@ def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say
 
 def model_config(settings: TrainSettings) -> ModelConfig:
     """The run's model shape, with the data's vocabulary and, unless `ar`, its mask token."""
+    config = drafting_config(settings)
+    return config if settings.objective.drafts else config.without_drafting()
+
+
+def drafting_config(settings: TrainSettings) -> ModelConfig:
+    """The same with what drafts also for `ar`, whose plan says what drafting would take.
+
+    Raises:
+        UserError: when the data's sequences are longer than the model's positions.
+    """
     tokenizer = settings.manifest.tokenizer
     block_size = settings.layout.block_size or settings.manifest.block_size
     config = settings.model.with_tokens(tokenizer.vocab_size, tokenizer.mask_id, block_size)
@@ -138,7 +153,7 @@ def model_config(settings: TrainSettings) -> ModelConfig:
             f"model.max_positions: {config.max_positions}, but the data's sequences have "
             f"{settings.manifest.sequence_length} tokens; raise it or prepare shorter sequences"
         )
-    return config if settings.objective.drafts else config.without_drafting()
+    return config
 
 
 def open_sequences(settings: TrainSettings, say: Say = lambda text: None) -> Source:
@@ -197,9 +212,7 @@ def build_model(
     Raises:
         UserError: when the weights at `init_from` cannot be used.
     """
-    source = None if settings.init_from is None else open_model(settings.init_from)
-    if source is not None:
-        check_shape(source, config)
+    source = open_start(settings, config)
     model, opened = allocate(settings, config, world)
     if source is None:
         model.initialize(settings.seed, opened)
@@ -211,6 +224,19 @@ def build_model(
         model.freeze_base()
     model.checkpoint_activations(settings.activation_checkpointing)
     return model.compile_layers() if settings.compile else model
+
+
+def open_start(settings: TrainSettings, config: ModelConfig) -> SavedModel | None:
+    """The model at `init_from`, its weights not yet read; None for a run that draws its own.
+
+    Raises:
+        UserError: when it is no model of this shape.
+    """
+    if settings.init_from is None:
+        return None
+    source = open_model(settings.init_from)
+    check_shape(source, config)
+    return source
 
 
 def allocate(
@@ -321,6 +347,7 @@ def build_trackers(settings: TrainSettings, world: World, say: Say) -> Moments:
     if not world.is_main:
         return Tracker()
     run_dir = settings.run_dir
+    write_environment(run_dir, describe_environment(ranks))
     return Together(
         [
             MetricsFiles(run_dir),

@@ -1,6 +1,7 @@
 """tidar-plan as its user runs it, and its figures against the run that is then started."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from commands import ROOT, SMALL_RUN, run
 from omegaconf import DictConfig
 
+from pipeline.checkpoint.retention import steps_to_keep
 from pipeline.plan import plan
 from pipeline.planning.plan import GIB, Plan, make_plan
 from pipeline.planning.settings import Planned
@@ -118,6 +120,27 @@ def test_each_remedy_takes_less_memory(planned, overrides):
     raise AssertionError("never fits")
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_checkpoints_on_disk_are_at_most_those_planned(planned, seed):
+    """Beside a run that is played through with what retention keeps; the best may be any."""
+    rng = random.Random(seed)
+    steps, every = rng.randint(1, 60), rng.randint(1, 9)
+    keep_last, keep_every = rng.randint(0, 3), rng.choice((0, 2, 5, 6))
+    result = planned(
+        *SHORT, f"steps={steps}", f"checkpoint.every={every}", f"checkpoint.keep_last={keep_last}",
+        f"checkpoint.keep_every={keep_every}", f"checkpoint.keep_best={seed % 2 == 0}",
+    )  # fmt: skip
+    config = result.planned.train.checkpoint
+    losses = {step: rng.random() for step in range(steps + 1)}
+    stored, most = set(), 0
+    for step in range(1, steps + 1):
+        if step % every == 0 or step == steps:
+            stored.add(step)
+            most = max(most, len(stored))
+            stored = steps_to_keep(stored, config, losses)
+    assert most <= result.kept_checkpoints <= most + keep_last + 2
+
+
 def test_a_batch_that_does_not_divide_is_refused(planning):
     code, _, error = planning(*SHORT, "global_batch_size=33")
     assert code == 2
@@ -133,6 +156,8 @@ def test_a_batch_that_does_not_divide_is_refused(planning):
     ((*SHORT, "plan.mfu=2"), "plan: mfu"),
     ((*SHORT, "plan.attention=flash"), "plan: attention"),
     ((*SHORT, "model.max_positions=32"), "model.max_positions"),
+    ((*SHORT, "layout.block_size=65"), "layout.block_size"),
+    ((*SHORT, "check=perhaps"), "check"),
     ((*SHORT, "data.dir=/not/there"), "data.dir"),
     ((*SHORT, "precision=fp8"), "precision"),
     ((*SHORT, "plan.json=/proc/none/plan.json"), "plan.json"),
@@ -207,7 +232,7 @@ def test_every_key_of_training_is_one_of_the_plan_s(monkeypatch):
         run_task(name, lambda cfg, name=name: keys.update({name: flat(cfg)}))
     assert keys["train"] < keys["plan"]
     added = keys["plan"] - keys["train"]
-    assert {key.split(".")[0] for key in added} == {"cluster", "plan"}
+    assert {key.split(".")[0] for key in added} == {"check", "cluster", "plan"}
 
 
 def flat(cfg: DictConfig, prefix: str = "") -> set[str]:

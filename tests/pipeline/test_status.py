@@ -77,12 +77,44 @@ def test_the_expected_end_is_the_last_step_s_time_and_what_is_left(run_dir):
 
 
 def test_the_command(run_dir, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([str(run_dir), str(tmp_path / "nothing")])
+    assert main([str(run_dir), str(tmp_path / "nothing")]) == 2
     out, err = capsys.readouterr()
-    assert ended.value.code == 2
     assert "12 of 40" in out
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     with pytest.raises(UserError, match="no such run directory"):
         read_status(tmp_path / "nothing", 0.0)
+
+
+def test_it_names_what_ran_and_what_there_is_to_open(run_dir, capsys):
+    assert main([str(run_dir), "--report"]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+    shown = dict(read_status(run_dir, 1001.0).rows())
+    assert shown["report"] == str(run_dir / "report.html")
+    assert "W&B" not in shown
+    (run_dir / "wandb").mkdir()
+    assert dict(read_status(run_dir, 1001.0).rows())["W&B"] == str(run_dir / "wandb")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert f"torch {environment['packages']['torch']}" in shown["ran as"]
+    assert shown["ran as"].endswith("2 x cpu on 1 host")
+    assert environment["command"].startswith("tidar-train data.dir=")
+    assert "ran as" in (run_dir / "report.html").read_text()
+    (run_dir / "environment.json").write_text('{"git_commit": 5, "devices": [], "pack')
+    assert "ran as" not in dict(read_status(run_dir, 1001.0).rows())
+
+
+def test_the_runs_of_a_sweep_are_a_table(run_dir, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    run_dir.rename(sweep.parent / "steps-40")
+    sweep.mkdir()
+    (sweep.parent / "steps-40").rename(sweep / "steps-40")
+    (sweep / "steps-50").mkdir()
+    (sweep / "steps-50" / "config.yaml").write_text("steps: 50\n")
+    assert main([str(sweep)]) == 0
+    path, head, first, second = capsys.readouterr().out.splitlines()
+    assert path == str(sweep)
+    assert head.split()[:4] == ["run", "state", "step", "loss"]
+    last = [json.loads(line) for line in (sweep / "steps-40" / "metrics.jsonl").open()][-1]
+    assert first.split()[:4] == ["steps-40", "quiet", "12", f"{last['loss']:.3f}"]
+    assert first.split()[-1] == "step-00000012"
+    assert second.split()[:4] == ["steps-50", "no", "step", "yet"]

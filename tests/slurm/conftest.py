@@ -80,6 +80,7 @@ class Submit:
         """What a user would have set in cluster.env."""
         return {
             "SLURM_SUBMIT_DIR": str(ROOT),
+            "TIDAR_CLUSTER_ENV": "slurm/cluster.env.example",
             "TIDAR_PYTHON": sys.executable,
             "TIDAR_INTERFACE": "lo",
             "TIDAR_LOGS": str(self.folder),

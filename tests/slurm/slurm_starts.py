@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from bench.results import RESULTS, ROOT, Outcome, write
-from tidar_common.cli import EXIT_BAD_INPUT, telling_mistakes
+from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
+from tidar_common.run_files import Exit
 
 RUN = (
     "model=tiny", "model.hidden_size=32", "model.intermediate_size=64", "model.num_layers=1",
@@ -104,7 +105,7 @@ def measure_start(jobs: Jobs, overrides: list[str], run_dir: Path, nodes: int) -
     started = time.time()
     refused = jobs.run("slurm/submit.sh", *jobs.options, *run, "objective.alpa=1")
     refused_s = time.time() - started
-    if refused.returncode != EXIT_BAD_INPUT:
+    if refused.returncode != Exit.BAD_INPUT:
         raise UserError(f"a misspelt key was not refused: {refused.stdout}{refused.stderr}")
     started = time.time()
     cluster = [f"cluster.nodes={nodes}", "cluster.gpus_per_node=1"]

@@ -58,3 +58,12 @@ def test_training_goes_through_all_runs(data_dir, tmp_path):
         json.loads(line) for line in (tmp_path / "global_batch_size-4" / "metrics.jsonl").open()
     ]
     assert [row["step"] for row in rows] == [1, 2]
+    *_, head, first, second = done.stdout.splitlines()
+    assert head.split()[:3] == ["run", "state", "step"]
+    assert first.split() == ["global_batch_size-3", "no", "step", "yet", *["–"] * 6]
+    assert second.split()[:3] == ["global_batch_size-4", "finished", "2"]
+
+
+def test_hydra_s_own_options_are_every_run_s():
+    runs = expand(["--config-dir", "mine", "--config-name=x", "run_dir=r", "steps=1,2"])
+    assert runs[1] == ["--config-dir", "mine", "--config-name=x", "steps=2", "run_dir=r/steps-2"]

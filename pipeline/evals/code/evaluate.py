@@ -26,6 +26,7 @@ from pipeline.evals.settings import CodeConfig
 from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
+from tidar_common.jsonlines import parse_strictly
 
 HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 """Where the Codex paper ends a function's body."""
@@ -102,7 +103,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     if path.suffix == ".json":
         return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [row for _, row in parse_strictly(text.split("\n"), path)]
 
 
 def _humaneval(row: dict[str, Any]) -> Problem:

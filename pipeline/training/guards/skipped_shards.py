@@ -13,8 +13,7 @@ from pipeline.data.source import DamagedShard
 from pipeline.distributed import World
 from pipeline.training.moments import Event, Guard, make_event
 from pipeline.training.step import GlobalCounts
-from pipeline.training.trackers.metrics import append
-from tidar_common.jsonlines import read_whole
+from tidar_common.jsonlines import append, read_whole
 from tidar_common.run_files import SKIPPED_SHARDS
 
 

@@ -25,9 +25,8 @@ from pipeline.training.config import WatchConfig
 from pipeline.training.launch.signals import leave_code
 from pipeline.training.moments import DATA, Event, Guard, make_event
 from pipeline.training.step import StepDone
+from tidar_common.run_files import Exit
 
-EXIT_LOST = 4
-"""Exit code of a run that ended because a rank hung or was lost; its last checkpoint is intact."""
 ASKED = ".stacks-asked-for"
 """File in the run directory by which a rank that gave up asks all others for their stacks."""
 STDERR = 2
@@ -110,8 +109,8 @@ class Watchdog(Guard):
         )
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(self.grace_s)
-        leave_code(EXIT_LOST)
-        os._exit(EXIT_LOST)
+        leave_code(Exit.LOST)
+        os._exit(Exit.LOST)
 
     def _say(self, text: str) -> None:
         print(text, file=sys.__stderr__, flush=True)

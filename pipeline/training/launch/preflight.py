@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pipeline.data.batch import make_batch, section_length
 from pipeline.data.source import Source
 from pipeline.distributed import World
+from pipeline.planning.hardware import free_memory_bytes
 from pipeline.training.engine import discard_step
 from pipeline.training.settings import TrainSettings
 from pipeline.training.step import StepInput, accumulate, count_globally
@@ -78,7 +79,7 @@ def look_around(settings: TrainSettings, source: Source, world: World) -> dict[s
         "deepspeed": deepspeed.__version__,
         "cuda": torch.version.cuda or "none",
         "device": "cpu",
-        "free memory GiB": free_memory_bytes() / GIB,
+        "free memory GiB": (free_memory_bytes() or 0) / GIB,
         "problems": [],
     }
     if world.device.type == "cuda":
@@ -113,16 +114,6 @@ def read_some(source: Source, world: World) -> str:
     count = source.epoch_sequences
     source[world.rank * count // world.size]
     return "ok"
-
-
-def free_memory_bytes() -> int:
-    """Host memory that a process could still get; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    kib = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
-    return int(kib[0]) * 1024 if kib else 0
 
 
 def find_problems(reports: list[dict[str, Any]]) -> list[str]:

@@ -10,9 +10,8 @@ from datetime import datetime
 from types import FrameType
 
 from tidar_common.errors import UserError
+from tidar_common.run_files import Exit
 
-EXIT_SAVED = 75
-"""Exit code of a run that was asked to stop, saved, and can be continued (EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 EXIT_CODE_FILE = "TIDAR_EXIT_CODE_FILE"
@@ -44,13 +43,13 @@ class StopRequest:
 
 
 def code_for_launcher(code: int) -> int:
-    """`code`, but under torchrun 0 for `EXIT_SAVED`.
+    """`code`, but under torchrun 0 for `Exit.SAVED`.
 
     torchrun takes any other code for a crash: it ends with 1 and a long report, or, with
     `--max-restarts`, starts the workers again. There the file `interrupted` in the run directory
     tells a saved run from a finished one.
     """
-    saved_under_torchrun = code == EXIT_SAVED and UNDER_TORCHRUN in os.environ
+    saved_under_torchrun = code == Exit.SAVED and UNDER_TORCHRUN in os.environ
     return 0 if saved_under_torchrun else code
 
 

@@ -1,15 +1,22 @@
-"""What a run ran as: revision, package versions, hosts. For trackers; nothing depends on it."""
+"""What a run ran as: revision, package versions, hosts. For readers; nothing depends on it."""
 
+import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tidar_common.files import write_text_atomic
+from tidar_common.run_files import ENVIRONMENT
+from tidar_common.secrets import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "webdataset", "hydra-core", "wandb")
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,10 +40,14 @@ def describe_environment(ranks: list[dict[str, str]]) -> dict[str, Any]:
     """
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
+        "command": without_secrets(shlex.join(["tidar-train", *sys.argv[1:]])),
         "git_commit": git("rev-parse", "HEAD"),
         "git_changed": None if status is None else bool(status),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
         "hosts": dict(Counter(rank["host"] for rank in ranks)),
         "devices": dict(Counter(rank["device"] for rank in ranks)),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
@@ -44,6 +55,11 @@ def describe_environment(ranks: list[dict[str, str]]) -> dict[str, Any]:
         "slurm_start": os.environ.get("SLURM_RESTART_COUNT"),
         "processes": len(ranks),
     }
+
+
+def write_environment(run_dir: Path, environment: dict[str, Any]) -> None:
+    """Leave it in the run directory, for `tidar-status` and the report."""
+    write_text_atomic(run_dir / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
 
 
 def git(*arguments: str) -> str | None:

@@ -2,7 +2,6 @@
 All else mirrors them, under the names that stand here: the groups train, data, decode and system.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ from pipeline.data.order import TrainState
 from pipeline.report.page import build_report
 from pipeline.training.moments import Event, StepMetrics, Tracker
 from tidar_common.files import write_text_atomic
+from tidar_common.jsonlines import append, whole_object
+from tidar_common.run_files import DECODE_SPEED, EVENTS, METRICS
 
 
 class MetricsFiles(Tracker):
     """Appends a line per step and per eval row; a resume cuts what lies after its step."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.metrics = run_dir / "metrics.jsonl"
-        self.decode_speed = run_dir / "evals" / "decode_speed.jsonl"
+        self.metrics = run_dir / METRICS
+        self.decode_speed = run_dir / DECODE_SPEED
 
     def on_start(self, state: TrainState) -> None:
         for path in (self.metrics, self.decode_speed):
@@ -40,17 +41,10 @@ class EventsFile(Tracker):
     """`events.jsonl`: what happened to a run besides its steps. Never cut: it is a history."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "events.jsonl"
+        self.path = run_dir / EVENTS
 
     def on_event(self, event: Event) -> None:
         append(self.path, [event])
-
-
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add one JSON line per row, in a single write."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -66,11 +60,8 @@ def cut_after(path: Path, step: int) -> None:
 
 def step_of(line: str) -> int | None:
     """The step of a row, or None where `line` is not a whole row."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
+    row = whole_object(line)
+    step = row.get("step") if row is not None else None
     return step if isinstance(step, int) else None
 
 
@@ -95,7 +86,7 @@ class Report(Tracker):
         except Exception as error:
             self.say(
                 f"warning: report.html could not be written ({error}); training goes on, and "
-                f"python -m pipeline.report {self.run_dir} draws it later"
+                f"tidar-status {self.run_dir} --report draws it later"
             )
 
 

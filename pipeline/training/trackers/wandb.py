@@ -1,7 +1,6 @@
 """The same numbers in Weights & Biases. W&B never stops a run: when it fails, it says so once."""
 
 import json
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,10 @@ from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.trackers.environment import describe_environment
 from pipeline.training.trackers.metrics import eval_values, step_values
 from tidar_common.figures import heat_map
+from tidar_common.files import write_text_atomic
+from tidar_common.jsonlines import read_whole
 from tidar_common.page import Section, page
+from tidar_common.run_files import DECODE_SPEED, EXAMPLE
 
 OVER_TOKENS = ("train/*", "decode/*")
 OVER_STEPS = ("data/*", "system/*")
@@ -126,9 +128,7 @@ class Wandb(Tracker):
         """The table of all evals so far, acceptance over training, and the last generation."""
         import wandb
 
-        evals = self.run_dir / "evals"
-        lines = (evals / "decode_speed.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = read_whole(self.run_dir / DECODE_SPEED)
         table = [[row.get(column) for column in TABLE] for row in rows]
         values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
         sources = sources_table(rows)
@@ -141,7 +141,7 @@ class Wandb(Tracker):
             if body is not None:
                 name = f"decode/acceptance_temperature_{temperature:g}"
                 values[name] = wandb.Html(page("Acceptance", [Section("", body)]), inject=False)
-        example = evals / "example.json"
+        example = self.run_dir / EXAMPLE
         if example.is_file():
             content = json.loads(example.read_text(encoding="utf-8"))
             shown = page("Generation", [Section("", generation(content))])
@@ -207,7 +207,5 @@ def run_id(folder: Path) -> str:
     """The W&B id of a run directory, made at its first start and kept in `wandb/run_id`."""
     path = folder / "run_id"
     if not path.exists():
-        temporary = folder / f"run_id.{os.getpid()}"
-        temporary.write_text(uuid.uuid4().hex[:12] + "\n")
-        os.replace(temporary, path)
+        write_text_atomic(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()

@@ -77,9 +77,9 @@ def test_without_a_file_there_are_no_sources(data):
     ("content", "message"),
     [
         ("", "holds no text"),
-        ('{"text": "a"}\n{"source": "b"}', r":2: not a JSON object with a \"text\""),
+        ('{"text": "a"}\n{"source": "b"}', ':2: "text" must be there'),
         ("[1]", ":1: not a JSON object"),
-        ('{"text": 5}', r'"text" must be a text'),
+        ('{"text": 5}', ':1: "text" must be there, and be a text'),
     ],
 )
 def test_a_bad_file_is_named(data, tmp_path, content, message):

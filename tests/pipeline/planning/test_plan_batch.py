@@ -152,7 +152,7 @@ def test_a_frozen_base_takes_the_flops_and_the_memory_planned_for(checkpointing)
     most = most_bytes(step, SDPBackend.MATH)
     batch = batch_memory(
         config, precision="fp32", sequences=SEQUENCES, rows=ROWS, checkpointing=checkpointing,
-        attention="math", fused_norm=False, frozen_rows=ROWS // 2,
+        attention="math", device="cpu", frozen_rows=ROWS // 2,
     )  # fmt: skip
     assert 0.8 * most < batch.peak - batch.mask < 1.25 * most
 
@@ -191,7 +191,7 @@ def test_a_batch_takes_the_memory_planned_for(shape, precision, checkpointing, a
         rows=ROWS,
         checkpointing=checkpointing,
         attention=attention,
-        fused_norm=False,
+        device="cpu",
     )
     # The mask is made before the step here, and training makes it within.
     assert 0.9 * most < batch.peak - batch.mask < 1.15 * most

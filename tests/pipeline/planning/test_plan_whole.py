@@ -84,7 +84,7 @@ def test_a_whole_run_takes_the_planned_peak(measured, case):
         ),
         batch=batch_memory(
             CONFIG, precision=precision, sequences=SEQUENCES, rows=2 * LENGTH,
-            checkpointing=checkpointing, attention="fused", fused_norm=False,
+            checkpointing=checkpointing, attention="fused", device="cpu",
         ),
         evaluation=0,  # none here
         host_start=0,

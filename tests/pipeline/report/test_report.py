@@ -270,7 +270,9 @@ def test_mistakes_are_one_line_and_code_2(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.report", str(empty)], capture_output=True, text=True
+        [sys.executable, "-m", "pipeline.status", "--report", str(empty)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

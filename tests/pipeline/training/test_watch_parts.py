@@ -10,9 +10,10 @@ import pytest
 
 from pipeline.checkpoint.retention import CheckpointConfig, delete_old, steps_to_keep
 from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
-from pipeline.training.guards.watchdog import EXIT_LOST, WatchConfig, find_slow
+from pipeline.training.guards.watchdog import WatchConfig, find_slow
 from pipeline.training.launch.signals import StopRequest, deadline
 from tidar_common.errors import UserError
+from tidar_common.run_files import Exit
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,9 @@ def test_a_hang_is_ended_with_stacks_and_only_a_hang(tmp_path):
         capture_output=True, text=True, timeout=60,
         env={**os.environ, "PYTHONPATH": ".", "TIDAR_EXIT_CODE_FILE": str(tmp_path / "code")},
     )  # fmt: skip
-    assert (tmp_path / "code").read_text() == str(EXIT_LOST)  # for the Slurm job behind torchrun
-    assert done.returncode == EXIT_LOST
+    # For the Slurm job behind torchrun.
+    assert int((tmp_path / "code").read_text()) == Exit.LOST
+    assert done.returncode == Exit.LOST
     assert done.stdout == "never too long at one thing\n"
     assert "error: rank 3 on" in done.stderr
     assert "has been in a step for" in done.stderr

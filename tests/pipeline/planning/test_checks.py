@@ -1,28 +1,30 @@
-"""`tidar-check`: what is wrong with a run is said before it is submitted, in one line."""
+"""`tidar-plan check=true`: what is wrong with a run is said before it is submitted, in one line."""
 
+import json
 import shutil
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from commands import ROOT, SMALL_RUN
+from commands import SMALL_RUN
 
-from pipeline.check import check
+from pipeline.plan import plan
 from pipeline.planning import checks
+from pipeline.planning import plan as planning
 from tidar_common.cli import run as run_task
 
 
 @pytest.fixture
 def checking(monkeypatch, capsys, data_dir, tmp_path):
-    """Runs tidar-check in this process; returns exit code, stdout and stderr."""
+    """Runs the check in this process; returns exit code, stdout and stderr."""
 
     def call(*overrides: str, data=data_dir, run_dir=tmp_path / "run") -> tuple[int, str, str]:
-        argv = ["tidar-check", f"data.dir={data}", f"run_dir={run_dir}", *SMALL_RUN,
-                "cluster.gpus_per_node=2", *overrides]  # fmt: skip
+        argv = ["tidar-plan", "check=true", *SMALL_RUN, "cluster.gpus_per_node=2", *overrides]
+        if data is not None:
+            argv += [f"data.dir={data}", f"run_dir={run_dir}"]
         monkeypatch.setattr(sys, "argv", argv)
-        code = run_task("check", check)
+        code = run_task("plan", plan)
         return code, *capsys.readouterr()
 
     return call
@@ -65,7 +67,7 @@ def test_everything_that_is_wrong_is_said_at_once(checking, tmp_path):
             run_dir=tmp_path / "file" / "run",
         )
     )  # fmt: skip
-    for what in ("init_from: ", "memory: ", "run_dir: "):
+    for what in (f"{tmp_path / 'empty'}: holds no model", "memory: ", "run_dir: "):
         assert what in err
 
 
@@ -86,10 +88,61 @@ def test_checkpoints_that_do_not_fit_on_the_disk(checking, monkeypatch):
     assert "set checkpoint.keep_last lower" in refused(checking())
 
 
-def test_a_run_that_goes_on_and_one_that_is_done(checking, trained_run):
+def test_a_run_that_goes_on_one_that_is_done_and_another_run(checking, trained_run):
     _, out, _ = checking("steps=13", run_dir=trained_run)
     assert "goes on after step 12" in out
     assert "has all 12 steps already" in refused(checking(run_dir=trained_run))
+    assert "was made with seed=0, this run has seed=1" in refused(
+        checking("steps=13", "seed=1", run_dir=trained_run)
+    )
+
+
+def test_what_training_refuses_is_refused_by_its_own_words(checking, tmp_path):
+    """A held-out split without a prompt, a model that is of no known family, blocks longer than
+    sequences, an attention backend that a CPU does not have."""
+    assert "evals.decode_speed.prompt_tokens: no held-out document has more than 64" in refused(
+        checking("evals.decode_speed.prompt_tokens=64")
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "model_type 'gpt2' is not one of" in refused(checking(f"init_from={other}"))
+    assert "init_from: /not/there does not exist" in refused(checking("init_from=/not/there"))
+    assert "layout.block_size: 65 is longer" in refused(checking("layout.block_size=65"))
+    assert "attention: flex has no backward pass" in refused(
+        checking("attention=flex", "cluster.gpu=cpu")
+    )
+
+
+def test_many_passes_over_the_data_are_worth_a_note(checking):
+    assert "note" not in checking("steps=12")[1]
+    code, out, _ = checking("steps=1000000")
+    assert code == 0
+    assert "beyond 4 times text teaches little more" in out
+
+
+def test_processes_without_a_gpu_share_the_memory_of_the_host(checking, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda: 6 << 30)
+    assert "of 3 GiB a process" in checking("cluster.gpu=cpu")[1]
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda: 1 << 20)
+    err = refused(checking("cluster.gpu=cpu"))
+    assert "shared by 2; for another say cluster.gpu or cluster.memory_gib" in err
+    assert checking("cluster.gpu=cpu", "cluster.memory_gib=8")[0] == 0
+    assert checking("cluster.gpu=h100_80gb")[0] == 0
+
+
+def test_an_experiment_names_the_data_and_the_run(checking, data_dir, tmp_path):
+    """It stands in a folder of the user's own."""
+    file = tmp_path / "mine" / "experiment" / "first.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f"# @package _global_\ndata: {{dir: {data_dir}}}\nrun_dir: {tmp_path / 'first'}\n"
+    )
+    code, out, err = checking(f"--config-dir={tmp_path / 'mine'}", "experiment=first", data=None)
+    assert (code, err) == (0, "")
+    assert f"in {data_dir}" in out
+    assert f"{tmp_path / 'first'} is new" in out
+    assert "data.dir: has no value" in refused(checking(data=None))
 
 
 def test_wandb_online_needs_a_key_and_a_server(checking, monkeypatch, tmp_path):
@@ -104,34 +157,3 @@ def test_wandb_online_needs_a_key_and_a_server(checking, monkeypatch, tmp_path):
         code, out, _ = checking("wandb.mode=online")
         assert (code, "online, 127.0.0.1" in out) == (0, True)
     assert f"127.0.0.1:{port} does not answer" in refused(checking("wandb.mode=online"))
-
-
-def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "slurm" / "submit.sh"), *arguments],
-        env={"PATH": "/usr/bin:/bin", "TIDAR_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-def test_submit_prints_plan_command_and_script_without_submitting(data_dir, tmp_path):
-    done = submit(
-        "--dry-run", "--nodes=2", "--gpus-per-node=h100:2", "--exclusive", f"data.dir={data_dir}",
-        f"run_dir={tmp_path / 'run'}", *SMALL_RUN,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "8 sequences = 2 x 1 accumulation steps x 4 processes" in done.stdout
-    assert (
-        "would submit: 'sbatch' '--nodes=2' '--gpus-per-node=h100:2' '--exclusive'" in done.stdout
-    )
-    assert "FLOPs a step" in done.stdout
-    assert "#SBATCH --job-name=tidar-train" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("argument", "said"), [("-N", "with = (--nodes=4"), ("--nodes=1-2", "one number each")]
-)
-def test_submit_refuses_options_it_would_misread(argument, said):
-    done = submit(argument, "2")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr

@@ -61,6 +61,9 @@ class Saver:
             event = make_event("checkpoint_saved", outcome.step, text, name=outcome.name, **times)
             self.moments.on_event(event)
             self.moments.on_checkpoint(outcome.step, outcome.name)
+            for line in outcome.undeleted:
+                text = f"{line}; the run goes on, and tries again after its next checkpoint"
+                self.moments.on_event(make_event("checkpoint_not_deleted", outcome.step, text))
         elif isinstance(outcome, Failed):
             self.moments.on_event(make_event("checkpoint_failed", outcome.step, outcome.message))
             newest = self.checkpoints.newest()

@@ -20,7 +20,7 @@ from tidar_common.page import Section, page
 
 MODES = ("offline", "online", "disabled")
 OVER_TOKENS = ("train/*", "decode/*")
-OVER_STEPS = ("data/*", "system/*")
+OVER_STEPS = ("data/*", "system/*", "events/*")
 """The axis each group of panels has at first; both axes are in every row."""
 TABLE = (
     "step", "method", "temperature", "block_size", "tokens_per_forward", "tokens_per_second",
@@ -81,17 +81,17 @@ class Wandb(Tracker):
         self.tokens = 0
 
     def on_start(self, state: TrainState) -> None:
+        self.tokens = state.tokens
         if self.config.mode != "disabled":
             self._guard("start", self._start)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.tokens = metrics.tokens
-        self._log(metrics.step, step_values(metrics))
+        self._log(step_values(metrics))
 
     def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            axes = {"step": row["step"]} | ({"tokens": self.tokens} if self.tokens else {})
-            self._log(row["step"], axes | eval_values(row))
+            self._log({"step": row["step"], "tokens": self.tokens} | eval_values(row))
         if rows and self.run is not None:
             self._guard("draw", lambda: self._log_pictures(rows[0]["step"]))
 
@@ -110,7 +110,8 @@ class Wandb(Tracker):
             self._guard("alert", lambda: run.alert(title=title, text=event["message"]))
         details = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
         if details:
-            self._log(event["step"], {f"events/{kind}/{k}": v for k, v in details.items()})
+            named = {f"events/{kind}/{k}": v for k, v in details.items()}
+            self._log({"step": event["step"]} | named)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         run = self.run
@@ -150,7 +151,8 @@ class Wandb(Tracker):
         lines = (evals / "decode_speed.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         table = [[row.get(column) for column in TABLE] for row in rows]
-        values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
+        values: dict[str, Any] = {"step": step, "tokens": self.tokens}
+        values["decode/table"] = wandb.Table(columns=list(TABLE), data=table)
         sources = sources_table(rows)
         if sources:
             names: list[str | int] = ["step", "temperature", "source", *SOURCES_TABLE]
@@ -166,7 +168,7 @@ class Wandb(Tracker):
             content = json.loads(example.read_text(encoding="utf-8"))
             shown = page("Generation", [Section("", generation(content))])
             values["decode/generation"] = wandb.Html(shown, inject=False)
-        self.run.log(values, step=step)
+        self.run.log(values)
 
     def _log_checkpoint(self, step: int, name: str) -> None:
         import wandb
@@ -178,10 +180,12 @@ class Wandb(Tracker):
         artifact.add_reference(folder.as_uri(), name=name, checksum=False)
         self.run.log_artifact(artifact, aliases=["latest", name])
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any]) -> None:
+        """A row of its own, with the axes in it. W&B's own step only counts rows: it drops what
+        comes under a step that it has passed, as an eval made up after a restart does."""
         run = self.run
         if run is not None:
-            self._guard("log", lambda: run.log(values, step=step))
+            self._guard("log", lambda: run.log(values))
 
     def _guard(self, what: str, action: Callable[[], Any]) -> None:
         try:

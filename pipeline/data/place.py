@@ -1,12 +1,15 @@
 """Where a run's data is: the `data` section of a config."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.data.remote import is_remote, mirror
+from data_prep.formats.manifest import ShardInfo
+from data_prep.formats.shards import wrong_sizes
+from pipeline.data.remote import is_mirror, is_remote, mirror
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
 
@@ -56,3 +59,33 @@ def open_place(place: str, config: DataConfig, key: str) -> Path:
             "data.cache_dir=... to a folder on a disk of the node"
         )
     return mirror(place, Path(config.cache_dir).expanduser())
+
+
+def check_shards(
+    folder: Path, shards: Sequence[ShardInfo], key: str, *, skip_damaged: bool | None = None
+) -> str | None:
+    """Whether all `shards` are in `folder`, each with its size, so that none is missed after days.
+
+    Contents are not read, and shards behind a URL are not looked at.
+
+    Args:
+        folder: a prepared data folder.
+        shards: of its manifest.
+        key: where the folder stands in the config.
+        skip_damaged: `data.skip_damaged`; None where it does not help.
+
+    Returns:
+        What a run leaves out that skips damaged shards; None where all are there.
+
+    Raises:
+        UserError: naming the first that is not, and the remedy.
+    """
+    wrong = [] if is_mirror(folder) else wrong_sizes(folder, shards)
+    if not wrong:
+        return None
+    more = f" (and {len(wrong) - 1:,} more of {len(shards):,} shards)" if len(wrong) > 1 else ""
+    line = f"{key}: {wrong[0]}{more}"
+    if skip_damaged:
+        return f"{line}; left out, as data.skip_damaged says"
+    other = ", or go on without with data.skip_damaged=true" if skip_damaged is False else ""
+    raise UserError(f"{line}; copy it again or run tidar-prepare again{other}")

@@ -44,6 +44,11 @@ def is_remote(place: str) -> bool:
     return "://" in place or place.startswith("pipe:")
 
 
+def is_mirror(folder: Path) -> bool:
+    """Whether a local folder stands for data behind a URL, so that shards come when needed."""
+    return (folder / ORIGIN).exists()
+
+
 def mirror(url: str, cache_dir: Path) -> Path:
     """A local folder that stands for the prepared data at `url`, below `cache_dir`.
 
@@ -86,7 +91,7 @@ def local_shard(folder: Path, shard: ShardInfo, cache_bytes: int | None = None) 
         UserError: when it cannot be copied, naming its URL.
     """
     path = folder / shard.name
-    if not (folder / ORIGIN).exists():
+    if not is_mirror(folder):
         return path
     with _locked(path.with_suffix(".lock")):
         if not path.exists():

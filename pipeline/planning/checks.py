@@ -12,9 +12,8 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlparse
 
-from data_prep.formats.manifest import ShardInfo
 from pipeline.data.mix import MixedSource
-from pipeline.data.remote import is_remote
+from pipeline.data.place import check_shards
 from pipeline.planning.plan import GIB, Plan
 from tidar_common.errors import UserError
 
@@ -28,34 +27,24 @@ def check_data(plan: Plan, data_dir: Path | None) -> str:
     With None the data is at a URL, of which planning has read the manifest.
     """
     train = plan.planned.train
-    shards = [*train.manifest.train.shards, *train.manifest.heldout.shards]
+    skip = train.data.skip_damaged
+    sets = {f"data.mix.{one.name}.dir": (one.dir, one.manifest) for one in train.mix}
     if data_dir is not None:
-        check_files(data_dir, shards)
+        sets["data.dir"] = data_dir, train.manifest
+    left_out = []
+    for key, (folder, manifest) in sets.items():
+        check_shards(folder, manifest.heldout.shards, key)
+        left_out.append(check_shards(folder, manifest.train.shards, key, skip_damaged=skip))
+    skipped = "".join(f"; {line}" for line in left_out if line)
     sequences = train.steps * train.global_batch_size
     if train.mix:
-        for one in train.mix:
-            if not is_remote(str((train.data.mix or {})[one.name]["dir"])):
-                own = one.manifest
-                check_files(one.dir, [*own.train.shards, *own.heldout.shards])
         source = MixedSource(train.mix, train.manifest, train.seed, train.layout, train.data,
                              train.global_batch_size)  # fmt: skip
-        return source.describe(sequences)
+        return source.describe(sequences) + skipped
     epochs = sequences / max(train.manifest.train.sequences, 1)
     place = f"in {data_dir}" if data_dir else "at the URL, not looked at"
-    return f"{len(shards)} shards {place}; the run reads them {epochs:.2f} times"
-
-
-def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
-    """Each shard is a file of the manifest's size; raises UserError with the first that is not."""
-    for shard in shards:
-        path = data_dir / shard.name
-        if not path.is_file():
-            raise UserError(f"data.dir: {path} is missing; run tidar-prepare again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"data.dir: {path} has {path.stat().st_size} bytes, the manifest says "
-                f"{shard.bytes}; run tidar-prepare again, or with verify=true to see more"
-            )
+    count = sum(len(split.shards) for split in train.manifest.splits.values())
+    return f"{count} shards {place}; the run reads them {epochs:.2f} times{skipped}"
 
 
 def check_init(init_from: str | None) -> str:

@@ -1,5 +1,6 @@
 """The periodic decode-speed eval inside training."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from tidar_common.run_files import EvalRow
 class PeriodicEval:
     """Holds what stays the same between evals; all ranks call it together."""
 
-    def __init__(self, settings: TrainSettings, config: ModelConfig, world: World) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        config: ModelConfig,
+        world: World,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.settings = settings.decode_speed
         self.config = config
         self.world = world
@@ -32,6 +39,8 @@ class PeriodicEval:
         self.init_from = settings.init_from
         self.example: Path = settings.run_dir / "evals" / "example.json"
         self._check()
+        for line in self.heldout.shortages(self.settings):
+            say(f"warning: {line}")
 
     def _check(self) -> None:
         """Find out before the first step, not at the first eval, what could not be decoded."""
@@ -61,7 +70,7 @@ class PeriodicEval:
         them was asked to stop meanwhile."""
         if step > 0 or self.init_from is None:
             return True
-        model = full_copy(engine, self.config)
+        model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:
             scores = score_heldout(model, self.heldout, self.settings, self.world, check)
@@ -75,7 +84,7 @@ class PeriodicEval:
     def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow] | None:
         """Rows as in `evals/decode_speed.jsonl`, equal on all ranks; None, on all of them, when any
         was asked to stop meanwhile."""
-        model = full_copy(engine, self.config)
+        model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:
             rows = evaluate_decode_speed(

@@ -28,8 +28,8 @@ class TextFolderConfig:
     path: str
     """A folder, read with all folders below it, or one file; a path or a URL."""
     kind: str = "text_folder"
-    glob: str = "*.txt"
-    """Which files; `*` takes all."""
+    glob: str = "*.txt *.md"
+    """Which files, by patterns with spaces between; `*` takes all."""
 
 
 class FilesCorpus(Corpus):
@@ -69,7 +69,7 @@ class TextFolderCorpus(FilesCorpus):
     """The files under `config.path` that match `config.glob`."""
 
     def __init__(self, config: TextFolderConfig) -> None:
-        super().__init__(find_files(config.path, (config.glob,), "corpus.path"))
+        super().__init__(find_files(config.path, config.glob.split() or [""], "corpus.path"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class Wandb(Tracker):
 
         folder = self.run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("offline-run-*/*.wandb"):
+            cut_torn_record(file)
         self.run = wandb.init(
             id=run_id(folder),
             resume="allow",
@@ -196,6 +199,35 @@ class Wandb(Tracker):
                 f"warning: W&B could not {what} ({error}); training goes on without it, "
                 "metrics.jsonl has all numbers"
             )
+
+
+def cut_torn_record(path: Path) -> None:
+    """Cut off what a kill has left of an earlier start's last record: `wandb sync` stops at a file
+    that ends in the middle of one, and leaves all files behind it.
+
+    The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) behind a header of 7
+    bytes: blocks of 32 KiB, in them pieces of records, each behind checksum, length and kind.
+    """
+    size, header, block, full, last = path.stat().st_size, 7, 1 << 15, 1, 4
+    place = whole = header
+    with path.open("r+b") as file:
+        while place < size:
+            room = block - place % block
+            if room < header:  # too little for a piece: filled with zeros
+                place += room
+                continue
+            file.seek(place)
+            head = file.read(header)
+            if len(head) < header:
+                break
+            _, length, kind = struct.unpack("<IHB", head)
+            place += header + length
+            if place > size or not full <= kind <= last:
+                break
+            if kind in (full, last):  # a whole record, or the end of one in several pieces
+                whole = place
+        if whole < size:
+            file.truncate(whole)
 
 
 def acceptance_map(rows: Sequence[Mapping[str, Any]]) -> Markup | None:

@@ -21,7 +21,14 @@ from pipeline.training.moments import Together
 from pipeline.training.state import TrainState
 from pipeline.training.trackers.metrics import MetricsFiles
 from pipeline.training.trackers.naming import eval_values, flatten
-from pipeline.training.trackers.wandb import SOURCES_TABLE, TABLE, Wandb, WandbConfig, run_id
+from pipeline.training.trackers.wandb import (
+    SOURCES_TABLE,
+    TABLE,
+    Wandb,
+    WandbConfig,
+    cut_torn_record,
+    run_id,
+)
 
 RESOLVED = {"steps": 5, "optimizer": {"learning_rate": 0.1}}
 RANKS = [{"host": host, "device": "cpu"} for host in ("n1", "n1", "n2")]
@@ -131,7 +138,9 @@ def test_wandb_s_own_reader_finds_the_same(tmp_path):
 
 def test_a_second_start_continues_the_same_run(tmp_path):
     run(tmp_path, 1, 3)
-    run_files(tmp_path, 1)
+    (file,) = run_files(tmp_path, 1)
+    with file.open("ab") as torn:
+        torn.write(b"????\x30\x00\x01 half a record")  # as a kill leaves it
     time.sleep(1.1)  # W&B names a start's folder by the second
     run(tmp_path, 4, 5)
     first, second = run_files(tmp_path, 2)
@@ -139,6 +148,22 @@ def test_a_second_start_continues_the_same_run(tmp_path):
     before, after = history(first), history(second)
     assert (sorted(before), sorted(after)) == ([1, 2, 3], [4, 5])
     check_equal(tmp_path, before | after)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 9, 150, 4000])
+def test_a_kill_in_the_middle_of_a_record_is_mended_by_the_next_start(tmp_path, lost):
+    """`wandb sync` stops at a torn file, and later starts would not be uploaded."""
+    run(tmp_path, 1, 3)
+    (file,) = run_files(tmp_path, 1)
+    kept = [record.SerializeToString() for record in records(file)]
+    os.truncate(file, file.stat().st_size - lost)
+    cut_torn_record(file)
+    mended = [record.SerializeToString() for record in records(file)]
+    assert mended == kept[: len(mended)]
+    assert len(mended) == len(kept) if lost == 0 else len(kept) > len(mended) > 3
+    size = file.stat().st_size
+    cut_torn_record(file)
+    assert file.stat().st_size == size
 
 
 def test_an_eval_made_up_after_a_restart_has_its_axes_and_a_row_of_its_own(tmp_path):

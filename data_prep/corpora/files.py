@@ -1,5 +1,6 @@
 """The files of a corpus, on a disk or behind a URL (`s3://`, `gs://`, `hf://`) through fsspec."""
 
+import glob
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,9 @@ def is_url(path: str) -> bool:
 def find_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
     """`path` itself if it is a file, else the files below it that match, sorted by name.
 
+    A path with `*`, `?` or `[` that is no file or folder itself stands for all that match it.
+    Folders that are links are read too; a file that can be reached in several ways is read once.
+
     Raises:
         UserError: naming `key`, when there are none or the place cannot be listed.
     """
@@ -69,13 +73,13 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 def open_text_stream(path: str) -> IO[bytes]:
-    """Open for reading, unpacked on the way where the name ends in `.gz` or `.zst`."""
+    """Open for reading, unpacked on the way where the name ends in `.gz`, `.zst` or `.zstd`."""
     raw = open_binary(path)
     if path.endswith(".gz"):
         import gzip
 
         return gzip.open(raw, "rb")  # type: ignore[return-value]
-    if not path.endswith(".zst"):
+    if not path.endswith((".zst", ".zstd")):
         return raw
     pyarrow = needed("pyarrow", path, "parquet")
     return io.BufferedReader(
@@ -98,21 +102,71 @@ def needed(module: str, what: str, extra: str) -> Any:
 
 def _local(path: str, patterns: Sequence[str], key: str) -> list[File]:
     root = Path(path).expanduser()
-    if root.is_file():
-        return [local_file(root, root.name)]
+    if not root.exists() and glob.has_magic(str(root)):
+        places = [Path(place) for place in sorted(glob.glob(str(root), recursive=True))]
+        while glob.has_magic(str(root)):  # names are relative to what stands before the first star
+            root = root.parent
+    else:
+        places = [root]
     if not root.exists():
         raise UserError(f"{key}: {path} does not exist; give a file or a folder")
-    try:
-        matching = {p for pattern in patterns for p in root.rglob(pattern) if p.is_file()}
-    except (ValueError, RuntimeError) as error:  # the latter for an absolute pattern
-        raise UserError(f"{key}: cannot look for {patterns[0]!r} under {path} ({error})") from error
-    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(matching)]
+    if any(not pattern or Path(pattern).is_absolute() for pattern in patterns):
+        raise UserError(
+            f"{key}: cannot look for {patterns[0]!r} under {path}; give a name's pattern"
+        )
+    found: dict[str, Path] = {}
+    for place in places:
+        if place.is_file():
+            found.setdefault(os.path.realpath(place), place)
+            continue
+        for file, real in _walk(place, key):
+            if any(file.relative_to(place).match(pattern) for pattern in patterns):
+                found.setdefault(real, file)
+    if found and root.is_file():
+        return [local_file(root, root.name)]
+    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(found.values())]
+
+
+def _walk(root: Path, key: str) -> Iterator[tuple[Path, str]]:
+    """Every file below `root` and its path without links, each folder once: what stands there
+    itself first, then what is behind links, in the order of their names."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{key}: {error.filename} cannot be listed ({error.strerror})") from error
+
+    seen: set[str] = set()
+    linked_files: list[Path] = []
+    waiting = [root]
+    while waiting:
+        links: list[Path] = []
+        for start in waiting:
+            for name, folders, files in os.walk(start, onerror=fail):
+                folder, real = Path(name), os.path.realpath(name)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += sorted(folder / sub for sub in folders if (folder / sub).is_symlink())
+                linked = [file for file in sorted(files) if (folder / file).is_symlink()]
+                for file in sorted(set(files) - set(linked)):
+                    if (folder / file).is_file():
+                        yield folder / file, os.path.join(real, file)
+                linked_files += (folder / file for file in linked if (folder / file).is_file())
+        waiting = links
+    yield from ((file, os.path.realpath(file)) for file in linked_files)
 
 
 def _remote_files(path: str, patterns: Sequence[str], key: str) -> list[File]:
     system, inside = _filesystem(path, key)
     try:
-        matching = system.find(inside, detail=True)
+        if glob.has_magic(inside) and not system.exists(inside):
+            matching: dict[str, Any] = {}
+            for place in system.glob(inside):
+                matching |= system.find(place, detail=True)
+            while glob.has_magic(inside):
+                inside = inside.rpartition("/")[0]
+        else:
+            matching = system.find(inside, detail=True)
     except Exception as error:  # stores have exceptions of their own
         raise UserError(f"{key}: {path} cannot be listed ({error})") from error
     files = []

@@ -5,6 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import pairwise
 from typing import IO, Any
 
@@ -13,8 +14,12 @@ from data_prep.corpora.files import File, find_files, open_binary, open_text_str
 from tidar_common.errors import UserError
 
 DECODER = json.JSONDecoder()
-PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".zstd")
+PATTERNS = tuple(f"*.jsonl{end}" for end in ("", *COMPRESSED))
+OTHER_PATTERNS = tuple(f"*.json{end}" for end in ("", *COMPRESSED))
+"""Names that files of lines also have, as those of C4; looked for where there is none of the usual
+ones, beside which they are something else."""
+ONE_A_LINE = "write one object a line (jq -c '.[]' of an array, jq -c . of others)"
 UNPACKED = 4
 """How much larger compressed text is when unpacked, about; the size of a task depends on it."""
 
@@ -22,7 +27,8 @@ UNPACKED = 4
 @dataclass(frozen=True)
 class JsonlConfig:
     path: str
-    """A file, or a folder whose *.jsonl, *.jsonl.gz and *.jsonl.zst are read; a path or a URL."""
+    """A file, or a folder whose *.jsonl, *.jsonl.gz and *.jsonl.zst are read, or where it has none
+    of them its *.json, *.json.gz and *.json.zst; a path or a URL, with stars for several."""
     kind: str = "jsonl"
     """Which reader."""
     text_field: str = "text"
@@ -38,6 +44,7 @@ class JsonlConfig:
 
 class JsonlCorpus(Corpus):
     """A broken line or a missing field stops the preparation: it is named with file and line.
+    A null is empty text.
 
     A part is a span of bytes of a file, with the lines that start in it. Compressed files cannot
     be entered in the middle and are one part each.
@@ -45,7 +52,9 @@ class JsonlCorpus(Corpus):
 
     def __init__(self, config: JsonlConfig) -> None:
         self.config = config
-        self.files = find_files(config.path, PATTERNS, "corpus.path")
+        files = find_files(config.path, (*PATTERNS, *OTHER_PATTERNS), "corpus.path")
+        lines = [file for file in files if any(fnmatch(file.path, p) for p in PATTERNS)]
+        self.files = lines or files
         fields = {
             "text_field": config.text_field,
             "id_field": config.id_field,
@@ -83,14 +92,16 @@ class JsonlCorpus(Corpus):
 
     def _document(self, record: Any, name: str, path: str, start: int) -> Document:
         fields = self.config
+        if not isinstance(record, dict):
+            raise UserError(f"{line_at(path, start)}: {_kind(record)}, not an object; {ONE_A_LINE}")
         for key, needed in self._needed:
-            if not isinstance(record, dict) or needed not in record:
+            if needed not in record:
                 place = line_at(path, start)
                 raise UserError(f"{place}: has no field {needed!r}; set corpus.{key}")
         text = record[fields.text_field]
-        prompt = record[fields.prompt_field] if fields.prompt_field else ""
+        prompt = record[fields.prompt_field] if fields.prompt_field else None
         for field, value in ((fields.text_field, text), (fields.prompt_field, prompt)):
-            if not isinstance(value, str):
+            if not isinstance(value, str | None):
                 raise UserError(f"{line_at(path, start)}: field {field!r} is not text")
         identity = record[fields.id_field] if fields.id_field else f"{name}:{start}"
         if identity is None:
@@ -101,7 +112,7 @@ class JsonlCorpus(Corpus):
             raise UserError(
                 f"{line_at(path, start)}: field {fields.cut_field!r} is neither true nor false"
             )
-        return Document(str(identity), text, prompt=prompt, cut=cut)
+        return Document(str(identity), text or "", prompt=prompt or "", cut=cut)
 
 
 def records_of(path: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Any]]:
@@ -120,12 +131,28 @@ def records_of(path: str, start: int = 0, end: int | None = None) -> Iterator[tu
                     record = _parsed(line)
                 except (ValueError, RecursionError) as error:  # malformed UTF-8 is one, too
                     place = line_at(path, at)
+                    if at == 0 and _opens_more(line.strip()):
+                        raise UserError(
+                            f"{place}: JSON over several lines; {ONE_A_LINE}"
+                        ) from error
                     raise UserError(
                         f"{place}: not JSON ({error}); mend or remove the line"
                     ) from error
                 yield at, record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read to its end ({error})") from error
+
+
+def _opens_more(line: bytes) -> bool:
+    """Whether a file's first line looks like that of an array or object over several lines."""
+    return line in (b"[", b"{", b"[{") or (line.startswith(b"[") and line.endswith(b","))
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for people."""
+    return {list: "a JSON array", str: "a JSON string", type(None): "a JSON null"}.get(
+        type(value), "a JSON number or truth value"
+    )
 
 
 def _parsed(line: bytes) -> Any:

@@ -29,8 +29,8 @@ class TextFolderConfig:
     """A folder, read with all folders below it, or one file; a path or a URL."""
     kind: str = "text_folder"
     """Which reader."""
-    glob: str = "*.txt"
-    """Which files; "*" takes all."""
+    glob: str = "*.txt *.md"
+    """Which files, by patterns with spaces between; "*" takes all."""
 
 
 class FilesCorpus(Corpus):
@@ -70,7 +70,7 @@ class TextFolderCorpus(FilesCorpus):
     """The files under `config.path` that match `config.glob`."""
 
     def __init__(self, config: TextFolderConfig) -> None:
-        super().__init__(find_files(config.path, (config.glob,), "corpus.path"))
+        super().__init__(find_files(config.path, config.glob.split() or [""], "corpus.path"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from data_prep.formats.manifest import (
     TOKEN_COUNTS,
     Manifest,
 )
+from data_prep.formats.shards import wrong_sizes
 from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 from tidar_common.errors import UserError
@@ -107,11 +108,9 @@ def is_prepared(settings: PrepareSettings) -> bool:
             "overwrite=true to replace it"
         )
     # A quick look at every shard; `verify=true` reads them.
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = folder / shard.name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: missing or damaged; prepare again with overwrite=true")
+    wrong = wrong_sizes(folder, [*manifest.train.shards, *manifest.heldout.shards])
+    if wrong:
+        raise UserError(f"output_dir: {wrong[0]}; prepare again with overwrite=true")
     return True
 
 

@@ -6,6 +6,7 @@ normalisation, no added or removed spaces. Ids of control symbols never come out
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -196,9 +197,57 @@ class HuggingFaceTokenizer(Tokenizer):
                 "end-of-document token"
             )
         self._eos_token, self.eos_id = eos
-        _, self.bos_id = self._first_known(HUGGINGFACE_BOS) or eos
+        bos_token, self.bos_id = self._first_known(HUGGINGFACE_BOS) or eos
         # Text could hold any other token; the mask is ours alone.
         self.pad_id = self.mask_id
+        self._keep_out_of_text({self._eos_token, bos_token, HUGGINGFACE_MASK})
+        if self._model.num_special_tokens_to_add(False):
+            # Documents begin without a token here, and shall wherever the file is read.
+            plain = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B")
+            self._model.post_processor = plain
+
+    def _keep_out_of_text(self, names: set[str]) -> None:
+        """Let no text give the ids of the control tokens `names`, whatever the file makes of them:
+        added tokens that it does not call special, or pieces of its own vocabulary.
+
+        Raises:
+            UserError: when a text can spell one all the same.
+        """
+        import tokenizers
+
+        def spelled() -> list[str]:
+            ids = {name: self._model.token_to_id(name) for name in names}
+            texts = [f"a {name} b{name}{name}" for name in names]
+            given = set().union(*map(self.encode, texts))
+            return sorted(name for name in names if ids[name] in given)
+
+        if not spelled():
+            return
+        added = {token.content for token in self._model.get_added_tokens_decoder().values()}
+        self._model.add_special_tokens(
+            [
+                tokenizers.AddedToken(name, special=True, normalized=False)
+                for name in spelled()
+                if name in added
+            ]
+        )
+        if broken := spelled():
+            # Broken behind their first letter, such names are pieces like any text. Best behind the
+            # file's own splits, some of which put a space in front of each part.
+            pattern = "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in broken)
+            split = tokenizers.pre_tokenizers.Split(
+                tokenizers.Regex(pattern), "merged_with_previous"
+            )
+            own = [self._model.pre_tokenizer] if self._model.pre_tokenizer else []
+            for splits in ([*own, split], [split, *own]):
+                self._model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
+                if not spelled():
+                    break
+        if left := spelled():
+            raise UserError(
+                f"{self._source}: text that spells {left[0]} becomes that control token; name "
+                "another with tokenizer.eos_token, or use another tokenizer"
+            )
 
     def _first_known(self, names: Sequence[str]) -> tuple[str, int] | None:
         """The first token that the file has, and its id."""

@@ -4,11 +4,14 @@ import math
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from tidar_common.jsonlines import read_whole
 from tidar_common.run_files import DECODE_SPEED
 
+LEFT = ".deleting-"
+"""Begins the name of a folder that is to be deleted."""
 EVAL_LOSS = "ar_loss"
 """Key of `evals/decode_speed.jsonl` by which `keep_best` chooses: the held-out AR loss."""
 
@@ -84,11 +87,35 @@ def eval_losses(run_dir: Path) -> dict[int, float]:
     }
 
 
-def delete_old(folder: Path, config: CheckpointConfig) -> None:
-    """Delete what `config` does not keep of `folder`, a run's `checkpoints`."""
+def delete_old(folder: Path, config: CheckpointConfig) -> list[str]:
+    """Delete what `config` does not keep of `folder`, a run's `checkpoints`, and what earlier
+    deletions and broken saves left there; returns a line for each file that cannot be deleted."""
     by_step = {step_of(path): path for path in complete_checkpoints(folder)}
-    for step in set(by_step) - steps_to_keep(by_step, config, eval_losses(folder.parent)):
-        # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
-        doomed = folder / f".deleting-{by_step[step].name}"
-        by_step[step].rename(doomed)
-        shutil.rmtree(doomed)
+    doomed = set(by_step) - steps_to_keep(by_step, config, eval_losses(folder.parent))
+    kept = [line for step in sorted(doomed) if (line := discard(by_step[step])) is not None]
+    return kept + delete_left(folder)
+
+
+def discard(path: Path) -> str | None:
+    """Take away the name of a checkpoint's folder, for `delete_left` to delete it: a deletion that
+    is cut short must not look like a damaged checkpoint. Returns why that cannot be, if so."""
+    names = (path.with_name(f"{LEFT}{path.name}-{number}") for number in count())
+    try:
+        path.rename(next(name for name in names if not name.exists()))
+    except OSError as error:
+        return f"{path} cannot be deleted ({error.strerror})"
+    return None
+
+
+def delete_left(folder: Path) -> list[str]:
+    """Delete the folders that `discard` has renamed; a line for each with a file that stays."""
+    lines = []
+    for path in sorted(folder.glob(f"{LEFT}*")):
+        shutil.rmtree(path, ignore_errors=True)  # all but what cannot be
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+        except OSError as error:
+            staying = next((p for p in sorted(path.rglob("*")) if not p.is_dir()), path)
+            lines.append(f"{staying} cannot be deleted ({error.strerror})")
+    return lines

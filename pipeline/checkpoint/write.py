@@ -17,7 +17,13 @@ from typing import Any
 
 from pipeline.checkpoint.files import FileWriter, install, verify_file_list, write_file_list
 from pipeline.checkpoint.reshape import load_reshaped
-from pipeline.checkpoint.retention import CheckpointConfig, complete_checkpoints, delete_old
+from pipeline.checkpoint.retention import (
+    CheckpointConfig,
+    complete_checkpoints,
+    delete_left,
+    delete_old,
+    discard,
+)
 from pipeline.data.order import TrainState
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
@@ -40,6 +46,8 @@ class Saved:
     """Seconds that training stood still for it."""
     total_s: float
     """Seconds from its start until it was visible."""
+    undeleted: tuple[str, ...] = ()
+    """A line for each file of older ones that could not be deleted; the next save tries again."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +149,14 @@ class Checkpoints:
         kind, value = self.world.from_main(outcome)
         if kind == "failed":
             return Failed(begun.step, value)
-        now = time.perf_counter()
+        now, (size, undeleted) = time.perf_counter(), value
         return Saved(
             step=begun.step,
             name=self._final(begun.step).name,
-            bytes=value,
+            bytes=size,
             held_s=begun.held_s + now - resumed,
             total_s=now - begun.started,
+            undeleted=undeleted,
         )
 
     def restore(
@@ -218,8 +227,9 @@ class Checkpoints:
         """Make the temporary folder; returns why that cannot be, if so."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in (*self.folder.glob(".writing-*"), *self.folder.glob(".deleting-*")):
-                shutil.rmtree(left)
+            for left in self.folder.glob(".writing-*"):
+                discard(left)
+            delete_left(self.folder)  # what stays is told when the checkpoint is complete
             self._temporary(step).mkdir()
             complete = complete_checkpoints(self.folder)
             if complete:
@@ -250,15 +260,14 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             return "failed", str(error)
-        return "saved", size
+        return "saved", (size, tuple(delete_old(self.folder, self.config)))
 
     def _publish(self, temporary: Path, final: Path) -> None:
         if final.exists():  # a damaged one of the same step, which restore passed over
-            shutil.rmtree(final)
+            discard(final)
         os.rename(temporary, final)
         fsync_path(self.folder)
         write_text_atomic(self.folder / "latest", final.name + "\n")
-        delete_old(self.folder, self.config)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from data_prep.formats.manifest import (
     Manifest,
     ShardInfo,
 )
+from data_prep.formats.shards import wrong_sizes
 from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
@@ -84,6 +85,36 @@ def open_place(place: str, config: DataConfig, key: str) -> Path:
     return mirror(place, Path(config.cache_dir).expanduser())
 
 
+def check_shards(
+    folder: Path, shards: Sequence[ShardInfo], key: str, *, skip_damaged: bool | None = None
+) -> str | None:
+    """Whether all `shards` are in `folder`, each with its size, so that none is missed after days.
+
+    Contents are not read, and shards behind a URL are not looked at.
+
+    Args:
+        folder: a prepared data folder.
+        shards: of its manifest.
+        key: where the folder stands in the config.
+        skip_damaged: `data.skip_damaged`; None where it does not help.
+
+    Returns:
+        What a run leaves out that skips damaged shards; None where all are there.
+
+    Raises:
+        UserError: naming the first that is not, and the remedy.
+    """
+    wrong = [] if is_mirror(folder) else wrong_sizes(folder, shards)
+    if not wrong:
+        return None
+    more = f" (and {len(wrong) - 1:,} more of {len(shards):,} shards)" if len(wrong) > 1 else ""
+    line = f"{key}: {wrong[0]}{more}"
+    if skip_damaged:
+        return f"{line}; left out, as data.skip_damaged says"
+    other = ", or go on without with data.skip_damaged=true" if skip_damaged is False else ""
+    raise UserError(f"{line}; copy it again or run tidar-prepare again{other}")
+
+
 ORIGIN = "origin.json"
 """In the local folder: where its files come from."""
 ATTEMPTS = 5
@@ -96,6 +127,11 @@ MAX_SIDE_BYTES = 16 << 30
 def is_remote(place: str) -> bool:
     """Whether `data.dir` is a URL or a pipe, not a folder."""
     return "://" in place or place.startswith("pipe:")
+
+
+def is_mirror(folder: Path) -> bool:
+    """Whether a local folder stands for data behind a URL, so that shards come when needed."""
+    return (folder / ORIGIN).exists()
 
 
 def mirror(url: str, cache_dir: Path) -> Path:
@@ -140,7 +176,7 @@ def local_shard(folder: Path, shard: ShardInfo, cache_bytes: int | None = None) 
         UserError: when it cannot be copied, naming its URL.
     """
     path = folder / shard.name
-    if not (folder / ORIGIN).exists():
+    if not is_mirror(folder):
         return path
     with _locked(path.with_suffix(".lock")):
         if not path.exists():

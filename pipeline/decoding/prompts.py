@@ -1,6 +1,7 @@
 """Prompts from the command line, from a text file, or many from a JSON-lines file; and which of
 many a process continues, where several share them."""
 
+import json
 import os
 import re
 import sys
@@ -13,7 +14,6 @@ import torch
 
 from tidar_common.config import array_share
 from tidar_common.errors import UserError
-from tidar_common.jsonlines import parse_strictly
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,33 @@ class FilePrompts:
 
 
 def read_prompts(path: Path, key: str) -> list[PromptRow]:
-    """The prompts of `path` in order; empty lines are skipped.
+    """The prompts of `path` in order; empty lines are skipped. A prompt that is not UTF-8, as bytes
+    or as half a surrogate pair in JSON, is left out, with a line on stderr.
 
     Raises:
         UserError: naming `key`, the file and the line that cannot be used, or an id given twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} is not a file of UTF-8 text ({error})") from error
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read ({error.strerror})") from error
     rows: list[PromptRow] = []
-    for number, values in parse_strictly(lines, f"{key}: {path}"):
-        prompt = values.get("prompt")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line.decode())
+            prompt = values["prompt"]
+            if isinstance(prompt, str):
+                prompt.encode()
+        except UnicodeError as error:
+            reason = f"{key}: {path}:{number + 1}: is not UTF-8 ({error}); left out"
+            print(reason, file=sys.stderr, flush=True)
+            continue
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f'{key}: {path}:{number + 1}: not a JSON object with a "prompt" ({error!r})'
+            ) from error
         if not isinstance(prompt, str):
             raise UserError(f'{key}: {path}:{number}: "prompt" must be there, and be a text')
         name, category = str(values.get("id", number - 1)), values.get("category")
@@ -142,16 +157,26 @@ def read_prompts(path: Path, key: str) -> list[PromptRow]:
 
 
 def read_prompt(prompt: str, prompt_file: str | None) -> str:
-    """The text to continue: `prompt`, standard input for `-`, or the content of `prompt_file`."""
-    if prompt_file is None:
-        return sys.stdin.read() if prompt == "-" else prompt
-    if prompt:
-        raise UserError("prompt: given together with prompt_file; use one of them")
-    path = Path(prompt_file).expanduser()
+    """The text to continue, letter for letter: `prompt`, standard input for `-`, or the content of
+    `prompt_file`.
+
+    Raises:
+        UserError: naming the key, where it is not UTF-8 or cannot be read.
+    """
+    key = "prompt: standard input" if prompt == "-" else "prompt"
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file: {path} is not a file of UTF-8 text ({error})") from error
+        if prompt_file is not None:
+            if prompt:
+                raise UserError("prompt: given together with prompt_file; use one of them")
+            path = Path(prompt_file).expanduser()
+            key = f"prompt_file: {path}"
+            return path.read_bytes().decode()
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode()
+        prompt.encode()  # what was not UTF-8 on the command line is half a surrogate pair here
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{key}: is not UTF-8 text ({error})") from error
+    return prompt
 
 
 def output_file(output: str | None) -> Path:

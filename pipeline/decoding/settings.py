@@ -1,5 +1,6 @@
 """Settings of `tidar-generate`; torch is imported where decoding begins."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -163,7 +164,7 @@ class GenerateConfig:
             sampling=self.sampling(),
             max_new_tokens=self.max_new_tokens,
             eos_id=tokenizer.eos_id,
-            stop=StopStrings(tokenizer, tuple(self.stop)) if self.stop else None,
+            stop=StopStrings(tokenizer, tuple(map(unescaped, self.stop))) if self.stop else None,
             batch_size=self.batch_size if self.has_many else 1,
             draft_model=draft_model,
             confidence=self.confidence,
@@ -180,6 +181,20 @@ class GenerateConfig:
         if isinstance(self.blocks, str):
             return None if self.blocks == "all" else self.blocks
         return tuple(self.blocks)
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with \n, \t, \r, \\ and \uXXXX as what they stand for: Hydra keeps them as they are
+    typed. A backslash before anything else is a backslash."""
+
+    def meant(match: re.Match[str]) -> str:
+        code = match[1]
+        return chr(int(code[1:], 16)) if code[0] == "u" else ESCAPES[code]
+
+    return re.sub(r"\\(n|t|r|\\|u[0-9a-fA-F]{4})", meant, text)
 
 
 ABOUT = """\

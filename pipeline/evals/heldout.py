@@ -14,7 +14,7 @@ from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import ShardReader
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.data.mix import MixedSet
-from pipeline.data.place import local_shard
+from pipeline.data.place import check_shards, local_shard
 from pipeline.data.source import LayoutChoice, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
@@ -37,10 +37,11 @@ class HeldOut:
         """`mix` are the sets that the model was trained on together, if there were several.
 
         Raises:
-            UserError: when the folder, or that of a set, has no held-out split.
+            UserError: when the folder, or that of a set, has no held-out split, or not all of it.
         """
         if manifest.heldout.sequences == 0:
             raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
+        check_shards(data_dir, manifest.heldout.shards, "data.dir")
         self.manifest = manifest
         self._data_dir = data_dir
         self._mix = {part.name: HeldOut(part.dir, part.manifest) for part in mix}
@@ -128,6 +129,28 @@ class HeldOut:
         rows = rows[: config.prompts]
         texts = [tokenizer.encode(row.prompt)[: config.prompt_tokens] for row in rows]
         return [text or [tokenizer.eos_id] for text in texts], [row.category for row in rows]
+
+    def shortages(self, config: DecodeSpeedConfig) -> list[str]:
+        """A line for each thing that the eval has less of than `config` asks for, with its key."""
+        prompts, sequences = len(self.prompts_for(config)[0]), self.manifest.heldout.sequences
+        more = "prepare more, or with a larger heldout_fraction"
+        lines = []
+        if prompts < config.prompts:
+            what = f"held-out documents of more than {config.prompt_tokens} tokens"
+            remedy = f"{more}, or lower prompt_tokens or this"
+            if config.prompts_file is not None:
+                what, remedy = f"prompts in {config.prompts_file}", "lower this"
+            lines.append(
+                f"evals.decode_speed.prompts: {config.prompts} asked for, but there are only "
+                f"{prompts} {what}, which all evals take; {remedy}"
+            )
+        if sequences < config.score_sequences:
+            lines.append(
+                f"evals.decode_speed.score_sequences: {config.score_sequences} asked for, but "
+                f"{self._data_dir} has only {sequences} held-out sequences, which all evals take; "
+                f"{more}, or lower this"
+            )
+        return lines
 
     def controls(self, world: World, drafts: bool = True) -> Controls:
         """The drafts of no model, from the training split; all ranks call it together.

@@ -90,7 +90,16 @@ class TidarLM(TemplateLM):
                 from the left.
             disable_tqdm: unused; there is no bar of our own.
             **kwargs: of other adapters.
+
+        Raises:
+            UserError: for a continuation of more tokens than the model has positions.
         """
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"evals.tasks.tasks: a continuation has {longest} tokens, the model has "
+                f"{self.max_length} positions; leave its task out"
+            )
         results: dict[int, tuple[float, bool]] = {}
         # Neighbours of like length waste little on padding.
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1] + requests[n][2]))

@@ -154,6 +154,8 @@ def run_evals(
         assert heldout is not None, "from_config asks for data"
         if name == "decode_speed":
             step = settings.origin.step
+            for line in heldout.shortages(config):
+                say(f"warning: {line}")
             results[name] = evaluate_decode_speed(model, heldout, config, world, step)
         else:
             results[name] = evaluate_likelihood(model, tokenizer, heldout, config, world)

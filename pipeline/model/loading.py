@@ -55,7 +55,9 @@ def load_model(
         UserError: naming the file, and the tensor or field in it, that cannot be used.
     """
     source = open_model(path)
-    return read_model(source, dtype=dtype, device=device), source.tokenizer()
+    model, tokenizer = read_model(source, dtype=dtype, device=device), source.tokenizer()
+    model.lm_head.known = tokenizer.vocab_size
+    return model, tokenizer
 
 
 def read_model(

@@ -107,9 +107,19 @@ class Decoder(nn.Module):
 class Head(nn.Linear):
     """The LM head: logits, or whatever is made of hidden states and the head's matrix together."""
 
+    known: int | None = None
+    """Ids of the tokenizer: rows behind them, as of a padded matrix, are no text, and have the
+    smallest logit there is. None where all are text."""
+
     def forward(self, input: Tensor, then: Finish | None = None) -> Any:
-        # Called in here, the matrix is whole even where ZeRO 3 has cut it up.
-        return super().forward(input) if then is None else then(input, self.weight)
+        if then is not None:
+            # Called in here, the matrix is whole even where ZeRO 3 has cut it up.
+            return then(input, self.weight)
+        logits = super().forward(input)
+        if self.known is not None and self.known < logits.shape[-1]:
+            # Not -inf, which a weight of 0 would make nan.
+            logits[..., self.known :] = torch.finfo(logits.dtype).min
+        return logits
 
 
 class Transformer(nn.Module):

@@ -13,11 +13,10 @@ from urllib.parse import urlparse
 
 import torch
 
-from data_prep.formats.manifest import ShardInfo
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.write import check_identity, read_state
 from pipeline.data.mix import MixedSource
-from pipeline.data.place import is_remote
+from pipeline.data.place import check_shards, is_mirror
 from pipeline.planning.hardware import CPU
 from pipeline.planning.plan import GIB, Plan
 from pipeline.training.due import open_heldout
@@ -32,34 +31,24 @@ def check_data(plan: Plan) -> str:
     """Every training and held-out shard of the manifest is there with its size, and the evals find
     what they need; of the contents only some held-out sequences are read, and nothing at a URL."""
     train = plan.planned.train
-    shards = [*train.manifest.train.shards, *train.manifest.heldout.shards]
-    at_url = is_remote(str(train.data.dir))
-    if not at_url:
-        check_files(train.data_dir, shards)
-    for part in train.mix:
-        if not is_remote(str((train.data.mix or {})[part.name]["dir"])):
-            check_files(part.dir, [*part.manifest.train.shards, *part.manifest.heldout.shards])
+    skip = train.data.skip_damaged
+    sets = [("data.dir", train.data_dir, train.manifest)]
+    sets += [(f"data.mix.{part.name}.dir", part.dir, part.manifest) for part in train.mix]
+    skipped = ""
+    for key, folder, manifest in sets:
+        check_shards(folder, manifest.heldout.shards, key)
+        left_out = check_shards(folder, manifest.train.shards, key, skip_damaged=skip)
+        skipped += f"; {left_out}" if left_out else ""
     source = open_sequences(train)
+    at_url = is_mirror(train.data_dir)
     if not at_url:
         open_heldout(train, model_config(train))
         load_tokenizer(train.data_dir)
     if isinstance(source, MixedSource):
-        return source.describe(train.steps * train.global_batch_size)
+        return source.describe(train.steps * train.global_batch_size) + skipped
     place = "at the URL, not looked at" if at_url else f"in {train.data_dir}"
-    return f"{len(shards)} shards {place}; the run reads them {plan.epochs:.2f} times"
-
-
-def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
-    """Each shard is a file of the manifest's size; raises UserError with the first that is not."""
-    for shard in shards:
-        path = data_dir / shard.name
-        if not path.is_file():
-            raise UserError(f"data.dir: {path} is missing; run tidar-prepare again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"data.dir: {path} has {path.stat().st_size} bytes, the manifest says "
-                f"{shard.bytes}; run tidar-prepare again, or with verify=true to see more"
-            )
+    count = sum(len(split.shards) for split in train.manifest.splits.values())
+    return f"{count} shards {place}; the run reads them {plan.epochs:.2f} times{skipped}"
 
 
 def check_init(plan: Plan) -> str:

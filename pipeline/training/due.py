@@ -1,5 +1,6 @@
 """What is due between steps: saves, and the decode-speed eval. All ranks call these together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ class Saver:
             event = make_event("checkpoint_saved", outcome.step, text, name=outcome.name, **times)
             self.moments.on_event(event)
             self.moments.on_checkpoint(outcome.step, outcome.name)
+            for line in outcome.undeleted:
+                text = f"{line}; the run goes on, and tries again after its next checkpoint"
+                self.moments.on_event(make_event("checkpoint_not_deleted", outcome.step, text))
         elif isinstance(outcome, Failed):
             self.moments.on_event(make_event("checkpoint_failed", outcome.step, outcome.message))
             newest = self.checkpoints.newest()
@@ -87,8 +91,11 @@ class Saver:
                 )
 
 
-def open_heldout(settings: TrainSettings, config: ModelConfig) -> HeldOut:
-    """The held-out split, with which a run's evals can be made.
+def open_heldout(
+    settings: TrainSettings, config: ModelConfig, say: Callable[[str], None] = lambda text: None
+) -> HeldOut:
+    """The held-out split, with which a run's evals can be made; what is short of what they ask for
+    is said.
 
     Raises:
         UserError: before the first step, not at the first eval, for what could not be decoded.
@@ -103,17 +110,25 @@ def open_heldout(settings: TrainSettings, config: ModelConfig) -> HeldOut:
         )
     heldout = HeldOut(settings.data_dir, settings.manifest, settings.mix)
     heldout.prompts(1, evals.prompt_tokens, evals.seed)
+    for line in heldout.shortages(evals):
+        say(f"warning: {line}")
     return heldout
 
 
 class PeriodicEval:
     """Holds what stays the same between evals; all ranks call it together."""
 
-    def __init__(self, settings: TrainSettings, config: ModelConfig, world: World) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        config: ModelConfig,
+        world: World,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.settings = settings.decode_speed
         self.config = config
         self.world = world
-        self.heldout = open_heldout(settings, config)
+        self.heldout = open_heldout(settings, config, say)
         self.tokenizer = load_tokenizer(settings.data_dir)
         self.run_dir = settings.run_dir
         self.init_from = settings.init_from
@@ -136,7 +151,7 @@ class PeriodicEval:
         them was asked to stop meanwhile."""
         if step > 0 or self.init_from is None:
             return True
-        model = full_copy(engine, self.config)
+        model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:
             scores = score_heldout(model, self.heldout, self.settings, self.world, check)
@@ -150,7 +165,7 @@ class PeriodicEval:
     def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow] | None:
         """Rows as in `evals/decode_speed.jsonl`, equal on all ranks; None, on all of them, when any
         was asked to stop meanwhile."""
-        model = full_copy(engine, self.config)
+        model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:
             rows = evaluate_decode_speed(

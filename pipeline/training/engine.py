@@ -180,11 +180,11 @@ def updates_refused(engine: Any, refuses: Refuses | None = None) -> Iterator[lis
         inner.step = update
 
 
-def full_copy(engine: Any, config: ModelConfig) -> Transformer:
+def full_copy(engine: Any, config: ModelConfig, known: int | None = None) -> Transformer:
     """A plain model with the engine's current weights, on every rank; all ranks must call it.
 
     Evals decode with this copy: forwards through a partitioned module would need all ranks in
-    step, and decoding is different on each.
+    step, and decoding is different on each. `known` are the ids of the tokenizer (`Head`).
     """
     import deepspeed
 
@@ -197,6 +197,7 @@ def full_copy(engine: Any, config: ModelConfig) -> Transformer:
             source = parameters[name]
             with deepspeed.zero.GatheredParameters([source], enabled=partitioned):
                 target.copy_(source)
+    model.lm_head.known = known
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from pipeline.checkpoint.write import Checkpoints
 from pipeline.data.batch import Batch, Share, step_batches
 from pipeline.data.mix import MixedSource, mix_identity
 from pipeline.data.order import TrainState
+from pipeline.data.place import check_shards
 from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
@@ -77,6 +78,7 @@ def make_deterministic(say: Say) -> None:
 def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     settings.check_device(world.device)
+    check_data(settings, world, say)
     source = open_sequences(settings, say)
     checked = preflight.wanted(settings.preflight, world)
     preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
@@ -93,7 +95,7 @@ def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say
         share = alone_share(settings, config)
         preflight_s += preflight.try_step(engine, settings, source, world, say, share)
 
-    evals = PeriodicEval(settings, config, world)
+    evals = PeriodicEval(settings, config, world, say)
     trackers = build_trackers(settings, world, say)
     anomalies = Anomalies(settings.anomalies)
     mask_embedding = MaskEmbedding(engine.module.model, config.mask_token_id, settings.mask_guard)
@@ -154,6 +156,26 @@ def drafting_config(settings: TrainSettings) -> ModelConfig:
             f"{settings.manifest.sequence_length} tokens; raise it or prepare shorter sequences"
         )
     return config
+
+
+def check_data(settings: TrainSettings, world: World, say: Say) -> None:
+    """Look on every node whether the training shards are there; raises UserError on all ranks
+    where one is not, unless `data.skip_damaged` is on."""
+    sets = [(f"data.mix.{one.name}.dir", one.dir, one.manifest) for one in settings.mix]
+    problem, skip = None, settings.data.skip_damaged
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for key, folder, manifest in sets or [
+                ("data.dir", settings.data_dir, settings.manifest)
+            ]:
+                skipped = check_shards(folder, manifest.train.shards, key, skip_damaged=skip)
+                if skipped is not None:
+                    say(f"warning: {skipped}")
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in world.gather(problem) if text is not None]
+    if problems:
+        raise UserError(problems[0])
 
 
 def open_sequences(settings: TrainSettings, say: Say = lambda text: None) -> Source:

@@ -81,6 +81,21 @@ def test_drawn_blocks_use_the_budget_and_reach_every_block():
     assert chosen == set(range(0, 400, 8))
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_position_is_drafted_as_often_as_any_other(shift):
+    """Away from the ends, where blocks of a moving grid may be cut."""
+    seeds, coverage, size = 2000, 0.25, 4
+    drafted = np.zeros(64)
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        layout = build_layout([64], size, coverage=coverage, shift=shift, rng=rng)
+        drafted[layout.slot_position] += 1
+    inner = drafted[size:-size]
+    mean = inner.mean()
+    assert mean == pytest.approx(seeds * coverage, rel=0.1)
+    assert np.abs(inner - mean).max() < 5 * mean**0.5
+
+
 def test_slot_positions_run_through_each_block():
     layout = build_layout([9, 6], 4, coverage=0.6, rng=np.random.default_rng(3))
     expected = [

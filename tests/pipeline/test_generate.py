@@ -1,5 +1,6 @@
 """`tidar-generate`: any prompt, text as it comes, one summary, quiet when the reader leaves."""
 
+import io
 import random
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import commands
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from small_models import (
@@ -20,9 +22,13 @@ from small_models import (
 
 from pipeline import generate as command
 from pipeline.decoding import generate, terminal
+from pipeline.decoding.prompts import read_prompt, read_prompts
+from pipeline.decoding.settings import GenerateConfig
 from pipeline.decoding.text import TextStream, token_texts
 from pipeline.model.loading import load_model
 from tidar_common import cli
+from tidar_common.config import parse
+from tidar_common.errors import UserError
 
 PROMPTS = [
     'def f(x: int = 3):\n\treturn {"a": [1, 2], \'b\': f(x)}  # "q" \'r\'\r\n',
@@ -119,6 +125,71 @@ def test_the_real_command_line(checkpoint):
     first, *rest = done.stderr.decode().splitlines()
     assert first.startswith(f"tidar: {tokens} tokens, ")
     assert [line.startswith("step chosen while decoding: ") for line in rest] in ([], [True])
+
+
+def test_prompts_are_taken_letter_for_letter_and_refused_where_they_are_not_text(
+    monkeypatch, tmp_path
+):
+    crlf = b"line one\r\nline two\r\n"
+    (tmp_path / "crlf.txt").write_bytes(crlf)
+    assert read_prompt("", str(tmp_path / "crlf.txt")) == crlf.decode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(crlf)))
+    assert read_prompt("-", None) == crlf.decode()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"^prompt_file: .*latin\.txt: is not UTF-8 text"):
+        read_prompt("", str(tmp_path / "latin.txt"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    with pytest.raises(UserError, match=r"^prompt: standard input: is not UTF-8 text"):
+        read_prompt("-", None)
+    with pytest.raises(UserError, match=r"^prompt: is not UTF-8 text"):
+        read_prompt("caf\udce9", None)  # as Python gives such a byte of the command line
+
+
+def test_prompts_of_a_file_that_are_not_text_are_told_and_the_others_read(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(
+        b'{"prompt": "fine"}\r\n{"prompt": "half \\ud83d pair"}\n{"prompt": "caf\xe9"}\n'
+        b'{"prompt": "\\ud83d\\ude42"}\n'
+    )
+    rows = read_prompts(path, "prompts_file")
+    assert [(row.id, row.prompt) for row in rows] == [("0", "fine"), ("3", "\U0001f642")]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": is not UTF-8")[0] for line in told] == [
+        f"prompts_file: {path}:{number}" for number in (2, 3)
+    ]
+
+
+def test_escapes_in_stop_strings_are_what_they_stand_for():
+    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
+        stops = r'stop=["\n\n", "a\tb", "\\n", "\u00e9", "\d"]'
+        cfg = compose("generate", ["checkpoint=x", stops])
+    options = parse(GenerateConfig, cfg, "").options(sentencepiece_tokenizer(), print)
+    assert options.stop is not None
+    assert options.stop.strings == ("\n\n", "a\tb", "\\n", "é", "\\d")
+
+
+def test_rows_behind_the_tokenizer_are_never_drawn(tmp_path):
+    """A matrix padded for tensor cores, whose rows behind the text are the likeliest."""
+    tokenizer = sentencepiece_tokenizer()
+    known = tokenizer.vocab_size
+    model = random_model(small_config(vocab_size=known + 60)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[known:] *= 30
+    folder = write_checkpoint(tmp_path / "step", model, tokenizer)
+    loaded, _ = load_model(folder, device="cpu")
+    for options in (
+        {"method": "ar"}, {"temperature": 3.0}, {"temperature": 3.0, "trust": 0.0},
+        {"temperature": 1.0, "trust": 0.5, "repetition_penalty": 1.5},
+        {"method": "block_diffusion", "temperature": 1.0}, {"temperature": 0.0},
+    ):  # fmt: skip
+        drawn = generate(loaded, [3, 4], max_new_tokens=24, **options).tokens
+        assert max(drawn) < known, options
+        wild = generate(model, [3, 4], max_new_tokens=24, **options).tokens
+        assert max(wild) >= known, options
+    with torch.no_grad():
+        some, every = (one(torch.tensor([[3, 4]])) for one in (loaded, model))
+    expected = torch.log_softmax(every[..., :known], -1)
+    torch.testing.assert_close(torch.log_softmax(some, -1)[..., :known], expected)
 
 
 def test_prompts_from_standard_input_and_files(monkeypatch, capsys, checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """The same numbers in Weights & Biases. W&B never stops a run: when it fails, it says so once."""
 
 import json
+import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from tidar_common.page import Section, page
 from tidar_common.run_files import DECODE_SPEED, EXAMPLE
 
 OVER_TOKENS = ("train/*", "decode/*")
-OVER_STEPS = ("data/*", "system/*")
+OVER_STEPS = ("data/*", "system/*", "events/*")
 """The axis each group of panels has at first; both axes are in every row."""
 TABLE = (
     "step", "method", "temperature", "block_size", "tokens_per_forward", "tokens_per_second",
@@ -63,17 +64,17 @@ class Wandb(Tracker):
         self.tokens = 0
 
     def on_start(self, state: TrainState) -> None:
+        self.tokens = state.tokens
         if self.config.mode != "disabled":
             self._guard("start", self._start)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.tokens = metrics.tokens
-        self._log(metrics.step, step_values(metrics))
+        self._log(step_values(metrics))
 
     def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            axes = {"step": row["step"]} | ({"tokens": self.tokens} if self.tokens else {})
-            self._log(row["step"], axes | eval_values(row))
+            self._log({"step": row["step"], "tokens": self.tokens} | eval_values(row))
         if rows and self.run is not None:
             self._guard("draw", lambda: self._log_pictures(rows[0]["step"]))
 
@@ -92,7 +93,8 @@ class Wandb(Tracker):
             self._guard("alert", lambda: run.alert(title=title, text=event["message"]))
         details = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
         if details:
-            self._log(event["step"], {f"events/{kind}/{k}": v for k, v in details.items()})
+            named = {f"events/{kind}/{k}": v for k, v in details.items()}
+            self._log({"step": event["step"]} | named)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         run = self.run
@@ -104,6 +106,8 @@ class Wandb(Tracker):
 
         folder = self.run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("offline-run-*/*.wandb"):
+            cut_torn_record(file)
         self.run = wandb.init(
             id=run_id(folder),
             resume="allow",
@@ -130,7 +134,8 @@ class Wandb(Tracker):
 
         rows = read_whole(self.run_dir / DECODE_SPEED)
         table = [[row.get(column) for column in TABLE] for row in rows]
-        values: dict[str, Any] = {"decode/table": wandb.Table(columns=list(TABLE), data=table)}
+        values: dict[str, Any] = {"step": step, "tokens": self.tokens}
+        values["decode/table"] = wandb.Table(columns=list(TABLE), data=table)
         sources = sources_table(rows)
         if sources:
             names: list[str | int] = ["step", "temperature", "source", *SOURCES_TABLE]
@@ -146,7 +151,7 @@ class Wandb(Tracker):
             content = json.loads(example.read_text(encoding="utf-8"))
             shown = page("Generation", [Section("", generation(content))])
             values["decode/generation"] = wandb.Html(shown, inject=False)
-        self.run.log(values, step=step)
+        self.run.log(values)
 
     def _log_checkpoint(self, step: int, name: str) -> None:
         import wandb
@@ -158,10 +163,12 @@ class Wandb(Tracker):
         artifact.add_reference(folder.as_uri(), name=name, checksum=False)
         self.run.log_artifact(artifact, aliases=["latest", name])
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any]) -> None:
+        """A row of its own, with the axes in it. W&B's own step only counts rows: it drops what
+        comes under a step that it has passed, as an eval made up after a restart does."""
         run = self.run
         if run is not None:
-            self._guard("log", lambda: run.log(values, step=step))
+            self._guard("log", lambda: run.log(values))
 
     def _guard(self, what: str, action: Callable[[], Any]) -> None:
         try:
@@ -172,6 +179,35 @@ class Wandb(Tracker):
                 f"warning: W&B could not {what} ({error}); training goes on without it, "
                 "metrics.jsonl has all numbers"
             )
+
+
+def cut_torn_record(path: Path) -> None:
+    """Cut off what a kill has left of an earlier start's last record: `wandb sync` stops at a file
+    that ends in the middle of one, and leaves all files behind it.
+
+    The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) behind a header of 7
+    bytes: blocks of 32 KiB, in them pieces of records, each behind checksum, length and kind.
+    """
+    size, header, block, full, last = path.stat().st_size, 7, 1 << 15, 1, 4
+    place = whole = header
+    with path.open("r+b") as file:
+        while place < size:
+            room = block - place % block
+            if room < header:  # too little for a piece: filled with zeros
+                place += room
+                continue
+            file.seek(place)
+            head = file.read(header)
+            if len(head) < header:
+                break
+            _, length, kind = struct.unpack("<IHB", head)
+            place += header + length
+            if place > size or not full <= kind <= last:
+                break
+            if kind in (full, last):  # a whole record, or the end of one in several pieces
+                whole = place
+        if whole < size:
+            file.truncate(whole)
 
 
 def acceptance_map(rows: Sequence[Mapping[str, Any]]) -> Markup | None:

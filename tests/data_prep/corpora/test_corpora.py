@@ -48,7 +48,7 @@ def test_a_text_folder_is_read_in_order_of_path(tmp_path):
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "e.txt").write_text("")
     documents, refused = read(kind="text_folder", path=str(tmp_path))
-    assert documents == [("a.txt", "1"), ("b/two.txt", "2")]
+    assert documents == [("a.txt", "1"), ("b/two.txt", "2"), ("c.md", "3")]
     assert refused == {"not UTF-8": 1, "empty": 1}
     assert read(kind="text_folder", path=str(tmp_path), glob="*.md")[0] == [("c.md", "3")]
     one = read(kind="text_folder", path=str(tmp_path / "a.txt"))
@@ -148,9 +148,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
         (b'{"text": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"body": "a"}', "has no field 'text'"),
-        (b'["text"]', "has no field 'text'"),
+        (b'["text"]', "a JSON array, not an object; write one object a line"),
+        (b'"text"', "a JSON string, not an object"),
         (b'{"text": 3}', "field 'text' is not text"),
-        (b'{"text": null}', "field 'text' is not text"),
     ],
 )
 def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, text):
@@ -283,3 +283,77 @@ def test_a_bad_corpus_section_is_named(tmp_path, section, text):
     filled = {key: str(tmp_path) if value == "{tmp}" else value for key, value in section.items()}
     with pytest.raises(UserError, match=text):
         read(**filled)
+
+
+def test_a_null_is_empty_text_in_json_lines_as_in_tables(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "b", "prompt": null}\n')
+    keys = {"kind": "jsonl", "path": str(tmp_path)}
+    corpus, refused = open_corpus(OmegaConf.create(keys)), Counter()
+    assert [document.text for document in corpus.documents(None, refused)] == ["b"]
+    assert refused == {"empty": 1}
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text(lines[1] + "\n")
+    corpus = open_corpus(OmegaConf.create({**keys, "prompt_field": "prompt"}))
+    assert [document.pieces for document in corpus.documents()] == [("b",)]
+
+
+@pytest.mark.parametrize("content", ['[\n{"text": "a"}\n]', '[{"text": "a"},\n{"text": "b"}]',
+                                     '{\n "text": "a"\n}'])  # fmt: skip
+def test_json_over_several_lines_is_told_from_a_broken_line(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    corpus = open_corpus(OmegaConf.create({"kind": "jsonl", "path": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: JSON over several lines; write one object"):
+        list(corpus.documents())
+
+
+def test_files_of_lines_by_other_names(tmp_path):
+    """A folder's *.json are something else where *.jsonl stand beside them."""
+    line = b'{"text": "x"}\n'
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "a.json").write_bytes(line)
+    (tmp_path / "c4" / "b.json.gz").write_bytes(gzip.compress(line))
+    write_zst(tmp_path / "c.json.zstd", line)
+
+    def files() -> list[str]:
+        return [identity for identity, _ in read(kind="jsonl", path=str(tmp_path))[0]]
+
+    assert files() == ["a.json:0", "c.json.zstd:0", "c4/b.json.gz:0"]
+    write_zst(tmp_path / "c.jsonl.zstd", line)
+    assert files() == ["c.jsonl.zstd:0"]
+
+
+def test_stars_in_a_path_stand_for_files_and_folders(tmp_path):
+    for name in ("web-1/a.txt", "web-2/deep/b.md", "books/c.txt", "web-3.txt", "web-1/d.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def names(path: str) -> list[str]:
+        return [name for name, _ in read(kind="text_folder", path=f"{tmp_path}/{path}")[0]]
+
+    assert names("web-*") == ["web-1/a.txt", "web-2/deep/b.md", "web-3.txt"]
+    assert names("web-1/*") == ["a.txt", "d.html"], "files that a path names are taken as they are"
+    assert names("**/b.md") == ["web-2/deep/b.md"]
+    with pytest.raises(UserError, match=r"^corpus\.path: no file matching"):
+        names("none-*")
+    (tmp_path / "odd[1]").mkdir()
+    (tmp_path / "odd[1]" / "e.txt").write_text("e")
+    assert names("odd[1]") == ["e.txt"]
+
+
+def test_folders_that_are_links_are_read_once_and_without_loops(tmp_path):
+    for name in ("corpus/real/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = tmp_path / "corpus"
+    (corpus / "another").symlink_to(tmp_path / "elsewhere")
+    (corpus / "same").symlink_to(corpus / "real")
+    (corpus / "real" / "loop").symlink_to(corpus)
+    (corpus / "0.txt").symlink_to(corpus / "real" / "a.txt")
+    (corpus / "file.txt").symlink_to(tmp_path / "elsewhere" / "deep" / "c.txt")
+    (corpus / "broken.txt").symlink_to(tmp_path / "nowhere")
+    read_names = [name for name, _ in read(kind="text_folder", path=str(corpus))[0]]
+    assert read_names == ["another/b.txt", "another/deep/c.txt", "real/a.txt"]
+    (tmp_path / "link").symlink_to(corpus)
+    assert [
+        name for name, _ in read(kind="text_folder", path=str(tmp_path / "link"))[0]
+    ] == read_names

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_groups import groups_of
 
+from data_prep.formats.manifest import ShardInfo
 from data_prep.formats.shards import (
     PackedSequence,
     ShardReader,
@@ -20,6 +21,7 @@ from data_prep.formats.shards import (
     group_offsets,
     read_shard,
     write_shard,
+    wrong_sizes,
 )
 from data_prep.layout import COLUMNS, build_layout
 from tidar_common.errors import UserError
@@ -284,3 +286,21 @@ def test_missing_members_are_named():
         ValueError, match=r"members missing: document_lengths\.npy, layout\.npy, continued\.npy"
     ):
         decode_group({"tokens.npy": b""})
+
+
+def test_wrong_sizes_are_told_in_order_and_nothing_is_read(tmp_path):
+    (tmp_path / "train").mkdir()
+    shards = [ShardInfo(f"train/{n:06d}.tar", 1, 1, 0, n % 7, "") for n in range(300)]
+    for shard in shards:
+        (tmp_path / shard.name).write_bytes(b"?" * shard.bytes)
+    assert wrong_sizes(tmp_path, shards) == []
+    assert wrong_sizes(tmp_path, []) == []
+    missing, short, long = (tmp_path / shards[n].name for n in (5, 41, 299))
+    missing.unlink()
+    short.write_bytes(b"?" * 5)
+    long.write_bytes(b"?" * 6)
+    assert wrong_sizes(tmp_path, shards) == [
+        f"{missing} is missing",
+        f"{short} has 5 bytes, the manifest says 6",
+        f"{long} has 6 bytes, the manifest says 5",
+    ]

@@ -86,15 +86,12 @@ def test_workers_stay_for_the_next_stage(job):
 
 def test_an_exception_ends_the_workers_in_the_middle(job):
     preparation, tasks = job
-    started = []
 
     def interrupt(*_):
-        started.append(time.monotonic())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
         workers.run(run_task, tasks * 50, preparation, interrupt)
-    assert time.monotonic() - started[0] < 5
     assert multiprocessing.active_children() == []
 
 

@@ -132,3 +132,58 @@ def test_a_mask_of_its_own_is_used(folder):
     model.save(str(path))
     loaded = load_tokenizer(path)
     assert (loaded.mask_id, loaded.vocab_size) == (500, 502)
+
+
+def test_the_saved_file_adds_nothing_in_front_either(folder, tmp_path):
+    """Others read it, transformers first, and training never saw the token."""
+    from transformers import AutoTokenizer
+
+    loaded = load_tokenizer(folder)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    loaded.save(saved)
+    text = "def f(x): return x"
+    assert AutoTokenizer.from_pretrained(saved)(text).input_ids == loaded.encode(text)
+    assert load_tokenizer(saved).content() == loaded.content()
+
+
+def own_piece():
+    """A unigram model that has `</s>` in its own vocabulary."""
+    model = tokenizers.Tokenizer(models.Unigram())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
+    )
+    model.train_from_iterator(["of the and to in is it you < / s > | endoftext"] * 50, trainer)
+    return model, "</s>"
+
+
+def added_piece():
+    """A byte-level BPE with an added token that it does not call special."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet)
+    model.train_from_iterator(["of the and to in is it you"] * 50, trainer)
+    model.add_tokens([AddedToken("<|endoftext|>", special=False, normalized=False)])
+    return model, "<|endoftext|>"
+
+
+@pytest.mark.parametrize("make", [own_piece, added_piece])
+def test_control_tokens_never_come_out_of_text_whatever_the_file_makes_of_them(make, tmp_path):
+    model, eos = make()
+    model.save(str(tmp_path / "tokenizer.json"))
+    text = f"of the and{eos}to in {eos} it is{eos}{eos}"
+    assert model.token_to_id(eos) in model.encode(text, add_special_tokens=False).ids
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_id == model.token_to_id(eos)
+    control = {loaded.eos_id, loaded.bos_id, loaded.mask_id}
+    for encoder in loaded.encoders:
+        (ids,) = loaded.encode_batch([text], encoder)
+        assert not control & set(ids.tolist())
+        assert loaded.decode(ids.tolist()) == text
+    plain = "of the and to in it is"
+    assert loaded.encode(plain) == model.encode(plain, add_special_tokens=False).ids
+    assert pickle.loads(pickle.dumps(loaded)).encode(text) == loaded.encode(text)

@@ -36,6 +36,16 @@ def test_epochs_and_seeds_differ_and_repeat_exactly():
     assert [(p.shard, p.index) for p in places(other, 0)] != first
 
 
+def test_one_shard_has_another_order_in_every_epoch():
+    """Of its groups, and of the sequences inside each."""
+    order = SequenceOrder([64], group_size=8, seed=3)
+    epochs = [[place.index for place in places(order, epoch)] for epoch in range(6)]
+    assert len({tuple(n // 8 for n in indexes) for indexes in epochs}) == 6
+    for group in range(8):
+        inside = {tuple(n for n in indexes if n // 8 == group) for indexes in epochs}
+        assert len(inside) == 6
+
+
 def test_shards_and_groups_are_read_in_one_piece():
     seen = places(SequenceOrder(SIZES, group_size=4, seed=5), 0)
     groups = [(place.shard, place.index // 4) for place in seen]

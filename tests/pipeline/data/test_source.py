@@ -17,7 +17,7 @@ from commands import run, train_small
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from pipeline.data.batch import Share, ahead, make_batch, sequence_digest, step_batches
-from pipeline.data.place import DataConfig
+from pipeline.data.place import ORIGIN, DataConfig, check_shards
 from pipeline.data.source import LayoutChoice, SequenceSource
 from tidar_common.errors import UserError
 
@@ -144,6 +144,25 @@ def test_a_missing_shard_is_named(data_dir, manifest, tmp_path):
     source = make_source(tmp_path, manifest)
     with pytest.raises(UserError, match=r"train/00000\d\.tar: missing or damaged shard"):
         source[0]
+
+
+def test_shards_that_are_not_there_are_named_before_they_are_reached(data_dir, manifest, tmp_path):
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    train = manifest.train.shards
+    assert check_shards(folder, train, "data.dir") is None
+    last = folder / train[-1].name
+    last.unlink()
+    said = f"data.mix.code.dir: {last} is missing"
+    for skip, remedy in ((None, "run tidar-prepare again$"), (False, "data.skip_damaged=true")):
+        with pytest.raises(UserError, match=f"^{said}; .*{remedy}"):
+            check_shards(folder, train, "data.mix.code.dir", skip_damaged=skip)
+    warning = check_shards(folder, train, "data.mix.code.dir", skip_damaged=True)
+    assert warning == f"{said}; left out, as data.skip_damaged says"
+    (folder / train[0].name).write_bytes(b"?")
+    with pytest.raises(UserError, match=rf"has 1 bytes.* \(and 1 more of {len(train)} shards\)"):
+        check_shards(folder, train, "data.dir")
+    (folder / ORIGIN).touch()  # the folder stands for a URL: shards come when they are needed
+    assert check_shards(folder, train, "data.dir") is None
 
 
 def test_a_damaged_shard_is_left_out_on_request(data_dir, manifest, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from decoding_models import CPU, MASK, VOCABULARY, make_model, random_prompts
 from small_models import sentencepiece_tokenizer
 
-from pipeline.decoding import DecodeOptions, Sampling, generate, generate_batch, stream
+from pipeline.decoding import DecodeOptions, Sampling, batch, generate, generate_batch, stream
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.generation import finish_each, open_engine
@@ -35,6 +35,23 @@ def test_a_prompt_is_taken_when_a_row_is_free_for_it(model):
         assert len(taken) < len(found) + 3
     alone = generate_batch(model, prompts, DecodeOptions(max_new_tokens=9, eos_id=2))
     assert [found[number] for number in range(len(prompts))] == [run.tokens for run in alone]
+
+
+def test_a_forward_s_seconds_are_those_that_it_took(model, monkeypatch):
+    """By a clock that only forwards move: one each, the prompt's pieces and the last step too."""
+    hidden, passed = model.hidden, [0]
+
+    def counted(*arguments, **options):
+        passed[0] += 1
+        return hidden(*arguments, **options)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    monkeypatch.setattr(batch, "clock", lambda device: float(passed[0]))
+    options = DecodeOptions(max_new_tokens=9, prefill_chunk=3)
+    (run,) = generate_batch(model, random_prompts(3, (7,), VOCABULARY), options)
+    assert run.forwards == passed[0] > 3
+    assert (run.prefill_seconds, run.seconds) == (3.0, float(run.forwards))
+    assert [seconds for _, seconds in run.steps] == [1.0] * (run.forwards - 3)
 
 
 @pytest.mark.parametrize("block_size", range(1, 17))

@@ -105,6 +105,11 @@ def sampled_pairs(model, sampling, shape=None, **options) -> torch.Tensor:
     return pair_counts(texts[:, 1], texts[:, 2])
 
 
+def first_counts(texts: torch.Tensor) -> torch.Tensor:
+    """Counts of the first new token, [V]."""
+    return torch.bincount(texts[:, 0], minlength=VOCABULARY).float()
+
+
 def pair_counts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     counts = torch.bincount(left * VOCABULARY + right, minlength=VOCABULARY**2)
     return counts.view(VOCABULARY, VOCABULARY).float()
@@ -149,7 +154,9 @@ def model():
 def test_output_is_distributed_as_ar_and_wrong_samplers_are_caught(model, name, monkeypatch):
     sampling = Sampling(**{"temperature": 1.0, **SETTINGS[name]})
     probabilities = expected_pairs(model, sampling)
-    assert p_value(sampled_pairs(model, sampling), probabilities) > 1e-3
+    texts = sampled_texts(model, sampling, StepShape.full(3))
+    assert p_value(pair_counts(texts[:, 1], texts[:, 2]), probabilities) > 1e-3
+    assert p_value(first_counts(texts), reference(model, PROMPT, sampling)) > 1e-3
     assert p_value(sampled_pairs(model, sampling, same_stream=True), probabilities) < 1e-6
     for wrong in (without_correction, accept_always):
         monkeypatch.setattr(engine, "verify", wrong)
@@ -178,10 +185,12 @@ def test_trust_below_one_is_the_law_of_the_mixed_logits_and_not_that_of_ar(model
 
 def test_a_setting_left_out_is_caught(model):
     """Power of the same test against output that follows the plain distribution instead."""
-    plain = sampled_pairs(model, Sampling(temperature=1.0))
+    texts = sampled_texts(model, Sampling(temperature=1.0), StepShape.full(3))
+    plain = pair_counts(texts[:, 1], texts[:, 2])
     for name in SETTINGS.keys() - {"plain"}:
         sampling = Sampling(**{"temperature": 1.0, **SETTINGS[name]})
         assert p_value(plain, expected_pairs(model, sampling)) < 1e-6, name
+        assert p_value(first_counts(texts), reference(model, PROMPT, sampling)) < 1e-6, name
 
 
 SHAPES = [StepShape(3, 3, (1,)), StepShape(3, 3, (1, 3)), StepShape(3, 3), StepShape(1)]
@@ -275,6 +284,14 @@ def test_verify_when_draft_and_target_agree_to_the_bit():
             assert accepted.tolist() == [1]
 
 
+def test_a_draft_that_the_target_rules_out_is_never_accepted():
+    """Not even by the smallest number that can be drawn."""
+    p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
+    uniform = torch.zeros(1, 2, dtype=torch.float64)
+    accepted, token = verify(torch.tensor([[0]]), torch.tensor([[[1.0, 0.0]]]), p, uniform)
+    assert (accepted.tolist(), token.tolist()) == ([0], [1])
+
+
 def test_a_row_without_a_draft_accepts_none_and_draws_from_p():
     """Its drafts are left over from before; neither they nor their q may count."""
     p = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]).expand(2, 2, 2)
@@ -308,6 +325,9 @@ def test_top_k_keeps_ties_and_top_p_keeps_the_first():
     assert kept.tolist() == [False, True, True, True, False]
     kept = Sampling(temperature=1.0, top_p=1e-6).probabilities(logits)
     assert kept.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+    at_the_edge = torch.tensor([0.5, 0.25, 0.25]).log()  # the first alone reaches it
+    kept = Sampling(temperature=1.0, top_p=0.5).probabilities(at_the_edge)
+    assert kept.tolist() == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("method", ["ar", "tidar"])

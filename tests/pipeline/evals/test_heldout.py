@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
 from pipeline.evals import heldout
 from pipeline.evals.heldout import HeldOut, Unigram, documents
+from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.objective.acceptance import PairCounts
 from tidar_common.errors import UserError
 
@@ -167,8 +169,27 @@ def test_entropy_of_equal_frequencies():
 
 
 def test_data_without_heldout_split_is_refused(data):
-    from dataclasses import replace
-
     empty = replace(data.manifest, heldout=replace(data.manifest.heldout, sequences=0))
     with pytest.raises(UserError, match="raise heldout_fraction"):
         HeldOut(data.folder, empty)
+
+
+def test_a_held_out_shard_that_is_missing_is_named_at_once(data, tmp_path):
+    folder = shutil.copytree(data.folder, tmp_path / "data")
+    shard = folder / data.manifest.heldout.shards[0].name
+    shard.unlink()
+    with pytest.raises(UserError, match=f"^data.dir: {shard} is missing; "):
+        HeldOut(folder, data.manifest)
+
+
+def test_a_split_smaller_than_the_eval_asks_for_is_told_with_the_key(data):
+    there = len(data.heldout.prompts(1000, 10, seed=0))
+    total = data.manifest.heldout.sequences
+    enough = DecodeSpeedConfig(prompts=there, prompt_tokens=10, score_sequences=total)
+    assert data.heldout.shortages(enough) == []
+    more = replace(enough, prompts=there + 1, score_sequences=total + 1)
+    prompts, sequences = data.heldout.shortages(more)
+    assert prompts.startswith(f"evals.decode_speed.prompts: {there + 1} asked for")
+    assert f"only {there} held-out documents of more than 10 tokens" in prompts
+    assert sequences.startswith(f"evals.decode_speed.score_sequences: {total + 1} asked for")
+    assert f"only {total} held-out sequences" in sequences

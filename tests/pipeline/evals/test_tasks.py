@@ -206,6 +206,22 @@ def test_log_probabilities_are_those_of_single_forwards(data, model, adapter):
 
 
 @needs_lm_eval
+def test_a_continuation_as_long_as_the_model_is_scored_and_a_longer_one_refused(
+    data, model, adapter
+):
+    """Its rows would be those of the request beside it."""
+    limit = model.config.max_positions
+    ids = (data.tokenizer.encode("the quick brown fox ") * limit)[: limit + 2]
+    beside = (None, ids[:3], ids[3:5])
+    longest = (None, ids[:1], ids[1 : limit + 1])
+    got = adapter._loglikelihood_tokens([beside, longest])
+    for (_, context, target), (value, _) in zip((beside, longest), got, strict=True):
+        assert value == pytest.approx(log_probability(model, context, target)[0], rel=1e-4)
+    with pytest.raises(UserError, match=rf"tasks: .* {limit + 1} tokens, .* {limit} "):
+        adapter._loglikelihood_tokens([beside, (None, ids[:1], ids[1:])])
+
+
+@needs_lm_eval
 def test_greedy_continuations_are_recognised(data, model, adapter):
     context = data.tokenizer.encode("the quick")
     greedy = generate(model, context, method="ar", max_new_tokens=4).tokens

@@ -41,7 +41,7 @@ LENGTH = 16
 def sequence(number: int) -> PackedSequence:
     """Some full, some mostly padding, some of many documents."""
     rng = np.random.default_rng(number)
-    lengths, padding = [([16], 0), ([3], 13), ([1] * 8, 8), ([7, 2, 7], 0)][number % 4]
+    lengths, padding = [([16], 0), ([1] * 8, 8), ([3], 13), ([7, 2, 7], 0)][number % 4]
     tokens = rng.integers(1, 18, size=LENGTH)
     documents = np.array([*lengths, padding] if padding else lengths)
     layout = build_layout(lengths, 3, shift=True, rng=rng)
@@ -136,6 +136,7 @@ def test_gradients_are_those_of_the_global_batch(divided, oracle, size, stage):
     assert result["counts"].ar_labels == batch.ar_labels
     assert result["counts"].diffusion_labels == batch.diffusion_labels
     assert result["counts"].clean_tokens == batch.clean_tokens
+    assert result["counts"].attention_pairs == batch.attention_pairs
     assert result["counts"].stop_requests == size - 1
     assert result["sums"] == pytest.approx(sums, rel=1e-5)
     assert result["gradients"].keys() == gradients.keys()
@@ -162,6 +163,14 @@ def test_two_steps_are_the_same_in_one_and_two_processes(
     # rounding its sign may differ: compare on average.
     for name, expected in one["weights"].items():
         assert float((two["weights"][name] - expected).detach().abs().mean()) < bound
+
+
+def test_ranks_have_different_numbers_of_labels():
+    """Guards the tests above: where all have the same, a rank's own number would do."""
+    of_rank = [batches_of(numbers) for numbers in ([0, 2], [1, 3])]
+    for labels in ("ar_labels", "diffusion_labels"):
+        first, second = (sum(getattr(b, labels) for b in batches) for batches in of_rank)
+        assert first != second, labels
 
 
 def test_all_stages_agree(divided):

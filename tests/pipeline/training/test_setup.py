@@ -1,14 +1,19 @@
 """What a run's model is, from its settings."""
 
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from hydra import compose, initialize_config_dir
 
 from data_prep.formats.manifest import Manifest
 from pipeline.checkpoint.write import differences, refuse_changes
+from pipeline.data.place import DataConfig
 from pipeline.planning.plan import flops_at
 from pipeline.planning.settings import Planned
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import model_config, open_sequences, run_identity
+from pipeline.training.setup import check_data, model_config, open_sequences, run_identity
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 
@@ -33,6 +38,25 @@ def test_causal_slots_of_the_layout_are_part_of_the_model(settings):
     assert list(changed) == ["model.causal_slots"]
     with pytest.raises(UserError, match=r"model\.causal_slots=True, this run has .*=False"):
         refuse_changes("step-00000001", changed, [])
+
+
+def test_a_run_looks_for_all_its_shards_before_it_starts(settings, data_dir, tmp_path):
+    """On every node: what any of them misses, all know."""
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    shard = folder / Manifest.load(folder).train.shards[-1].name
+
+    nodes = SimpleNamespace(gather=lambda value: [None, value])
+    run = replace(settings(), data_dir=folder)
+    patient = replace(run, data=DataConfig(skip_damaged=True))
+    said: list[str] = []
+    check_data(run, nodes, said.append)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"^data.dir: {shard} is missing; .*skip_damaged=true"):
+        check_data(run, nodes, said.append)
+    assert said == []
+    check_data(patient, nodes, said.append)
+    (line,) = said
+    assert line.startswith(f"warning: data.dir: {shard} is missing")
 
 
 def test_linear_drafts_are_part_of_the_model_and_need_a_head(settings):

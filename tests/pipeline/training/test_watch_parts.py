@@ -1,5 +1,6 @@
 """Time limits, retention, spikes and slow ranks, without a run."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.retention import CheckpointConfig, delete_old, steps_to_keep
+from pipeline.checkpoint.retention import (
+    CheckpointConfig,
+    complete_checkpoints,
+    delete_old,
+    steps_to_keep,
+)
 from pipeline.training.guards.anomalies import Anomalies, AnomalyConfig
 from pipeline.training.guards.watchdog import WatchConfig, find_slow
 from pipeline.training.launch.signals import StopRequest, deadline
@@ -64,6 +70,33 @@ def test_the_best_by_an_eval_stays_on_disk(tmp_path):
     (tmp_path / "evals" / "decode_speed.jsonl").write_text("\n".join(lines))
     delete_old(checkpoints, CheckpointConfig(keep_last=1, keep_best=True))
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_file_that_cannot_be_deleted_is_told_and_tried_again(tmp_path, monkeypatch):
+    """Another user's file, a quota tool, a network disk: what is new must not depend on it."""
+    old = tmp_path / "step-00000001"
+    for folder in (old, tmp_path / "step-00000002"):
+        folder.mkdir()
+        for name in ("a.pt", "held.pt", "state.json"):
+            (folder / name).touch()
+    unlink = os.unlink
+
+    def refusing(path, **options):
+        if os.path.basename(path) == "held.pt":
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refusing)
+        (line,) = delete_old(tmp_path, CheckpointConfig(keep_last=1))
+        stays = tmp_path / ".deleting-step-00000001-0" / "held.pt"
+        assert line == f"{stays} cannot be deleted (Operation not permitted)"
+        assert list(stays.parent.iterdir()) == [stays]
+        old.mkdir()  # a step of the same number, once more
+        assert len(delete_old(tmp_path, CheckpointConfig(keep_last=1))) == 1
+        assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000002"]
+    assert delete_old(tmp_path, CheckpointConfig(keep_last=1)) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_spikes_are_scored_against_what_came_before():

@@ -15,12 +15,19 @@ from pathlib import Path
 import pytest
 import wandb
 from tracker_data import EVAL_ROWS, steps
-from wandb_file import history, records, run_record
+from wandb_file import history, records, rows_of, run_record
 
 from pipeline.data.order import TrainState
 from pipeline.training.moments import Together
 from pipeline.training.trackers.metrics import MetricsFiles, eval_values, flatten
-from pipeline.training.trackers.wandb import SOURCES_TABLE, TABLE, Wandb, WandbConfig, run_id
+from pipeline.training.trackers.wandb import (
+    SOURCES_TABLE,
+    TABLE,
+    Wandb,
+    WandbConfig,
+    cut_torn_record,
+    run_id,
+)
 
 RESOLVED = {"steps": 5, "optimizer": {"learning_rate": 0.1}}
 RANKS = [{"host": host, "device": "cpu"} for host in ("n1", "n1", "n2")]
@@ -123,14 +130,16 @@ def test_wandb_s_own_reader_finds_the_same(tmp_path):
     for row in rows:
         if row["type"] == "history":
             items = row["history"]["item"]
-            logged.setdefault(int(items["_step"]), {}).update(items)
+            logged.setdefault(int(items["step"]), {}).update(items)
     check_equal(tmp_path, logged)
     assert run_id(tmp_path / "wandb") in {row["run"]["run_id"] for row in rows if "run" in row}
 
 
 def test_a_second_start_continues_the_same_run(tmp_path):
     run(tmp_path, 1, 3)
-    run_files(tmp_path, 1)
+    (file,) = run_files(tmp_path, 1)
+    with file.open("ab") as torn:
+        torn.write(b"????\x30\x00\x01 half a record")  # as a kill leaves it
     time.sleep(1.1)  # W&B names a start's folder by the second
     run(tmp_path, 4, 5)
     first, second = run_files(tmp_path, 2)
@@ -138,6 +147,41 @@ def test_a_second_start_continues_the_same_run(tmp_path):
     before, after = history(first), history(second)
     assert (sorted(before), sorted(after)) == ([1, 2, 3], [4, 5])
     check_equal(tmp_path, before | after)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 9, 150, 4000])
+def test_a_kill_in_the_middle_of_a_record_is_mended_by_the_next_start(tmp_path, lost):
+    """`wandb sync` stops at a torn file, and later starts would not be uploaded."""
+    run(tmp_path, 1, 3)
+    (file,) = run_files(tmp_path, 1)
+    kept = [record.SerializeToString() for record in records(file)]
+    os.truncate(file, file.stat().st_size - lost)
+    cut_torn_record(file)
+    mended = [record.SerializeToString() for record in records(file)]
+    assert mended == kept[: len(mended)]
+    assert len(mended) == len(kept) if lost == 0 else len(kept) > len(mended) > 3
+    size = file.stat().st_size
+    cut_torn_record(file)
+    assert file.stat().st_size == size
+
+
+def test_an_eval_made_up_after_a_restart_has_its_axes_and_a_row_of_its_own(tmp_path):
+    """The run was stopped between a save and the eval that was due; the next start begins with it.
+    W&B drops what comes under a step of its own that it has passed: none is given."""
+    mirror = Wandb(tmp_path, WandbConfig(), RESOLVED, say_nothing, RANKS)
+    trackers = Together([MetricsFiles(tmp_path), mirror])
+    trackers.on_start(TrainState(step=3, tokens=300))
+    trackers.on_eval([{**row, "step": 3} for row in EVAL_ROWS])
+    for metrics in steps(4, 5):
+        trackers.on_step(metrics)
+    trackers.on_end(TrainState(step=5), finished=True)
+    (file,) = run_files(tmp_path, 1)
+    rows = [row for row in rows_of(file) if not any(map(is_media, row))]
+    assert [(row["step"], row["tokens"]) for row in rows] == [(3, 300)] * 4 + [(4, 400), (5, 500)]
+    assert [set(eval_values({**row, "step": 3})) <= set(logged)
+            for row, logged in zip(EVAL_ROWS, rows, strict=False)] == [True] * 4  # fmt: skip
+    counters = [row["_step"] for row in rows_of(file)]
+    assert counters == sorted(set(counters))
 
 
 def test_evals_are_a_table_a_heat_map_and_a_page(tmp_path):
@@ -182,6 +226,7 @@ def test_panels_have_axes_and_the_run_says_what_it_is(tmp_path, monkeypatch):
     axes = {m.glob_name: m.step_metric for m in metrics if m.glob_name}
     assert axes == {
         "train/*": "tokens", "decode/*": "tokens", "data/*": "step", "system/*": "step",
+        "events/*": "step",
     }  # fmt: skip
     updates = [r.config for r in records(file) if r.WhichOneof("record_type") == "config"]
     updates += [run_record(file).config]
@@ -262,8 +307,8 @@ def test_a_failure_on_the_way_is_told_once_and_stops_nothing(tmp_path, monkeypat
         def define_metric(self, *arguments, **options):
             pass
 
-        def log(self, values, step):
-            if failing == "log" and step == 2:
+        def log(self, values):
+            if failing == "log" and values["step"] == 2:
                 raise ConnectionError("service is gone")
 
         def finish(self):

@@ -38,16 +38,23 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Everything logged, row by row."""
+    return [
+        {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
 def history(path: Path) -> dict[int, dict[str, Any]]:
-    """Everything logged, by step."""
+    """Everything logged, by optimizer step."""
     steps: defaultdict[int, dict[str, Any]] = defaultdict(dict)
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                for item in record.history.item
-            }
-            steps[int(items.pop("_step"))].update(items)
+    for row in rows_of(path):
+        steps[int(row["step"])].update(row)
     return dict(steps)
 
 

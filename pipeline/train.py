@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pipeline.distributed import LostProcessError, World, joined_world
 from pipeline.status import sweep_table
 from pipeline.training.guards.watchdog import Watchdog
-from pipeline.training.launch.run_dir import INTERRUPTED, StillHeldError, owned
+from pipeline.training.launch.run_dir import StillHeldError, owned
 from pipeline.training.launch.signals import (
     StopRequest,
     code_for_launcher,
@@ -21,7 +21,7 @@ from pipeline.training.moments import TrainingStoppedError
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import build_trainer, make_deterministic
 from tidar_common.cli import report_mistake, run, telling_mistakes
-from tidar_common.run_files import Exit
+from tidar_common.run_files import INTERRUPTED, Exit
 from tidar_common.sweep import FLAGS, expand, train_each
 
 

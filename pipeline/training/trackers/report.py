@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.report import build_report
 from pipeline.training.moments import Tracker
 from pipeline.training.state import TrainState
+from tidar_common.run_files import METRICS
 
 
 class Report(Tracker):
@@ -20,7 +21,7 @@ class Report(Tracker):
         self._build()
 
     def on_end(self, state: TrainState, finished: bool) -> None:
-        metrics = self.run_dir / "metrics.jsonl"
+        metrics = self.run_dir / METRICS
         if metrics.exists() and metrics.stat().st_size:  # a run stopped before its first step
             self._build()
 

@@ -232,7 +232,7 @@ def time_resume(data_dir: Path, run_dir: Path, options: Options) -> dict[str, An
     """Seconds from the start of the command to the first step after a checkpoint."""
     copy = run_dir.with_name("resumed")
     shutil.copytree(run_dir, copy)
-    shutil.rmtree(copy / "checkpoints" / (copy / "checkpoints/latest").read_text().strip())
+    shutil.rmtree(copy / "checkpoints" / str(newest_checkpoint(copy)))
     started = time.perf_counter()
     process = launch("pipeline.train", data_dir, copy, options)
     whole = lines_of(copy)

@@ -21,7 +21,7 @@ from pipeline.report.standing import (
 from pipeline.training.trackers.progress import duration
 from tidar_common.cli import report_mistake, telling_mistakes
 from tidar_common.errors import UserError
-from tidar_common.run_files import CONFIG, METRICS, REPORT, Exit, newest_checkpoint
+from tidar_common.run_files import CONFIG, INTERRUPTED, METRICS, REPORT, Exit, newest_checkpoint
 from tidar_common.tables import MISSING, Table, compact, fixed
 
 QUIET_STEPS = 20
@@ -147,7 +147,7 @@ def read_status(run_dir: Path, now: float) -> Status:
 def state_of(run_dir: Path, step: int, steps: object, quiet: float, pace: float | None) -> str:
     if isinstance(steps, int) and step >= steps:
         return "finished"
-    if (run_dir / "interrupted").exists():
+    if (run_dir / INTERRUPTED).exists():
         return "stopped"
     limit = max(QUIET_AT_LEAST_S, QUIET_STEPS * (pace or 0.0))
     return "running" if quiet <= limit else "quiet"

@@ -15,7 +15,7 @@ from pipeline.training.launch.signals import (
     stop_on_signal,
 )
 from tidar_common.cli import report_mistake, run, telling_mistakes
-from tidar_common.run_files import Exit
+from tidar_common.run_files import INTERRUPTED, Exit
 from tidar_common.sweep import FLAGS, expand, train_each
 
 # What needs torch is imported where training begins: no help or mistake in a key waits for it.
@@ -56,7 +56,6 @@ def train_in_world(
 ) -> int:
     """Build the trainer and run it; returns the exit code."""
     from pipeline.training.guards.watchdog import Watchdog
-    from pipeline.training.launch.run_dir import INTERRUPTED
     from pipeline.training.moments import TrainingStoppedError
     from pipeline.training.setup import build_trainer
 

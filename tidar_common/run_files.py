@@ -18,6 +18,8 @@ ENVIRONMENT = "environment.json"
 """Of the newest start: commit, versions, hardware, command."""
 REPORT = "report.html"
 CONFIG = "config.yaml"
+INTERRUPTED = "interrupted"
+"""Says: stopped by a signal, saved, to be continued."""
 METHOD_LABELS = {
     "ar": "AR",
     "tidar": "TiDAR",

@@ -225,6 +225,9 @@ def process_memory(planned: Planned, device: str) -> Memory:
     """Memory of one process on a kind of `device`, `cuda` or `cpu`, one process a GPU."""
     train, model = planned.train, planned.model
     zero = train.deepspeed.extra.get("zero_optimization", {})
+    bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
+    if device == CPU:  # the host gives a page when it is written, and only gradients are
+        bucket = min(bucket, learning(model, train.freeze_base))
     static = static_memory(
         model,
         stage=train.deepspeed.stage,
@@ -232,7 +235,7 @@ def process_memory(planned: Planned, device: str) -> Memory:
         processes=planned.cluster.processes,
         offload=train.deepspeed.offload_optimizer,
         offload_weights=train.deepspeed.offload_parameters,
-        bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        bucket=bucket,
         frozen=train.freeze_base,
     )
     batch = batch_memory(

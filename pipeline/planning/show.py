@@ -1,5 +1,6 @@
 """A plan for people, as lines of text."""
 
+from pipeline.planning.hardware import CPU
 from pipeline.planning.memory import learning
 from pipeline.planning.plan import GIB, Plan
 from tidar_common.tables import Table
@@ -73,6 +74,8 @@ def memory_rows(plan: Plan) -> Rows:
 def fits(plan: Plan) -> str:
     if plan.gpu.memory_gib is None:
         return "GPU memory unknown"
+    if plan.gpu.name == CPU:
+        return f"of {plan.gpu.memory_gib:.1f} GiB"
     reserve = plan.planned.plan.reserve_gib
     return f"of {plan.gpu.memory_gib:g} GiB, {reserve:g} of them reserved"
 

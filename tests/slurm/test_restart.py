@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,3 +91,11 @@ def test_the_record_survives_half_a_line(restart, tmp_path, monkeypatch, capsys)
         ("start", "9", 0), ("end", "9", 0),
     ]  # fmt: skip
     assert rows[1]["checkpoint"] == "step-00000004"
+
+
+def test_it_needs_nothing_that_is_slow_to_import():
+    code = "import sys, slurm.restart; print({'torch', 'numpy', 'omegaconf'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PATH.parents[1], capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stderr

@@ -19,9 +19,9 @@ import yaml
 
 from pipeline.distributed import World
 from tidar_common.errors import UserError
+from tidar_common.files import write_text_atomic
+from tidar_common.run_files import CONFIG, INTERRUPTED
 
-INTERRUPTED = "interrupted"
-"""File in the run directory that says: stopped by a signal, saved, to be continued."""
 LOCK = ".lock"
 EARLIER_START_S = 300.0
 """Longest wait for a rank that an earlier start of the same Slurm job has left behind."""
@@ -140,4 +140,4 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def write_config(folder: Path, resolved: dict[str, Any]) -> None:
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    write_text_atomic(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False))

@@ -76,7 +76,7 @@ class Report(Tracker):
         self._build()
 
     def on_end(self, state: TrainState, finished: bool) -> None:
-        metrics = self.run_dir / "metrics.jsonl"
+        metrics = self.run_dir / METRICS
         if metrics.exists() and metrics.stat().st_size:  # a run stopped before its first step
             self._build()
 

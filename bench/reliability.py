@@ -27,7 +27,7 @@ from pipeline.report.compare import compare, describe
 from tidar_common.errors import UserError
 
 MODEL = (
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
+    "model=tiny", "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
     "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.max_positions=256",
 )  # fmt: skip
 RUN = (

@@ -15,11 +15,12 @@ from urllib.parse import urlparse
 from data_prep.formats.manifest import ShardInfo
 from pipeline.data.mix import MixedSource
 from pipeline.data.remote import is_remote
+from pipeline.model.loading import open_model
 from pipeline.planning.plan import GIB, Plan
 from tidar_common.errors import UserError
+from tidar_common.hub import fetched
 
 WANDB_TIMEOUT_S = 3.0
-HF_FILES = ("config.json", "model.json")
 
 
 def check_data(plan: Plan, data_dir: Path | None) -> str:
@@ -59,21 +60,10 @@ def check_files(data_dir: Path, shards: list[ShardInfo]) -> None:
 
 
 def check_init(init_from: str | None) -> str:
-    """The weights to start from are a folder that looks like a model or a checkpoint."""
+    """The weights to start from are a model that can be opened."""
     if init_from is None:
         return "weights are drawn from the seed"
-    folder = Path(init_from).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"init_from: {folder} does not exist; give a model's folder, or null for new weights"
-        )
-    runs = folder / "checkpoints" / "latest"
-    if not runs.is_file() and not any((folder / name).is_file() for name in HF_FILES):
-        raise UserError(
-            f"init_from: {folder} holds none of {', '.join(HF_FILES)} and no checkpoints; give a "
-            "Hugging Face folder, an export or a checkpoint"
-        )
-    return f"weights from {folder}"
+    return f"weights from {open_model(fetched(init_from, 'init_from'), verify=False)}"
 
 
 def check_batch(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
 from pipeline.model.adapters import AdapterConfig
 from pipeline.model.attention import BACKENDS
+from pipeline.model.base import with_base
 from pipeline.model.config import ModelConfig
 from pipeline.model.layers import CHECKPOINTING
 from pipeline.objective.loss import ObjectiveConfig
@@ -27,7 +28,7 @@ from pipeline.training.launch.signals import deadline
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
 from pipeline.training.trackers.wandb import WandbConfig
-from tidar_common.config import existing_path, parse
+from tidar_common.config import parse
 from tidar_common.errors import UserError
 from tidar_common.secrets import without_secrets
 
@@ -135,8 +136,11 @@ class TrainSettings(PlainKeys):
     def from_config(cls, cfg: DictConfig, manifest: Manifest | None = None) -> "TrainSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy.
 
-        With a `manifest` neither `data.dir` nor `init_from` is looked at: a plan of a run.
+        With a `manifest` `data.dir` is not looked at, nor `init_from` unless it gives the shape: a
+        plan of a run.
         """
+        based = with_base(cfg, needed=manifest is None)
+        cfg = based.cfg
         data_dir = Path()
         if manifest is None:
             data_dir = open_data_dir(cfg)
@@ -146,15 +150,14 @@ class TrainSettings(PlainKeys):
         plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
         values = dict(vars(parse(PlainKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
-        if cfg.init_from is not None and manifest is None:
-            values["init_from"] = existing_path(
-                cfg, "init_from", "a Hugging Face folder or a checkpoint"
-            )
+        values["init_from"] = based.init_from or values["init_from"]
         planned = manifest is not None and cfg.data.dir is None
         data = parse(DataConfig, cfg.data, "data")
         manifest = manifest or Manifest.load(data_dir)
         layout = parse(LayoutChoice, cfg.layout, "layout")
         model = parse(ModelConfig, cfg.model, "model")
+        if based.rows is not None:
+            model = replace(model, vocab_size=max(based.rows, manifest.tokenizer.vocab_size))
         objective = parse(ObjectiveConfig, cfg.objective, "objective")
         return cls(
             **values,

@@ -20,9 +20,10 @@ from pipeline.data.mix import MixedSource, mix_identity
 from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import check_shape, load_into, open_model
+from pipeline.model.loading import check_shape, check_tokenizer, load_into, open_model
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.transformer import Transformer
+from pipeline.model.transformers_backbone import empty_model
 from pipeline.training.engine import build_engine, deepspeed_settings
 from pipeline.training.evaluation import PeriodicEval
 from pipeline.training.guards.anomalies import Anomalies
@@ -201,9 +202,14 @@ def build_model(
     Raises:
         UserError: when the weights at `init_from` cannot be used.
     """
-    source = None if settings.init_from is None else open_model(settings.init_from)
+    source = None
+    if settings.init_from is not None:
+        backbone = "compact" if config.hosted is None else "transformers"
+        source = open_model(settings.init_from, backbone=backbone)
     if source is not None:
         check_shape(source, config)
+        check_tokenizer(source, settings.data_dir)
+        say(f"init_from: {source}")
     model, opened = allocate(settings, config, world)
     if source is None:
         model.initialize(settings.seed, opened)
@@ -222,7 +228,12 @@ def allocate(
 ) -> tuple[Transformer, Opening]:
     """A model whose weights are yet to be set, and how to open them for that."""
     if settings.deepspeed.stage < 3:
-        return Transformer.empty(config, world.device, DTYPES[settings.precision]), whole
+        return empty_model(config, world.device, DTYPES[settings.precision]), whole
+    if config.hosted is not None:
+        raise UserError(
+            "deepspeed: zero3 cuts up the compact transformer alone; set deepspeed=zero2 for "
+            "model.backbone=transformers"
+        )
     import deepspeed
 
     accumulation = settings.accumulation_steps(world.size)

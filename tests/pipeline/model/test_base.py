@@ -133,7 +133,10 @@ def test_a_base_and_text_suffice(family, tmp_path):
         "pipeline.train", "experiment=convert", f"init_from={base}", f"data.dir={data}",
         f"run_dir={run_dir}", "steps=2", "global_batch_size=2", "micro_batch_size=2",
         "adapter.rank=2", "model.draft_rank=2", "checkpoint.every=2", "wandb.mode=disabled",
-        "evals.decode_speed.prompt_tokens=8", "layout.block_size=4",
+        "layout.block_size=4", "evals.decode_speed.prompt_tokens=8",
+        "evals.decode_speed.prompts=1", "evals.decode_speed.max_new_tokens=6",
+        "evals.decode_speed.temperatures=[0.0]", "evals.decode_speed.score_sequences=2",
+        "evals.decode_speed.methods=[ar,tidar]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = "the compact transformer" if family == "llama" else "transformers"

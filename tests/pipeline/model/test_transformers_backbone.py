@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_models import huggingface_tokenizer
 
 from data_prep.layout import build_layout
-from pipeline.decoding import generate
+from pipeline.decoding import DecodeOptions, generate, generate_batch
 from pipeline.decoding.cache import KVCache
 from pipeline.model.attention import section_masks, training_mask
 from pipeline.model.config import ModelConfig
@@ -181,6 +181,32 @@ def test_the_export_is_the_folder_bit_for_bit(family, tmp_path):
 def theirs_logits(folder, ids):
     with torch.no_grad():
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+
+
+def test_an_export_keeps_what_drafts(tmp_path):
+    base, output = tmp_path / "base", tmp_path / "export"
+    write_family(base, "Granite")
+    model = start(
+        base, adapter_rank=2, adapter_targets=("q_proj",), own_mask_embedding=True, draft_rank=2
+    )
+    write_export(model, huggingface_tokenizer(), open_model(base), output)
+    again, _ = load_model(output, device="cpu")
+    assert again.config == replace(model.config, hosted=again.config.hosted)
+    mine, theirs = model.state_dict(), again.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(theirs[name], tensor), name
+
+
+def test_rows_of_a_batch_are_what_each_is_alone(tmp_path):
+    write_family(tmp_path, "SmolLM3")
+    model = start(tmp_path, draft_rank=2)
+    prompts = [ids_of(length)[0].tolist() for length in (5, 11)]
+    options = DecodeOptions.of(method="tidar", max_new_tokens=12)
+    together = generate_batch(model, prompts, options)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = generate(model, prompt, method="ar", max_new_tokens=12)
+        assert row.tokens == alone.tokens
 
 
 @pytest.mark.parametrize("how", ["none", "full"])

@@ -29,7 +29,7 @@ from tidar_common.jsonlines import read_whole
 from tidar_common.run_files import DECODE_SPEED, EVENTS, newest_checkpoint
 
 MODEL = (
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
+    "model=tiny", "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
     "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.max_positions=256",
 )  # fmt: skip
 RUN = (

@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 240
 SMALL_MODEL = (
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
-    "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.max_positions=256",
+    "model=tiny", "model.hidden_size=32", "model.intermediate_size=48",
+    "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
+    "model.max_positions=256",
 )  # fmt: skip
 SMALL_RUN = (
     *SMALL_MODEL, "precision=fp32", "steps=12", "global_batch_size=8", "micro_batch_size=2",

@@ -95,7 +95,7 @@ def write_huggingface(folder: Path, family: str, tokenizer: Tokenizer | None = N
     """A folder saved by transformers itself from its own random model; returns that model."""
     import transformers
 
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+    name = family.capitalize()
     values = {
         "vocab_size": 330, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -23,7 +23,7 @@ EXPERIMENTS = {
     "ablation": ["plan.sequence_length=4096"],
     "two_stage_1": ["plan.sequence_length=4096"],
     "two_stage_2": ["plan.sequence_length=4096"],
-    "convert": ["plan.sequence_length=2048", "plan.vocab_size=49153"],
+    "convert": ["model=smollm2_135m", "plan.sequence_length=2048", "plan.vocab_size=49153"],
 }
 LONG = "tidar_8b_32k"
 """Plans that are no experiments of their own: experiment, and overrides."""

@@ -28,6 +28,7 @@ from data_prep.tokenizers.train import train_sentencepiece
 from tidar_common.config import config_hash
 from tidar_common.errors import UserError
 from tidar_common.files import sha256_of, write_text_atomic
+from tidar_common.hub import TOKENIZER_PATTERNS, fetched
 
 TASKS = 64
 SMALLEST_TASK_BYTES, LARGEST_TASK_BYTES = 2_000_000, 128_000_000
@@ -90,9 +91,7 @@ def make_tokenizer(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
     config = settings.tokenizer
     if config.path is None:
         return _trained_before(settings, corpus) or _train(settings, corpus)
-    path = Path(config.path).expanduser()
-    if not path.exists():
-        raise UserError(f"tokenizer.path: {path} does not exist; give a tokenizer file or folder")
+    path = fetched(config.path, "tokenizer.path", TOKENIZER_PATTERNS)
     if path.is_dir():
         path = path / TOKENIZER_FILES[config.kind]
     tokenizer = load_tokenizer(path, config.eos_token)

@@ -27,8 +27,14 @@ SPACE_SIGN = "\u2581"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
 HUGGINGFACE_CONFIG = "tokenizer_config.json"
+GGUF = ".gguf"
 MASK_PIECE = "<mask>"
 HUGGINGFACE_MASK = "<|mask|>"
+RESERVED = re.compile(
+    r"(<\|?|\[)(reserved|unused|dummy|placeholder|extra|special)[a-z_-]*\d+(\|?>|\])", re.IGNORECASE
+)
+"""Names of tokens that a vocabulary keeps for later use, such as `<|reserved_special_token_0|>`
+(Llama 3), `<unused0>` (Gemma), `<|placeholder1|>` (Phi-3), `<SPECIAL_20>` (Mistral)."""
 HUGGINGFACE_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 HUGGINGFACE_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 
@@ -73,6 +79,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def content(self) -> bytes:
         """The tokenizer's file."""
+
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every piece."""
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether both have the same vocabulary, but for a mask token that one of them appended."""
+        first, second = self.vocabulary(), other.vocabulary()
+        for pieces in (first, second):
+            pieces.pop(HUGGINGFACE_MASK, None)
+        return first == second
 
     def encode_batch(self, texts: Sequence[str], encoder: str = "plain") -> list[Ids]:
         """What `encode` gives for each text, by one of `encoders`; int32 [tokens] each."""
@@ -163,9 +180,13 @@ class SentencePieceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._content
 
+    def vocabulary(self) -> dict[str, int]:
+        return {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; `<|mask|>` is appended where it has no mask token of that name."""
+    """A `tokenizer.json`. Its mask token is `<|mask|>` where it has one of that name, or else the
+    first that it keeps in reserve, which has a row in the model; or else one is appended."""
 
     kind = "huggingface"
     file_name = HUGGINGFACE_FILE
@@ -182,9 +203,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         # "<|endoftext|>" or "<|mask|>" spelled out in a document is text, not a control symbol.
         self._model.encode_special_tokens = True
-        mask = tokenizers.AddedToken(HUGGINGFACE_MASK, special=True, normalized=False)
+        self._mask_token = self._reserved_token() or HUGGINGFACE_MASK
+        mask = tokenizers.AddedToken(self._mask_token, special=True, normalized=False)
         self._model.add_special_tokens([mask])
-        mask_id = self._model.token_to_id(HUGGINGFACE_MASK)
+        mask_id = self._model.token_to_id(self._mask_token)
         assert mask_id is not None, "it was added above"
         self.mask_id = mask_id
         # Ids of added tokens may leave gaps, so a count of the tokens would be too small.
@@ -249,6 +271,14 @@ class HuggingFaceTokenizer(Tokenizer):
                 "another with tokenizer.eos_token, or use another tokenizer"
             )
 
+    def _reserved_token(self) -> str | None:
+        """The first token in reserve; None without one, and where there is a mask token already."""
+        if self._model.token_to_id(HUGGINGFACE_MASK) is not None:
+            return None
+        added = sorted(self._model.get_added_tokens_decoder().items())
+        names = (str(token.content) for _, token in added)
+        return next(filter(RESERVED.fullmatch, names), None)
+
     def _first_known(self, names: Sequence[str]) -> tuple[str, int] | None:
         """The first token that the file has, and its id."""
         ids = ((name, self._model.token_to_id(name)) for name in names)
@@ -296,6 +326,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._content
 
+    def vocabulary(self) -> dict[str, int]:
+        return self._model.get_vocab(with_added_tokens=True)
+
     def save(self, folder: Path) -> Path:
         """Write `tokenizer.json`, and beside it `tokenizer_config.json`, which names the control
         symbols the way `transformers` reads them; returns the path of the former."""
@@ -303,15 +336,15 @@ class HuggingFaceTokenizer(Tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._model.id_to_token(self.bos_id),
             "eos_token": self._model.id_to_token(self.eos_id),
-            "mask_token": HUGGINGFACE_MASK,
+            "mask_token": self._mask_token,
         }
         write_text_atomic(folder / HUGGINGFACE_CONFIG, json.dumps(names, indent=2) + "\n")
         return super().save(folder)
 
 
 def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer in file `path`, or in the folder `path`: `tokenizer.model` before
-    `tokenizer.json`.
+    """The tokenizer in file `path` (that of a GGUF file too), or in the folder `path`:
+    `tokenizer.model` before `tokenizer.json`.
 
     The end-of-document token of a `tokenizer.json` is `eos_token`, or the one that a
     `tokenizer_config.json` beside it names, or the first of the usual names that it has.
@@ -320,6 +353,8 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
         UserError: when there is none, or the file is not what its name says.
     """
     path = Path(path)
+    if path.suffix == GGUF:
+        return HuggingFaceTokenizer(*_in_gguf(path, eos_token))
     if path.is_dir():
         names = (SENTENCEPIECE_FILE, HUGGINGFACE_FILE)
         file = next((path / name for name in names if (path / name).is_file()), None)
@@ -333,6 +368,24 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(content, str(path), eos_token or _configured_eos(path))
     return SentencePieceTokenizer(content, str(path))
+
+
+def _in_gguf(path: Path, eos_token: str | None) -> tuple[bytes, str, str | None]:
+    """Arguments of `HuggingFaceTokenizer` for the tokenizer in a GGUF file."""
+    # Imported here: it takes seconds, and only GGUF files need it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        content = tokenizer.backend_tokenizer.to_str().encode()
+    except ImportError as error:
+        raise UserError(
+            f"{path}: GGUF files need the package gguf; pip install 'tidar-pretrain[gguf]'"
+        ) from error
+    except Exception as error:  # of many kinds, for what the format may hold
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its tokenizer cannot be read ({reason})") from error
+    return content, str(path), eos_token or tokenizer.eos_token
 
 
 def _configured_eos(path: Path) -> str | None:

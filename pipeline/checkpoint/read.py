@@ -38,13 +38,15 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def open_checkpoint(folder: Path) -> SavedModel:
-    """The checkpoint in `folder`, after all its files were found to be what was saved.
+def open_checkpoint(folder: Path, verify: bool = True) -> SavedModel:
+    """The checkpoint in `folder`, after all its files were found to be what was saved; reading them
+    for that takes minutes where they are large, and is left out without `verify`.
 
     Raises:
         UserError: naming the file that is missing or damaged.
     """
-    verify_file_list(folder)
+    if verify:
+        verify_file_list(folder)
     config = ModelConfig.load(folder / MODEL_FILE)
     state = _read_state(folder)
     dtype = DTYPES[state["identity"]["precision"]]

@@ -49,7 +49,8 @@ class Engine(ABC):
         self.model, self.sampling, self.shape = model, sampling, shape
         self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
         self._graphs: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
-        if graphs and self.device.type == "cuda":
+        # The code of transformers may ask the device for values, which no capture survives.
+        if graphs and self.device.type == "cuda" and model.config.hosted is None:
             self._graphs = GraphedSteps(self.device)
         ragged = batch_size > 1 or self._graphs is not None
         with torch.inference_mode():

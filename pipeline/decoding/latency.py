@@ -162,7 +162,8 @@ class _Forwards:
         self.cache = KVCache(model.config, room, dtype=first.dtype, device=first.device)
         self.ids = torch.zeros(1, QUERIES[-1], dtype=torch.int64, device=first.device)
         self.positions = torch.arange(room, device=first.device)
-        self.graphs = GraphedSteps(first.device) if first.device.type == "cuda" else None
+        captured = first.device.type == "cuda" and model.config.hosted is None
+        self.graphs = GraphedSteps(first.device) if captured else None
 
     def points(self) -> Iterator[Point]:
         for queries, length in product(QUERIES, self.lengths):

@@ -132,6 +132,11 @@ class ModelConfig:
     as it is, even where the matrix is the LM head, too."""
     causal_slots: bool = field(default=False, metadata=INTERNAL)
     """A slot sees only earlier slots of its block, instead of all."""
+    hosted: dict[str, Any] | None = field(default=None, metadata=INTERNAL)
+    """Content of `config.json` of a model whose layers transformers runs; None is the compact
+    transformer. Of the fields above it only sizes count then."""
+    hosted_elements: int = field(default=0, metadata=INTERNAL)
+    """Parameters of those layers and the final norm."""
     linear_drafts: bool = field(default=False, metadata=INTERNAL)
     """Blocks have 2K - 1 slots, and drafts may begin at any of the first K (linear drafting)."""
 
@@ -179,7 +184,9 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        """`qwen2`, `qwen3` or `llama`: the Hugging Face architecture with the same switches."""
+        """Name of the Hugging Face architecture; `qwen2`, `qwen3` or `llama` by the switches."""
+        if self.hosted is not None:
+            return str(self.hosted["model_type"])
         if self.qk_norm:
             return "qwen3"
         return "qwen2" if self.qkv_bias else "llama"
@@ -228,6 +235,8 @@ class ModelConfig:
         attention += 2 * head if self.qk_norm else 0
         layer = attention + 3 * width * self.intermediate_size + 2 * width
         embeddings = self.num_embeddings * width * (1 if self.tie_embeddings else 2)
+        if self.hosted is not None:
+            return self.hosted_elements + embeddings
         return self.num_layers * layer + embeddings + width
 
     @property
@@ -297,3 +306,12 @@ class ModelConfig:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class ModelKeys(ModelConfig):
+    """The keys of `model`: a whole shape, or what is said of the model at `init_from`."""
+
+    backbone: str = "auto"
+    """What runs the layers: auto, compact (ours, the fast path: Qwen2, Qwen3, Llama, Mistral) or
+    transformers (its own code)."""

@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
 from pipeline.model.hf_tokenizer import padding_id, save_tokenizer
+from pipeline.model.hosted import save_hosted
 from pipeline.model.huggingface import (
     CONFIG_FILE,
     DRAFTING_WEIGHTS_FILE,
     FORMAT_VERSION,
     TIDAR_FILE,
     config_to_huggingface,
+    read_json,
 )
 from pipeline.model.parameters import is_drafting
 from pipeline.model.source import HEAD, SavedModel
@@ -58,7 +60,8 @@ def write_export(
             no Hugging Face class has.
     """
     dtype = next(model.parameters()).dtype
-    config = config_to_huggingface(model.config, dtype)
+    hosted = model.config.hosted is not None
+    config = {} if hosted else config_to_huggingface(model.config, dtype)
     ids = {
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
         "eos_token_id": tokenizer.eos_id,
@@ -67,6 +70,9 @@ def write_export(
     tidar = tidar_settings(model, tokenizer, source)
     try:
         with folder_written_atomically(output, overwrite) as folder:
+            if hosted:
+                save_hosted(model, model.config, folder, shard_bytes)
+                config = read_json(folder / CONFIG_FILE)
             _write_json(folder / CONFIG_FILE, {**config, **ids})
             _write_json(folder / GENERATION_CONFIG_FILE, {**ids, "do_sample": False})
             _write_json(folder / TIDAR_FILE, tidar)
@@ -103,10 +109,13 @@ def write_weights(model: Transformer, folder: Path, shard_bytes: int) -> None:
     state = dict(model.state_dict())
     if model.config.tie_embeddings:
         del state[HEAD]
+    if model.config.hosted is not None:  # the base's are written by transformers
+        state = {name: tensor for name, tensor in state.items() if is_drafting(name)}
     drafting = {name: state.pop(name).contiguous() for name in list(state) if is_drafting(name)}
     if drafting:
         save_file(drafting, folder / DRAFTING_WEIGHTS_FILE, metadata={"format": "pt"})
-    save_torch_state_dict(state, folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
+    if state:
+        save_torch_state_dict(state, folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
     mode = (folder / CONFIG_FILE).stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # the library makes files that only their owner can read

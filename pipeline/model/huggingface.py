@@ -23,6 +23,7 @@ from data_prep.tokenizers.load import (
     load_tokenizer,
 )
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
+from pipeline.model.hosted import hosted_config, read_hosted, remark
 from pipeline.model.source import EMBEDDING, NamedWeight, SavedModel
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
@@ -44,46 +45,95 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+FAMILIES = {**ARCHITECTURES, "mistral": "MistralForCausalLM"}
+"""Those read: Mistral without a sliding window is Llama, and exported as such."""
 DEFAULT_ROPE_THETA = 10000.0
+BACKBONES = ("auto", "compact", "transformers")
+"""What runs a model's layers: ours, or transformers' own code (`transformers_backbone`)."""
+EMBEDDINGS = (EMBEDDING, "gpt_neox.embed_in.weight")
+"""Names of the embedding on disk."""
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 """Old Llama files hold this table, which follows from the config."""
 
 
-def open_folder(folder: Path) -> SavedModel:
-    """The Hugging Face folder, with what `tidar.json` adds to it where there is one.
+def open_folder(folder: Path, backbone: str = "auto") -> SavedModel:
+    """The Hugging Face folder, with what `tidar.json` adds to it where there is one, for one of
+    `BACKBONES`.
 
     Raises:
         UserError: naming the file, and the field of its config, that this model cannot represent.
     """
-    config = config_from_huggingface(folder / CONFIG_FILE)
     tidar = read_tidar(folder)
-    if tidar is not None:
-        drafting = {name: tidar[name] for name in ("mask_token_id", "block_size")}
-        try:
-            config = replace(config, **drafting, **tidar.get("drafting", {}))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
-    files = weight_files(folder)
+    config = with_drafting(folder, folder_config(folder / CONFIG_FILE, backbone), tidar)
+    files, drafting = weight_files(folder), []
     if config.num_drafting_parameters:
-        files.append(folder / DRAFTING_WEIGHTS_FILE)
-        if not files[-1].is_file():
-            raise UserError(f"{files[-1]}: missing, although {TIDAR_FILE} asks for it")
+        drafting.append(folder / DRAFTING_WEIGHTS_FILE)
+        if not drafting[-1].is_file():
+            raise UserError(f"{drafting[-1]}: missing, although {TIDAR_FILE} asks for it")
+    dtype = stored_dtype(files)
+
+    def weights(wanted: torch.dtype) -> Iterator[NamedWeight]:
+        if config.hosted is None:
+            yield from _read(files + drafting)
+        else:
+            yield from read_hosted(folder, config, dtype)
+            yield from _read(drafting)
+
     return SavedModel(
         folder=folder,
         config=config,
-        dtype=_stored_dtype(files),
-        weights=lambda wanted: _read(files),
+        dtype=dtype,
+        weights=weights,
         tokenizer=lambda: _tokenizer(folder, tidar),
         progress=tidar.get("training") if tidar else None,
+        remark=remark(config),
     )
 
 
-def config_from_huggingface(path: Path) -> ModelConfig:
-    """The shape in a `config.json`; raises UserError for what the model does not implement."""
+def with_drafting(folder: Path, config: ModelConfig, tidar: dict[str, Any] | None) -> ModelConfig:
+    """`config` with what `tidar`, the content of `tidar.json` in `folder`, adds to it."""
+    if tidar is None:
+        return config
+    drafting = {name: tidar[name] for name in ("mask_token_id", "block_size")}
+    try:
+        return replace(config, **drafting, **tidar.get("drafting", {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
+
+
+def folder_config(path: Path, backbone: str) -> ModelConfig:
+    """The shape in a `config.json`, for one of `BACKBONES`: `auto` takes the compact transformer
+    for what it implements.
+
+    Raises:
+        UserError: naming the field of what is not implemented.
+    """
     values = read_json(path)
     family = values.get("model_type")
-    if family not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type {family!r} is not one of {', '.join(ARCHITECTURES)}")
+    if backbone == "compact":
+        return config_from_values(path, values)
+    if backbone == "transformers" or family not in FAMILIES:
+        return hosted_config(path, values)
+    try:
+        return config_from_values(path, values)
+    except UserError as refusal:
+        try:
+            return hosted_config(path, values)
+        except UserError:
+            raise refusal from None
+
+
+def config_from_huggingface(path: Path) -> ModelConfig:
+    """The shape in a `config.json`, for the compact transformer; raises UserError for what it does
+    not implement."""
+    return config_from_values(path, read_json(path))
+
+
+def config_from_values(path: Path, values: dict[str, Any]) -> ModelConfig:
+    """`config_from_huggingface` of the content `values`, found at `path`."""
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     config = _parse(path, values)
     _refuse_unsupported(path, config)
     rope = config.rope_parameters or {}
@@ -112,7 +162,7 @@ def config_from_huggingface(path: Path) -> ModelConfig:
 def _config_class(family: str) -> Any:
     import transformers
 
-    return getattr(transformers, ARCHITECTURES[family].replace("ForCausalLM", "Config"))
+    return getattr(transformers, FAMILIES[family].replace("ForCausalLM", "Config"))
 
 
 def _parse(path: Path, values: dict[str, Any]) -> "PretrainedConfig":
@@ -120,7 +170,7 @@ def _parse(path: Path, values: dict[str, Any]) -> "PretrainedConfig":
     try:
         return _config_class(values["model_type"]).from_dict(values)
     except Exception as error:  # a validation error of its own for every kind of mistake
-        raise UserError(f"{path}: {_words(error)}") from error
+        raise UserError(f"{path}: {words(error)}") from error
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,14 +187,15 @@ def _refuse_unsupported(path: Path, config: "PretrainedConfig") -> None:
     """What would load and then compute something else is refused, by the name of its field."""
     rope = config.rope_parameters or {}
     biased = getattr(config, "attention_bias", False)
-    windowed = getattr(config, "sliding_window", None) is not None and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = getattr(config, "sliding_window", None) is not None and (
+        "sliding_attention" in kinds or config.model_type == "mistral"
     )
     refused = {
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)
         if rope.get("partial_rotary_factor", 1.0) != 1.0
         else None,
-        "use_sliding_window": True if windowed else None,
+        "sliding_window": config.sliding_window if windowed else None,
         "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
         "attention_bias": True if biased else None,
         "mlp_bias": True if getattr(config, "mlp_bias", False) else None,
@@ -152,7 +203,7 @@ def _refuse_unsupported(path: Path, config: "PretrainedConfig") -> None:
     }
     for field, value in refused.items():
         if value is not None:
-            shown = value if isinstance(value, str | bool | float) else "set"
+            shown = value if isinstance(value, str | bool | float | int) else "set"
             raise UserError(
                 f"{path}: {field} is {shown}, which this model does not implement; "
                 "use a model without it"
@@ -189,7 +240,7 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
         )
     except Exception as error:  # its validation errors have no common type
         raise UserError(
-            f"checkpoint: transformers' {config.family} cannot have this shape ({_words(error)})"
+            f"checkpoint: transformers' {config.family} cannot have this shape ({words(error)})"
         ) from error
     return {
         "architectures": [ARCHITECTURES[config.family]],
@@ -273,12 +324,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
-def _stored_dtype(files: list[Path]) -> torch.dtype:
+def stored_dtype(files: list[Path]) -> torch.dtype:
     """Type of the embedding, which stands for all."""
     for path in files:
         with _opened(path) as file:
-            if EMBEDDING in file.keys():  # noqa: SIM118 - not a dict
-                return file.get_slice(EMBEDDING)[:0].dtype
+            for name in EMBEDDINGS:
+                if name in file.keys():  # noqa: SIM118 - not a dict
+                    return file.get_slice(name)[:0].dtype
     raise UserError(f"{files[0].parent}: tensor {EMBEDDING} missing; the model is incomplete")
 
 
@@ -302,5 +354,5 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
     return " ".join(str(error).split())

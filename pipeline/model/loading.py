@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from data_prep.tokenizers.load import Tokenizer
+from data_prep.tokenizers.load import GGUF, Tokenizer, load_tokenizer
 from pipeline.checkpoint.files import FILE_LIST
 from pipeline.checkpoint.read import DTYPES, MODEL_FILE, open_checkpoint
 from pipeline.model.config import ModelConfig
-from pipeline.model.huggingface import CONFIG_FILE, open_folder
+from pipeline.model.gguf import open_gguf
+from pipeline.model.huggingface import BACKBONES, CONFIG_FILE, open_folder
 from pipeline.model.parameters import MASK_EMBEDDING, Opening, is_adapter, is_of_head, whole
 from pipeline.model.source import EMBEDDING, HEAD, SavedModel, fill
 from pipeline.model.transformer import Transformer
+from pipeline.model.transformers_backbone import empty_model
 from tidar_common.errors import UserError
 from tidar_common.run_files import newest_checkpoint
 
@@ -41,8 +44,8 @@ def load_model(
 
     Args:
         path: a training checkpoint (`run_dir/checkpoints/step-00000100`), a `run_dir` (its latest
-            checkpoint), a folder written by `tidar-export`, or a Hugging Face folder of the Qwen2,
-            Qwen3 or Llama family.
+            checkpoint), a folder written by `tidar-export`, a Hugging Face folder, or a GGUF
+            file.
         dtype: a torch type, `bf16` or `fp32`; None keeps that of the weights, for a checkpoint the
             precision it was trained in. `fp32` takes the master weights of a bf16 checkpoint where
             ZeRO 1, 2 or 3 kept them.
@@ -68,7 +71,7 @@ def read_model(
 ) -> Transformer:
     """The model of an opened `source`, in evaluation mode; arguments as in `load_model`."""
     chosen = source.dtype if dtype is None else as_dtype(dtype)
-    model = Transformer.empty(source.config, as_device(device), chosen)
+    model = empty_model(source.config, as_device(device), chosen)
     fill(model, source)
     return model.eval()
 
@@ -83,7 +86,7 @@ def initialize_from(
     """
     source = open_model(path)
     check_shape(source, config)
-    model = Transformer.empty(config, torch.device("cpu"), dtype or source.dtype)
+    model = empty_model(config, torch.device("cpu"), dtype or source.dtype)
     load_into(model, source)
     return model
 
@@ -174,13 +177,23 @@ def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
     return [n for n in names if any(kind(n) and not has for kind, has in there.items())]
 
 
-def open_model(path: str | Path) -> SavedModel:
-    """Find out what `path` is, and read everything but its weights."""
+def open_model(path: str | Path, verify: bool = True, backbone: str = "auto") -> SavedModel:
+    """Find out what `path` is, and read everything but its weights.
+
+    Args:
+        path: as in `load_model`, or a GGUF file.
+        verify: compare all files of a checkpoint with what was saved.
+        backbone: what is to run the layers of a Hugging Face folder, one of `BACKBONES`.
+    """
+    if backbone not in BACKBONES:
+        raise UserError(f"model.backbone: {backbone!r} is not one of {', '.join(BACKBONES)}")
     folder = Path(path).expanduser()
+    if folder.suffix == GGUF and folder.is_file():
+        return open_gguf(folder.resolve())
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: not a folder; give a training checkpoint, a run_dir, an export or a "
-            "downloaded Hugging Face model"
+            f"{folder}: not a folder; give a training checkpoint, a run_dir, an export, a "
+            "downloaded Hugging Face model or a .gguf file"
         )
     folder = folder.resolve()
     if (folder / "checkpoints").is_dir():
@@ -189,11 +202,11 @@ def open_model(path: str | Path) -> SavedModel:
             raise UserError(
                 f"{folder / 'checkpoints'}: holds no checkpoint yet; give another model"
             )
-        return open_checkpoint(folder / "checkpoints" / newest)
+        return open_checkpoint(folder / "checkpoints" / newest, verify)
     if any((folder / name).is_file() for name in (FILE_LIST, MODEL_FILE)):
-        return open_checkpoint(folder)
+        return open_checkpoint(folder, verify)
     if (folder / CONFIG_FILE).is_file():
-        return open_folder(folder)
+        return open_folder(folder, backbone)
     raise UserError(
         f"{folder}: holds no model: neither {FILE_LIST} of a training checkpoint nor {CONFIG_FILE} "
         "of a Hugging Face folder"
@@ -227,10 +240,12 @@ def check_shape(source: SavedModel, config: ModelConfig) -> None:
     for name in (field.name for field in fields(ModelConfig) if field.name not in may_differ):
         found, asked = getattr(source.config, name), getattr(config, name)
         if found != asked:
-            raise UserError(
-                f"init_from: {source.folder} has {name} {_spelled(found)}, the config has "
-                f"{_spelled(asked)}; set {KEYS.get(name, f'model.{name}')}={_spelled(found)}"
-            )
+            refuse_difference(name, found, asked, source.folder)
+    if config.hosted is not None and config.max_positions > source.config.max_positions:
+        # Beyond, a sliding window would hide what our masks show.
+        refuse_difference(
+            "max_positions", source.config.max_positions, config.max_positions, source.folder
+        )
     rows, asked_rows = source.config.num_embeddings, config.num_embeddings
     if asked_rows < rows:
         raise UserError(
@@ -242,6 +257,37 @@ def check_shape(source: SavedModel, config: ModelConfig) -> None:
         raise UserError(
             f"init_from: {source.folder} was trained with mask token {trained}, the data's "
             f"tokenizer has {mask}; prepare the data with the tokenizer of that model"
+        )
+
+
+def refuse_difference(name: str, found: object, asked: object, folder: Path) -> NoReturn:
+    """Raises UserError for the field `name` of a config, `asked` for and otherwise in `folder`."""
+    key = KEYS.get(name, f"model.{name}")
+    leave = "" if name in KEYS else "leave out model=... and its keys, which the folder gives, or "
+    raise UserError(
+        f"init_from: {folder} has {name} {_spelled(found)}, the config has {_spelled(asked)}; "
+        f"{leave}set {key}={_spelled(found)}"
+    )
+
+
+def check_tokenizer(source: SavedModel, data_dir: Path) -> None:
+    """Whether the data in `data_dir` have the ids that `source` was trained with; a folder that
+    holds weights alone is taken at its word.
+
+    Raises:
+        UserError: naming both tokenizers.
+    """
+    try:
+        theirs = source.tokenizer()
+    except UserError:
+        return  # there is none, or none that could have made these data
+    ours = load_tokenizer(data_dir)
+    if not ours.same_ids(theirs):
+        raise UserError(
+            f"init_from: {source.folder} has the {theirs.kind} tokenizer {theirs.sha256[:12]} of "
+            f"{theirs.vocab_size} ids, the data in {data_dir} the {ours.kind} tokenizer "
+            f"{ours.sha256[:12]} of {ours.vocab_size}; prepare them with tokenizer.path="
+            f"{source.folder}"
         )
 
 

@@ -47,6 +47,19 @@ class SavedModel:
     tokenizer: Callable[[], Tokenizer]
     progress: dict[str, Any] | None = None
     """`step` and `tokens` of the training run, where they are known."""
+    remark: str = ""
+    """What a user should know of the weights."""
+
+    def __str__(self) -> str:
+        """One line on what it is."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        runs = "the compact transformer" if config.hosted is None else "transformers"
+        return (
+            f"{self.folder}, {config.family} architecture run by {runs}, "
+            f"{config.num_parameters:,} parameters in {dtype}, "
+            f"{config.num_embeddings:,} rows of tokens, up to {config.max_positions:,} positions"
+            f"{self.remark}"
+        )
 
 
 def fill(

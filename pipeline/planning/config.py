@@ -94,4 +94,4 @@ Needs no GPU, starts no processes and writes nothing. Exit codes: 0 the run can 
 cannot.
 """
 SECTIONS = {**TRAIN.sections, "cluster": ClusterConfig, "plan": PlanConfig}
-register(Command("plan", ABOUT, PlanKeys, SECTIONS, TRAIN.groups))
+register(Command("plan", ABOUT, PlanKeys, SECTIONS, TRAIN.groups, {"precision": None}))

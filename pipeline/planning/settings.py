@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.formats.manifest import FORMAT_VERSION, Manifest, Split, TokenizerInfo
 from pipeline.data.batch import section_length
 from pipeline.data.place import open_data_dir
+from pipeline.model.base import with_base
 from pipeline.model.config import ModelConfig, block_slots
 from pipeline.planning.config import ClusterConfig, PlanConfig
 from pipeline.training.settings import TrainSettings
@@ -79,7 +80,7 @@ def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
     if has_data:
         return TrainSettings.from_config(run, Manifest.load(open_data_dir(run)))
     run.data.dir = None
-    return TrainSettings.from_config(run, stand_in_manifest(cfg, plan))
+    return TrainSettings.from_config(run, stand_in_manifest(run, plan))
 
 
 def stand_in_manifest(cfg: DictConfig, plan: PlanConfig) -> Manifest:
@@ -88,7 +89,8 @@ def stand_in_manifest(cfg: DictConfig, plan: PlanConfig) -> Manifest:
         raise UserError(
             "plan.sequence_length: has no value; set it, or data.dir=... to plan for prepared data"
         )
-    vocab_size = plan.vocab_size or cfg.model.get("vocab_size")
+    based = with_base(cfg, needed=False)
+    vocab_size = plan.vocab_size or based.rows or based.cfg.model.get("vocab_size")
     if vocab_size is None:
         raise UserError(
             "plan.vocab_size: has no value and the model has no vocabulary of its own; set it, "

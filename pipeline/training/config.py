@@ -12,7 +12,7 @@ from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.data.place import DataConfig
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.model.config import BACKENDS, CHECKPOINTING, AdapterConfig, ModelConfig
+from pipeline.model.config import BACKENDS, CHECKPOINTING, AdapterConfig, ModelKeys
 from pipeline.objective.config import ObjectiveConfig
 from pipeline.training.launch.signals import deadline
 from tidar_common.errors import UserError
@@ -46,7 +46,7 @@ class RunKeys:
     micro_batch_size: int = 4
     """Sequences in one forward of one process."""
     precision: str = "bf16"
-    """bf16 or fp32."""
+    """bf16 or fp32; None takes that of the weights at init_from, and bf16 without."""
     activation_checkpointing: str = "none"
     """What the backward pass computes again: none, selective (feed-forward activations, a third
     less memory) or full (whole layers, a third more time)."""
@@ -275,7 +275,7 @@ saved (0 under torchrun; either way run_dir has the file `interrupted` until the
 """
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
-    "model": ModelConfig,
+    "model": ModelKeys,
     "layout": LayoutChoice,
     "objective": ObjectiveConfig,
     "adapter": AdapterConfig,
@@ -291,8 +291,10 @@ SECTIONS: dict[str, type] = {
     "wandb": WandbConfig,
 }
 GROUPS = {
-    "model": "tiny", "objective": "tidar", "curriculum": "none", "deepspeed": "zero1",
+    "model": "auto", "objective": "tidar", "curriculum": "none", "deepspeed": "zero1",
     "experiment": None,
 }  # fmt: skip
-TRAIN = Command("train", ABOUT, RunKeys, SECTIONS, GROUPS, {"data.dir": NO_VALUE})
+TRAIN = Command(
+    "train", ABOUT, RunKeys, SECTIONS, GROUPS, {"data.dir": NO_VALUE, "precision": None}
+)
 register(TRAIN)

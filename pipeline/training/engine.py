@@ -14,6 +14,7 @@ from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
 from pipeline.model.parameters import divide, full_shape
 from pipeline.model.transformer import Transformer
+from pipeline.model.transformers_backbone import empty_model
 from pipeline.training.config import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 
 
@@ -190,7 +191,7 @@ def full_copy(engine: Any, config: ModelConfig, known: int | None = None) -> Tra
 
     parameters = dict(engine.module.named_parameters())
     first = next(iter(parameters.values()))
-    model = Transformer.empty(config, first.device, first.dtype)
+    model = empty_model(config, first.device, first.dtype)
     partitioned = engine.zero_optimization_partition_weights()
     with torch.no_grad():
         for name, target in model.named_parameters():

@@ -13,6 +13,7 @@ from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
 from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.model.base import with_base
 from pipeline.model.config import AdapterConfig, ModelConfig
 from pipeline.objective.config import ObjectiveConfig
 from pipeline.training.config import (
@@ -28,7 +29,7 @@ from pipeline.training.config import (
     WatchConfig,
 )
 from pipeline.training.trackers.tensorboard import is_installed as tensorboard_is_installed
-from tidar_common.config import existing_path, parse
+from tidar_common.config import parse
 from tidar_common.errors import UserError
 from tidar_common.secrets import without_secrets
 
@@ -91,8 +92,11 @@ class TrainSettings(RunKeys):
     def from_config(cls, cfg: DictConfig, manifest: Manifest | None = None) -> "TrainSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy.
 
-        With a `manifest` neither `data.dir` nor `init_from` is looked at: a plan of a run.
+        With a `manifest` `data.dir` is not looked at, nor `init_from` unless it gives the shape: a
+        plan of a run.
         """
+        based = with_base(cfg, needed=manifest is None)
+        cfg = based.cfg
         data_dir = Path()
         if manifest is None:
             data_dir = open_data_dir(cfg)
@@ -102,17 +106,16 @@ class TrainSettings(RunKeys):
         plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
         values = dict(vars(parse(RunKeys, plain, "")))
         values["run_dir"] = values["run_dir"].expanduser()
-        if cfg.init_from is not None and manifest is None:
-            values["init_from"] = existing_path(
-                cfg, "init_from", "a Hugging Face folder or a checkpoint"
-            )
+        values["init_from"] = based.init_from or values["init_from"]
         planned = manifest is not None and cfg.data.dir is None
         manifest = manifest or Manifest.load(data_dir)
         sections: dict[str, Any] = {
             name.rpartition(".")[2]: parse(schema, OmegaConf.select(cfg, name), name)
-            for name, schema in SECTIONS.items()
+            for name, schema in (SECTIONS | {"model": ModelConfig}).items()
         }
         layout, model, objective = (sections[name] for name in ("layout", "model", "objective"))
+        if based.rows is not None:
+            model = replace(model, vocab_size=max(based.rows, manifest.tokenizer.vocab_size))
         frozen = values["freeze_base"]
         changed = {
             "model": with_adapters(model, sections.pop("adapter"), frozen),

@@ -21,10 +21,11 @@ from pipeline.data.place import check_shards
 from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import check_shape, load_into, open_model
+from pipeline.model.loading import check_shape, check_tokenizer, load_into, open_model
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.source import SavedModel
 from pipeline.model.transformer import Transformer
+from pipeline.model.transformers_backbone import empty_model
 from pipeline.training.due import PeriodicEval, Saver
 from pipeline.training.engine import build_engine, deepspeed_settings
 from pipeline.training.guards.anomalies import Anomalies, LeftOutFile, Rollbacks
@@ -235,6 +236,8 @@ def build_model(
         UserError: when the weights at `init_from` cannot be used.
     """
     source = open_start(settings, config)
+    if source is not None:
+        say(f"init_from: {source}")
     model, opened = allocate(settings, config, world)
     if source is None:
         model.initialize(settings.seed, opened)
@@ -252,12 +255,14 @@ def open_start(settings: TrainSettings, config: ModelConfig) -> SavedModel | Non
     """The model at `init_from`, its weights not yet read; None for a run that draws its own.
 
     Raises:
-        UserError: when it is no model of this shape.
+        UserError: when it is no model of this shape, or the data has another tokenizer.
     """
     if settings.init_from is None:
         return None
-    source = open_model(settings.init_from)
+    backbone = "compact" if config.hosted is None else "transformers"
+    source = open_model(settings.init_from, backbone=backbone)
     check_shape(source, config)
+    check_tokenizer(source, settings.data_dir)
     return source
 
 
@@ -266,7 +271,12 @@ def allocate(
 ) -> tuple[Transformer, Opening]:
     """A model whose weights are yet to be set, and how to open them for that."""
     if settings.deepspeed.stage < 3:
-        return Transformer.empty(config, world.device, DTYPES[settings.precision]), whole
+        return empty_model(config, world.device, DTYPES[settings.precision]), whole
+    if config.hosted is not None:
+        raise UserError(
+            "deepspeed: zero3 cuts up the compact transformer alone; set deepspeed=zero2 for "
+            "model.backbone=transformers"
+        )
     import deepspeed
 
     accumulation = settings.accumulation_steps(world.size)

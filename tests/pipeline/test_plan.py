@@ -18,7 +18,8 @@ from tidar_common.cli import run as run_task
 
 BIG = ("experiment=tidar_8b", "plan.sequence_length=4096", "cluster.gpu=h100_80gb")
 EXPERIMENTS = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
-SHORT = ("plan.sequence_length=64", "plan.vocab_size=400", "layout.block_size=4")
+LENGTHS = ("plan.sequence_length=64", "plan.vocab_size=400", "layout.block_size=4")
+SHORT = ("model=tiny", *LENGTHS)
 
 
 @pytest.fixture
@@ -149,8 +150,9 @@ def test_a_batch_that_does_not_divide_is_refused(planning):
 
 @pytest.mark.parametrize(("overrides", "names"), [
     ((), "plan.sequence_length"),
-    (("plan.sequence_length=64",), "plan.vocab_size"),
-    (("plan.sequence_length=64", "plan.vocab_size=400"), "layout.block_size"),
+    (LENGTHS, "model.hidden_size"),
+    (("model=tiny", "plan.sequence_length=64"), "plan.vocab_size"),
+    (SHORT[:-1], "layout.block_size"),
     ((*SHORT, "cluster.nodes=0"), "cluster: nodes"),
     ((*SHORT, "cluster.gpus=8"), "cluster.gpus"),
     ((*SHORT, "plan.mfu=2"), "plan: mfu"),
@@ -221,7 +223,8 @@ def test_it_reads_well(planned):
 
 @pytest.mark.parametrize("name", [path.stem for path in EXPERIMENTS])
 def test_every_shipped_experiment_has_a_plan(planned, name):
-    result = planned(f"experiment={name}", *SHORT, "cluster.gpus_per_node=1")
+    shape = ("model=smollm2_135m",) if name == "convert" else ()
+    result = planned(f"experiment={name}", *LENGTHS, *shape, "cluster.gpus_per_node=1")
     assert result.memory.peak > 0
 
 

@@ -187,3 +187,45 @@ def test_control_tokens_never_come_out_of_text_whatever_the_file_makes_of_them(m
     plain = "of the and to in it is"
     assert loaded.encode(plain) == model.encode(plain, add_special_tokens=False).ids
     assert pickle.loads(pickle.dumps(loaded)).encode(text) == loaded.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [("<|reserved_special_token_0|>", True), ("<unused0>", False), ("<|placeholder1|>", True),
+     ("<SPECIAL_20>", True), ("[unused1]", True)],
+)  # fmt: skip
+def test_a_token_in_reserve_becomes_the_mask(folder, tmp_path, name, special):
+    path = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.add_tokens([AddedToken(name, special=special), AddedToken("<more_1>", special=True)])
+    model.save(str(path))
+    loaded = load_tokenizer(folder)
+    assert loaded.mask_id == model.token_to_id(name)
+    assert loaded.vocab_size == model.get_vocab_size()
+    text = f"a {name} b"
+    assert loaded.mask_id not in loaded.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    loaded.save(saved)
+    again = load_tokenizer(saved)
+    assert again.mask_id == pickle.loads(pickle.dumps(loaded)).mask_id == loaded.mask_id
+    assert json.loads((saved / "tokenizer_config.json").read_text())["mask_token"] == name
+
+
+def test_a_mask_token_goes_before_one_in_reserve(folder):
+    path = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.add_special_tokens(["<unused0>", HUGGINGFACE_MASK])
+    model.save(str(path))
+    assert load_tokenizer(folder).mask_id == model.token_to_id(HUGGINGFACE_MASK)
+
+
+def test_vocabularies_are_compared_but_for_an_appended_mask(folder, tmp_path):
+    loaded = load_tokenizer(folder)
+    assert loaded.same_ids(pickle.loads(pickle.dumps(loaded)))
+    path = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.add_tokens(["<unused0>"])
+    model.save(str(path))
+    assert not loaded.same_ids(load_tokenizer(folder))

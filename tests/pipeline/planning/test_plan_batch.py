@@ -23,7 +23,8 @@ from pipeline.objective.head_loss import head_loss
 from pipeline.objective.loss import MEASURED, Targets
 from pipeline.planning.memory import batch_memory, layer_row_bytes
 
-MODELS = sorted(Path(__file__).parents[3].glob("conf/model/*.yaml"))
+SHAPES = Path(__file__).parents[3] / "conf" / "model"
+MODELS = sorted(set(SHAPES.glob("*.yaml")) - {SHAPES / "auto.yaml"})  # which has no shape
 CONFIG = ModelConfig(
     hidden_size=64, intermediate_size=160, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16,
     vocab_size=64,

@@ -21,8 +21,9 @@ FREE_TEXT = {
 
 @pytest.fixture(scope="module")
 def defaults(tmp_path_factory) -> DictConfig:
+    run_dir = tmp_path_factory.mktemp("bounds")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("train", ["data.dir=x", f"run_dir={tmp_path_factory.mktemp('bounds')}"])
+        return compose("train", ["model=tiny", "data.dir=x", f"run_dir={run_dir}"])
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,10 @@ from tidar_common.errors import UserError
 def settings(data_dir, tmp_path):
     def make(*overrides: str) -> TrainSettings:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("train", [f"data.dir={data_dir}", f"run_dir={tmp_path}", *overrides])
+            cfg = compose(
+                "train",
+                ["model=tiny", f"data.dir={data_dir}", f"run_dir={tmp_path}", *overrides],
+            )
         return TrainSettings.from_config(cfg, Manifest.load(data_dir))
 
     return make
@@ -78,8 +81,8 @@ def test_a_plan_counts_the_slots_of_linear_drafts(data_dir):
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose(
                 "plan",
-                [f"data.dir={data_dir}", f"layout.linear={value}", "model.draft_rank=4",
-                 "objective.alone_share=0", "objective.alpha=1.0"],
+                ["model=tiny", f"data.dir={data_dir}", f"layout.linear={value}",
+                 "model.draft_rank=4", "objective.alone_share=0", "objective.alpha=1.0"],
             )  # fmt: skip
         planned.append(Planned.from_config(cfg))
     plain, linear = planned
@@ -104,7 +107,9 @@ def test_a_plan_counts_the_pairs_of_causal_slots(data_dir):
     flops = []
     for value in ("false", "true"):
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("plan", [f"data.dir={data_dir}", f"layout.causal_slots={value}"])
+            cfg = compose(
+                "plan", ["model=tiny", f"data.dir={data_dir}", f"layout.causal_slots={value}"]
+            )
         planned = Planned.from_config(cfg)
         flops.append(flops_at(planned, 1.0).attention)
     width = planned.model.num_layers * planned.model.num_heads * planned.model.head_dim

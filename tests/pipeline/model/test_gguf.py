@@ -1,0 +1,101 @@
+"""GGUF files: the shape, the weights but for what quantising took, the tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_models import huggingface_tokenizer, write_huggingface
+
+from pipeline import load_model
+from pipeline.model.loading import open_model
+from tidar_common.errors import UserError
+
+gguf = pytest.importorskip("gguf")
+
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "model.layers": "blk",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def write_gguf(path, model, kind, extra=()) -> None:
+    """`model`, a Qwen2, as llama.cpp's converter writes it: matrices in `kind`, the rest in F32."""
+    config = model.config
+    pieces = json.loads(huggingface_tokenizer().content())
+    vocabulary = sorted(huggingface_tokenizer().vocabulary().items(), key=lambda item: item[1])
+    names = [name for name, _ in vocabulary][: config.vocab_size]
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(names)
+    writer.add_token_types([1] * len(names))
+    writer.add_token_merges([" ".join(pair) for pair in pieces["model"]["merges"]])
+    writer.add_eos_token_id(huggingface_tokenizer().eos_id)
+    for name, tensor in [*model.state_dict().items(), *extra]:
+        values = tensor.float().numpy()
+        raw = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quantize(values, raw), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    rows = len(huggingface_tokenizer().vocabulary())
+    folder = tmp_path_factory.mktemp("hf")
+    return write_huggingface(folder, "qwen2", vocab_size=rows, intermediate_size=64)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("F32", 2.0**-8), ("Q8_0", 0.012)])
+def test_weights_are_dequantised(theirs, tmp_path, kind, bound):
+    file = tmp_path / "model.gguf"
+    write_gguf(file, theirs, gguf.GGMLQuantizationType[kind])
+    model, tokenizer = load_model(file, device="cpu")
+    assert model.config == open_model(file).config
+    assert (model.config.num_heads, model.config.num_kv_heads) == (4, 2)
+    assert (model.config.rope_theta, model.config.qkv_bias) == (5000.0, True)
+    mine = model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        # bf16 keeps 8 bits; a block of Q8_0 has steps of its largest value / 127.
+        error = (mine[name].float() - tensor).abs().max() / tensor.abs().max()
+        assert error < bound, name
+    text = "def add(left, right): return 3"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_id == huggingface_tokenizer().eos_id
+    assert "dequantised" in str(open_model(file))
+
+
+def test_what_the_reader_would_pass_over_is_refused(theirs, tmp_path):
+    file = tmp_path / "model.gguf"
+    factors = ("rope_freqs.weight", torch.ones(4))
+    write_gguf(file, theirs, gguf.GGMLQuantizationType.F32, [factors])
+    with pytest.raises(UserError, match=r"rope_freqs\.weight"):
+        open_model(file)
+
+
+def test_a_damaged_file_is_named_on_one_line(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(np.zeros(64, np.uint8).tobytes())
+    with pytest.raises(UserError, match=r"model\.gguf: not a GGUF file") as caught:
+        open_model(file)
+    assert "\n" not in str(caught.value)

@@ -121,7 +121,7 @@ def test_a_key_is_answered_with_the_one_that_was_meant(capsys, monkeypatch, comm
     assert text in error
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "check"])
+@pytest.mark.parametrize("command", ["train", "plan"])
 @pytest.mark.parametrize("group", ["experiment", "model", "objective", "deepspeed", "curriculum"])
 def test_a_misspelt_choice_is_refused_with_those_that_exist(capsys, monkeypatch, command, group):
     monkeypatch.setattr(sys, "argv", [command, f"{group}=nothing"])

@@ -87,8 +87,8 @@ def choice_keys(choice: Choice, said: dict[str, list[Key]]) -> Iterator[str]:
             old -= names
             yield f"Has the keys of `{name}`."
     if old:
-        names = ", ".join(key.name.rpartition(".")[2] for key in keys if key.name in old)
-        yield f"Has `{names}` as above."
+        parts = ", ".join(key.name.rpartition(".")[2] for key in keys if key.name in old)
+        yield f"Has `{parts}` as above."
     said[choice.name] = new
     if new:
         yield ""

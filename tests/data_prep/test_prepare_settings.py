@@ -47,9 +47,12 @@ MISTAKES = [
     ("tokenizer.sample_bytes=0", "tokenizer.sample_bytes: must be at least 1"),
     ("tokenizer.path=/none", "tokenizer.path: /none does not exist"),
     ("tokenizer=huggingface", "tokenizer.path: has no value; set tokenizer.path=..."),
-    ("tokenizer=wordpiece", "Could not find 'tokenizer/wordpiece'"),
+    (
+        "tokenizer=wordpiece",
+        "tokenizer: unknown choice 'wordpiece'; known are hugg",
+    ),
     ("corpus=jsonl", "corpus.path: has no value; set corpus.path=... on the command line"),
-    ("corpus=nothing", "Could not find 'corpus/nothing'"),
+    ("corpus=nothing", "corpus: unknown choice 'nothing'; known are arrow, jsonl, mix, parquet, "),
     ("sequence_length", "sequence_length"),
 ]
 

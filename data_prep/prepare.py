@@ -53,6 +53,7 @@ def prepare(cfg: DictConfig) -> int:
             if is_prepared(settings):
                 print(f"{folder} is prepared with these settings already; "
                       "overwrite=true prepares it anew")  # fmt: skip
+                print(corpus_change(folder, cfg.corpus), end="", flush=True)
                 return 0
             started = time.perf_counter()
             manifest = write_data(settings, cfg.corpus, workers)
@@ -80,6 +81,7 @@ def write_data(
         Manifest | None: of the finished folder; None where other jobs of an array still work.
     """
     corpus = open_corpus(corpus_section)
+    settings = settings.for_corpus(corpus.total_bytes)
     # Plan: the tokenizer, and the corpus in tasks.
     with taking_turns(settings.output_dir):
         preparation, tasks = make_plan(settings, corpus)
@@ -98,6 +100,19 @@ def write_data(
     workers.run(run_task, unfinished, preparation, Progress().add)
     # Merge: rests and held-out documents are packed, and the manifest written.
     return merge(preparation, tasks)
+
+
+def corpus_change(folder: Path, corpus_section: DictConfig) -> str:
+    """A line about files that the corpus of a finished folder has lost, got or changed; or none."""
+    was = Manifest.load(folder).corpus
+    try:
+        now = open_corpus(corpus_section).described()
+    except UserError as error:
+        return f"its corpus cannot be compared with what it was made from: {error}\n"
+    if not was or was == now:
+        return ""
+    sizes = [f"{corpus['files']:,} files and {corpus['bytes']:,} bytes" for corpus in (was, now)]
+    return f"its corpus is no longer what it was made from: {sizes[0]} then, {sizes[1]} now\n"
 
 
 def print_stats(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The config of `tidar-prepare`, checked."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from tidar_common.schema import NO_VALUE, Choice, Command, defaults, register
 from tidar_common.secrets import without_secrets
 
 GROUPS = ("corpus", "filters", "dedup", "decontaminate", "tokenizer", "layout")
+LARGE_CORPUS_SHARE, SMALL_CORPUS_SHARE = 0.01, 0.1
+"""Of the documents, held out where nothing is said: the most of a small corpus, else the least."""
+HELD_OUT_BYTES = 50_000
+"""Text that is to be held out of a corpus in between."""
 IRRELEVANT_KEYS = ("output_dir", "workers", "array", "verify", "stats", "inspect", "overwrite")
 """Keys that do not change what is written."""
 
@@ -107,9 +111,9 @@ class PrepareKeys:
     """Folder to write: manifest.json, the tokenizer, train/*.tar and heldout/*.tar."""
     sequence_length: int = 1024
     """Tokens of a packed sequence."""
-    heldout_fraction: float = 0.01
-    """Share of the documents that is held out, in (0, 1); by a hash of the seed and the document's
-    id."""
+    heldout_fraction: float | None = None
+    """Share of the documents that is held out, in (0, 1), by a hash of the seed and the document's
+    id; None takes 0.01, and more of a text below 5 MB, at most 0.1."""
     packing: str = "best_fit"
     """best_fit (a document that fits is never cut) or concatenate (no padding, many cuts)."""
     shard_bytes: int = 64_000_000
@@ -142,7 +146,7 @@ class PrepareKeys:
                            ("seed", 0), ("inspect", 0)):  # fmt: skip
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
-        if not 0.0 < self.heldout_fraction < 1.0:
+        if self.heldout_fraction is not None and not 0.0 < self.heldout_fraction < 1.0:
             raise UserError(f"heldout_fraction: must be in (0, 1), got {self.heldout_fraction}")
         if self.packing not in PACKINGS:
             raise UserError(f"packing: {self.packing!r} is not {' or '.join(PACKINGS)}")
@@ -198,9 +202,18 @@ class PrepareSettings(PrepareKeys):
         """SHA-256 of the keys that decide the output."""
         return config_hash(self.decisive)
 
+    def for_corpus(self, text_bytes: int) -> "PrepareSettings":
+        """These settings with a share of held-out documents that suits a corpus of that size, where
+        none is given: enough of a small one to have some text."""
+        if self.heldout_fraction is not None:
+            return self
+        fraction = max(LARGE_CORPUS_SHARE, HELD_OUT_BYTES / max(text_bytes, 1))
+        return replace(self, heldout_fraction=min(fraction, SMALL_CORPUS_SHARE))
+
     def split_of(self, document_id: str) -> str:
         """`train` or `heldout`, by a hash of the id: the same whatever else is in the corpus."""
-        held_out = in_heldout(document_id, seed=self.seed, fraction=self.heldout_fraction)
+        fraction = LARGE_CORPUS_SHARE if self.heldout_fraction is None else self.heldout_fraction
+        held_out = in_heldout(document_id, seed=self.seed, fraction=fraction)
         return "heldout" if held_out else "train"
 
 

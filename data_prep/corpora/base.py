@@ -4,6 +4,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from data_prep.corpora.files import File
+from tidar_common.config import config_hash
 
 NOT_UTF8 = "not UTF-8"
 DEFAULT_PART_BYTES = 4_000_000
@@ -65,6 +69,8 @@ class Corpus(ABC):
     A corpus travels to other processes: it holds its config and a list of files, nothing open.
     """
 
+    files: Sequence[File] = ()
+
     def documents(
         self, parts: Iterable[Part] | None = None, refused: Counter[str] | None = None
     ) -> Iterator[Document]:
@@ -84,6 +90,16 @@ class Corpus(ABC):
                     counts[NOT_UTF8] += 1
                 else:
                     yield replace(document, source=part.source) if part.source else document
+
+    def listing(self) -> list[tuple[str, int]]:
+        """Name and size of every file."""
+        return [(file.name, file.size) for file in self.files]
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest keeps of it: by this a change shows without anything being read."""
+        listing = self.listing()
+        size = sum(size for _, size in listing)
+        return {"files": len(listing), "bytes": size, "sha256": config_hash(listing)}
 
     def weigh(self, count_tokens: Counts) -> None:  # noqa: B027
         """Prepare for `parts` where they depend on tokens: a mix measures its sources."""

@@ -56,6 +56,13 @@ class MixCorpus(Corpus):
         wanted = self.wanted_epochs()
         return sum(int(wanted[n] * source.corpus.total_bytes) for n, source in self.sources.items())
 
+    def listing(self) -> list[tuple[str, int]]:
+        return [
+            (f"{name}: {file}", size)
+            for name, source in self.sources.items()
+            for file, size in source.corpus.listing()
+        ]
+
     def weigh(self, count_tokens: Counts) -> None:
         """Measure how many tokens a byte of each source gives, on some of its text."""
         for name, source in self.sources.items():

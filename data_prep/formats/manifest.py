@@ -113,6 +113,8 @@ class Manifest:
     encoder: str = ""
     """How text was encoded, and on how much of it that was compared with the plain way."""
 
+    corpus: dict[str, Any] = field(default_factory=dict)
+    """Number, bytes, and a hash of the names and sizes of the files it was prepared from."""
     filters: dict[str, Any] = field(default_factory=dict)
     """Where documents were filtered: datatrove's version, the evals looked for, and the hash of
     the list of what held them."""

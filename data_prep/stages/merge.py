@@ -128,7 +128,7 @@ def _check_not_empty(settings: PrepareSettings, totals: Counts) -> None:
             change = "raise" if name == "heldout" else "lower"
             raise UserError(
                 f"heldout_fraction: none of {packed} documents fell into the {name} split with "
-                f"{settings.heldout_fraction}; {change} it, or use more documents"
+                f"{settings.heldout_fraction:g}; {change} it, or use more documents"
             )
 
 
@@ -192,6 +192,7 @@ def make_manifest(
             for name, count in sorted(totals.sources.items())
         },
         encoder=preparation.encoder,
+        corpus=preparation.corpus.described(),
         filters=describe_screening(settings, tasks),
     )
 

@@ -151,7 +151,7 @@ def make_tasks(settings: PrepareSettings, corpus: Corpus, tokenizer: Tokenizer) 
     size = task_bytes(settings, corpus)
     parts = corpus.parts(max(size // PARTS_OF_A_TASK, 1))
     random.Random(f"{settings.seed} parts").shuffle(parts)
-    key = [FORMAT_VERSION, settings.config_hash, tokenizer.sha256]
+    key = [FORMAT_VERSION, settings.config_hash, tokenizer.sha256, settings.heldout_fraction]
     key += _screening_key(settings, parts)
     tasks: list[Task] = []
     gathered: list[Part] = []

@@ -79,6 +79,7 @@ class Checkpoints:
         topology: how this run's state is partitioned; a resume may change it.
         write_extra: `write_extra(folder)` adds the files that make a checkpoint loadable by itself
             (model shape, tokenizer, config); rank 0 calls it.
+        schedule: how the run trains from here on; a resume may change it, and is told.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Checkpoints:
         identity: dict[str, Any],
         topology: dict[str, Any],
         write_extra: Callable[[Path], None],
+        schedule: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.world = world
@@ -96,6 +98,7 @@ class Checkpoints:
         # As they come back from state.json.
         self.identity = json.loads(json.dumps(identity))
         self.topology = json.loads(json.dumps(topology))
+        self.schedule = json.loads(json.dumps(schedule or {}))
         self.write_extra = write_extra
         self.load_s = 0.0
         """Seconds that the last `restore` took, checking all files included."""
@@ -114,7 +117,8 @@ class Checkpoints:
         problem = self.world.from_main(self._prepare(state.step) if self.world.is_main else None)
         if problem is not None:
             return Failed(state.step, problem)
-        content = {**state.to_dict(), "identity": self.identity, "topology": self.topology}
+        content = {**state.to_dict(), "identity": self.identity, "topology": self.topology,
+                   "schedule": self.schedule}  # fmt: skip
         content["world_size"] = self.world.size
         self._begun = _Begun(state.step, content, started)
         if self._writer is None:
@@ -166,7 +170,8 @@ class Checkpoints:
 
         Returns:
             The progress saved in it, None when there is no checkpoint at all; and what there is
-            to tell: `damaged` (by name, why), `changed` (topology and allowed keys) and `name`.
+            to tell: `damaged` (by name, why), `changed` (topology, schedule and allowed keys) and
+            `name`.
 
         Raises:
             UserError: when all are damaged, or the run's identity differs from the checkpoint's.
@@ -192,8 +197,10 @@ class Checkpoints:
             if loaded is None:
                 raise UserError(f"{path}: DeepSpeed loaded nothing from it; delete it")
         self.load_s = time.perf_counter() - started
-        notes = {"name": name, "damaged": damaged, "changed": {**changed, **reshaped}}
-        return TrainState.from_dict(content), notes
+        # Checkpoints of before do not know theirs.
+        trained = differences(content.get("schedule", self.schedule), self.schedule)
+        changes = {**changed, **reshaped, **trained}
+        return TrainState.from_dict(content), {"name": name, "damaged": damaged, "changed": changes}
 
     def newest(self) -> str | None:
         """Name of the newest checkpoint, whether damaged or not."""

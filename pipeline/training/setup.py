@@ -323,6 +323,7 @@ def open_checkpoints(settings: TrainSettings, config: ModelConfig, world: World)
         run_identity(settings, config),
         run_topology(settings, world.size),
         write_extra,
+        run_schedule(settings),
     )
 
 
@@ -355,6 +356,16 @@ def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:
     }
 
 
+def run_schedule(settings: TrainSettings) -> dict[str, Any]:
+    """How the run trains: every key, by its name, of the groups that a continued run may change."""
+    fixed = {"objective.name"}
+    keys: dict[str, Any] = {"steps": settings.steps}
+    for group in ("optimizer", "schedule", "objective", "layout"):
+        values = settings.resolved.get(group) or {}
+        keys |= {f"{group}.{key}": value for key, value in values.items()}
+    return {key: value for key, value in keys.items() if key not in fixed}
+
+
 def notes_of_start(
     state: TrainState, restored: dict[str, Any], load_s: float, preflight_s: float, world: World
 ) -> list[Event]:
@@ -369,6 +380,8 @@ def notes_of_start(
         notes.append(make_event("checkpoint_damaged", step, reason, name=damaged))
     for key, (was, now) in restored.get("changed", {}).items():
         text = f"{key} is {now}, and was {was} until here"
+        if key == "steps":
+            text += "; the learning rate's schedule ends with the new number"
         notes.append(make_event("config_changed", step, text, key=key, was=was, now=now))
     return notes
 

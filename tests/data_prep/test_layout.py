@@ -96,6 +96,18 @@ def test_every_position_is_drafted_as_often_as_any_other(shift):
     assert np.abs(inner - mean).max() < 5 * mean**0.5
 
 
+def test_scattered_blocks_fall_into_every_document_by_its_length():
+    """One block or two at a time: which documents get them is drawn anew by each seed."""
+    lengths, seeds = [20, 20, 40], 2000
+    counts = np.zeros(3)
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        layout = build_layout(lengths, 4, coverage=0.06, shift=True, rng=rng)
+        counts += np.bincount(np.searchsorted([20, 40], layout.prefix_end, "right"), minlength=3)
+    expected = counts.sum() * np.array([0.25, 0.25, 0.5])
+    assert (np.abs(counts - expected) < 5 * expected**0.5).all()
+
+
 def test_slot_positions_run_through_each_block():
     layout = build_layout([9, 6], 4, coverage=0.6, rng=np.random.default_rng(3))
     expected = [

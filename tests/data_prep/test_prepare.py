@@ -4,14 +4,19 @@ mixed, nothing overwritten by mistake."""
 import fcntl
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 from data_prep.formats.manifest import SPLITS, Manifest
 from data_prep.formats.shards import read_shard
+from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import load_tokenizer
+from tidar_common.cli import config_dir
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -140,6 +145,66 @@ def test_leftovers_of_other_settings_go(command, overrides, prepared, tmp_path):
         (folder / name).write_text("{}")
     assert command(*overrides, f"output_dir={folder}").code == 0
     assert content(folder) == content(prepared)
+
+
+def test_a_finished_folder_tells_that_its_corpus_has_changed(
+    command, texts, tokenizer_path, tmp_path
+):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(texts[:30]):
+        (corpus / f"{number:02d}.txt").write_text(text)
+    again = ("corpus=text_folder", f"corpus.path={corpus}", f"output_dir={tmp_path / 'data'}",
+             f"tokenizer.path={tokenizer_path}", "sequence_length=64",
+             "heldout_fraction=0.3")  # fmt: skip
+    assert command(*again).code == 0
+
+    def said() -> list[str]:
+        result = command(*again)
+        assert (result.code, result.err) == (0, "")
+        first, *rest = result.out.splitlines()
+        assert "is prepared with these settings already" in first
+        return rest
+
+    assert said() == []
+    kept = (corpus / "00.txt").read_text()
+    (corpus / "00.txt").unlink()
+    (line,) = said()
+    assert line.startswith("its corpus is no longer what it was made from: 30 files and ")
+    assert ", 29 files and " in line.replace("then, ", ", ")
+    (corpus / "00.txt").write_text(kept)
+    assert said() == []
+    (corpus / "00.txt").rename(corpus / "x.txt")
+    assert len(said()) == 1
+    shutil.rmtree(corpus)
+    (line,) = said()
+    assert line.startswith("its corpus cannot be compared with what it was made from: corpus.path")
+
+
+@pytest.mark.parametrize("files", [30, 150])
+def test_a_small_folder_prepares_as_it_is(command, tokenizer_path, tmp_path, files):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(files):
+        text = " ".join(f"{number} and {n * number % 71}" for n in range(200))
+        (corpus / f"{number:03d}.md").write_text(text)
+    folder = tmp_path / "data"
+    result = command("corpus=text_folder", f"corpus.path={corpus}", f"output_dir={folder}",
+                     f"tokenizer.path={tokenizer_path}", "sequence_length=64")  # fmt: skip
+    assert result.code == 0, result.err
+    manifest = Manifest.load(folder)
+    assert manifest.train.documents + manifest.heldout.documents == files
+    assert 0 < manifest.heldout.documents < files / 4
+
+
+def test_what_is_held_out_where_nothing_is_said():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("prepare", ["output_dir=x"])
+    settings = PrepareSettings.from_config(cfg)
+    shares = [settings.for_corpus(size).heldout_fraction for size in (0, 10**5, 10**6, 10**8)]
+    assert shares == [0.1, 0.1, 0.05, 0.01]
+    given = replace(settings, heldout_fraction=0.3)
+    assert given.for_corpus(10**5) is given
 
 
 @pytest.mark.parametrize("workers", [1, 2])

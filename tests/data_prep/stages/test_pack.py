@@ -140,3 +140,11 @@ def test_nothing_gives_nothing():
 def test_bad_sizes_are_refused(arguments):
     with pytest.raises(ValueError, match="at least"):
         Packer(*arguments)
+
+
+def test_a_document_that_was_cut_before_is_not_counted_as_cut_once_more():
+    packer = Packer(8)
+    assert len(list(packer.add(Piece(np.arange(20), continued=True)))) == 2
+    assert (packer.cut_documents, packer.cuts) == (0, 2)
+    assert len(list(packer.add(Piece(np.arange(20))))) == 2
+    assert (packer.cut_documents, packer.cuts) == (1, 4)

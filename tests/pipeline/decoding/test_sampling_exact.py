@@ -300,6 +300,9 @@ def test_a_row_without_a_draft_accepts_none_and_draws_from_p():
     accepted, token = verify(torch.tensor([[1], [1]]), q, p, uniform, torch.tensor([1, 0]))
     assert accepted.tolist() == [1, 0]
     assert token.tolist() == [0, 1]
+    even, high = torch.full((1, 2, 2), 0.5), torch.full((1, 2), 0.9, dtype=torch.float64)
+    _, token = verify(torch.tensor([[1]]), q[:1], even, high, torch.tensor([0]))
+    assert token.tolist() == [1], "p less a left-over q would give 0"
     best = torch.tensor([[1, 0], [1, 0]])
     accepted, token = verify_greedy(torch.tensor([[1], [1]]), best, torch.tensor([1, 0]))
     assert (accepted.tolist(), token.tolist()) == ([1, 0], [0, 1])

@@ -179,6 +179,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(data_dir, trai
     assert len(list((run_dir / "checkpoints").glob("step-*"))) == 2
 
 
+def test_a_continued_run_tells_how_it_trains_otherwise(data_dir, tmp_path):
+    """An event and a line for each key, with both values; the same settings again tell nothing."""
+    quick = ("evals.decode_speed.every=0", "wandb.mode=disabled", "preflight=false")
+    other = ("steps=3", "optimizer.weight_decay=0.5", "objective.alpha=0.25",
+             "schedule.warmup_steps=1")  # fmt: skip
+    for overrides in (("steps=2",), other, (*other, "steps=4")):
+        done = train_small(data_dir, tmp_path, *quick, *overrides)
+        assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    changed = [event for event in map(json.loads, lines) if event["event"] == "config_changed"]
+    assert [(e["step"], e["key"], e["was"], e["now"]) for e in changed] == [
+        (2, "steps", 2, 3),
+        (2, "optimizer.weight_decay", 0.1, 0.5),
+        (2, "schedule.warmup_steps", 2, 1),
+        (2, "objective.alpha", 1.0, 0.25),
+        (3, "steps", 3, 4),
+    ]
+    assert changed[-1]["message"] in done.stdout
+
+
 def test_a_continued_run_must_be_the_same_run(data_dir, one_process):
     before = (one_process / "metrics.jsonl").read_bytes()
     error = only_error(train_small(data_dir, one_process, *QUICK, "seed=1"))

@@ -15,10 +15,9 @@ from urllib.parse import urlparse
 from data_prep.formats.manifest import ShardInfo
 from pipeline.data.mix import MixedSource
 from pipeline.data.remote import is_remote
-from pipeline.model.loading import open_model
+from pipeline.model.base import open_base
 from pipeline.planning.plan import GIB, Plan
 from tidar_common.errors import UserError
-from tidar_common.hub import fetched
 
 WANDB_TIMEOUT_S = 3.0
 
@@ -63,7 +62,7 @@ def check_init(init_from: str | None) -> str:
     """The weights to start from are a model that can be opened."""
     if init_from is None:
         return "weights are drawn from the seed"
-    return f"weights from {open_model(fetched(init_from, 'init_from'), verify=False)}"
+    return f"weights from {open_base(init_from)[1]}"
 
 
 def check_batch(plan: Plan) -> str:

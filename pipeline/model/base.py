@@ -63,10 +63,12 @@ def with_base(cfg: DictConfig, needed: bool = True) -> Based:
                 "or the model to start from with init_from=..."
             )
         return Based(_closed(cfg, given, "bf16"), None, None)
-    if not needed and not missing and not Path(str(cfg.init_from)).expanduser().exists():
+    try:
+        path, source = open_base(str(cfg.init_from), backbone)
+    except UserError:
+        if needed or missing:
+            raise
         return Based(_closed(cfg, given, "bf16"), None, None)
-    path = fetched(str(cfg.init_from), "init_from")
-    source = open_model(path, verify=False, backbone=backbone)
     known = {field.name for field in fields(ModelConfig)}
     for name in given:
         if name not in known:
@@ -75,6 +77,15 @@ def with_base(cfg: DictConfig, needed: bool = True) -> Based:
     rows = None if "vocab_size" in given else source.config.num_embeddings
     precision = "fp32" if source.dtype == torch.float32 else "bf16"
     return Based(_closed(cfg, values, precision), path, rows)
+
+
+def open_base(init_from: str, backbone: str = "auto") -> tuple[Path, SavedModel]:
+    """Where the model `init_from` is on this machine, and all of it but its weights."""
+    path = fetched(init_from, "init_from")
+    try:
+        return path, open_model(path, verify=False, backbone=backbone)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
 
 
 def merged(given: dict[str, Any], source: SavedModel, drafts: bool) -> dict[str, Any]:

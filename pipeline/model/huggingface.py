@@ -23,6 +23,7 @@ from data_prep.tokenizers.load import (
     load_tokenizer,
 )
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
+from pipeline.model.draft_record import DraftRecord
 from pipeline.model.source import EMBEDDING, NamedWeight, SavedModel
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked
@@ -56,12 +57,14 @@ def open_folder(folder: Path) -> SavedModel:
         UserError: naming the file, and the field of its config, that this model cannot represent.
     """
     config = config_from_huggingface(folder / CONFIG_FILE)
-    tidar = read_tidar(folder)
+    tidar, record = read_tidar(folder), None
     if tidar is not None:
         drafting = {name: tidar[name] for name in ("mask_token_id", "block_size")}
         try:
             config = replace(config, **drafting, **tidar.get("drafting", {}))
-        except (ValueError, TypeError) as error:
+            if tidar.get("acceptance") is not None:
+                record = DraftRecord.from_plain(tidar["acceptance"])
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
     files = weight_files(folder)
     if config.num_drafting_parameters:
@@ -75,6 +78,7 @@ def open_folder(folder: Path) -> SavedModel:
         weights=lambda wanted: _read(files),
         tokenizer=lambda: _tokenizer(folder, tidar),
         progress=tidar.get("training") if tidar else None,
+        draft_record=record,
     )
 
 

@@ -13,7 +13,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 preparing Python's standard library in $DATA"
-"$BIN/tidar-prepare" output_dir="$DATA" sequence_length=256 layout.block_size=4 \
+"$BIN/tidar-prepare" output_dir="$DATA" sequence_length=256 layout.block_size=8 \
   tokenizer.vocab_size=2048 workers=2
 
 say "2/4 training with 2 processes under ZeRO-1 in $RUN (Ctrl-C saves; the same command goes on)"

@@ -22,6 +22,7 @@ from torch import Tensor
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.files import load_checked, verify_file_list
 from pipeline.model.config import ModelConfig
+from pipeline.model.draft_record import record_of_run
 from pipeline.model.parameters import divide, is_drafting
 from pipeline.model.source import NamedWeight, SavedModel
 from tidar_common.errors import UserError
@@ -66,6 +67,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> SavedModel:
         weights=weights,
         tokenizer=lambda: load_tokenizer(folder),
         progress={"step": state["step"], "tokens": state["tokens"]},
+        draft_record=record_of_run(folder.parent.parent, state["step"]),
     )
 
 

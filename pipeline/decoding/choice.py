@@ -1,10 +1,11 @@
 """Which step pays, block length and mask blocks, and an engine that finds out while decoding.
 
-The engine's first steps draft with all K positions and the blocks that pay at a middling
-acceptance; a draft head then drafts as many without any block. Behind these trials the acceptance
-by position is known well enough, and the rest is decoded with the step that pays most by the
-machine's latency curve, plain steps where drafting does not pay; while it drafts, the choice is
-looked at again from time to time. Nothing decoded on trial is lost.
+Where the model comes with the acceptance that its last eval measured, the first step is the one
+that pays most by it and by the machine's latency curve. Otherwise, and where plain steps would be
+taken, the first steps are trials: they draft with all K positions and the blocks that pay at a
+middling acceptance; a draft head then drafts as many without any block. Behind them the acceptance
+by position is known well enough to choose, plain steps where drafting does not pay. While an engine
+drafts, the choice is looked at again from time to time. Nothing decoded on trial is lost.
 
 With a_i the acceptance of draft position i where it is reached, a full step with K tokens in hand
 makes E = 1 + a_1 + a_1 a_2 + … tokens, and accepts exactly j of them with probability
@@ -34,6 +35,7 @@ from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
+from pipeline.model.draft_record import Acceptance
 from pipeline.model.transformer import Transformer
 
 MARGIN = 1.05
@@ -46,6 +48,8 @@ BETTER = 1.05
 """By how much another step must promise to be better for a change: each loses a draft."""
 PRIOR, PRIOR_STEPS = 0.7, 2
 """The acceptance assumed at every position, and the number of steps that it counts for."""
+MEASURED_STEPS = 32
+"""For how many steps counts what was measured on held-out text: this text may be another kind."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +86,6 @@ def accepted_probabilities(acceptance: Sequence[float]) -> list[float]:
         probabilities.append(reached * (1.0 - rate))
         reached *= rate
     return [*probabilities, reached]
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Chances that a draft is accepted where it is reached, for positions 1 … K - 1 of the largest
-    K to consider, each in [0, 1]."""
-
-    block: Sequence[float]
-    """Of drafts made with their block."""
-    alone: Sequence[float] | None = None
-    """Of drafts of a draft head without one; None where the model has no head."""
-
-    @property
-    def largest(self) -> int:
-        """K"""
-        return len(self.block) + 1
 
 
 @dataclass(frozen=True)
@@ -221,11 +209,27 @@ class ChoosingEngine(StepEngine):
         self._size, self._headed = block_size, model.draft_head is not None
         # Of drafts made with their block, and without: how many came to be verified by position,
         # and how many of these were accepted.
-        self._counts = {with_block: Counts.of(block_size) for with_block in (True, False)}
+        record = None if linear or model.draft_record is None else model.draft_record
+        measured = None if record is None else record.at(sampling.greedy)
+        self._counts = {
+            True: Counts.of(block_size, measured and measured.block),
+            False: Counts.of(block_size, measured and measured.alone),
+        }
         self._left = TRIAL_STEPS if block_size > 1 else 0
         self._trials = 1 + self._headed if block_size > 1 else 0
         if self._trials:
-            self.reshape(self._choose(drafting=True).shape)
+            self._take_first_step(measured)
+
+    def _take_first_step(self, measured: Acceptance | None) -> None:
+        """The first step: the best by what was measured, or one on trial."""
+        complete = measured is not None and (measured.alone is not None or not self._headed)
+        choice = self._choose(drafting=not complete)
+        if complete and choice.shape.drafting:
+            self._trials = 0
+            self._on_choice(choice)
+        elif complete:
+            choice = self._choose(drafting=True)
+        self.reshape(choice.shape)
 
     def acceptance(self) -> Acceptance:
         """For positions 1 … K - 1: accepted of those reached, drawn towards the prior."""
@@ -276,9 +280,19 @@ class Counts:
     reached: list[int]
     accepted: list[int]
 
+    prior: list[float]
+    """The acceptance taken for granted before anything is counted."""
+    prior_steps: int
+    """How many steps that counts for."""
+
     @classmethod
-    def of(cls, block_size: int) -> "Counts":
-        return cls([0] * (block_size - 1), [0] * (block_size - 1))
+    def of(cls, block_size: int, measured: Sequence[float] | None = None) -> "Counts":
+        """None yet; `measured` elsewhere, for as many positions as are known."""
+        positions = block_size - 1
+        steps = PRIOR_STEPS if measured is None else MEASURED_STEPS
+        prior = [*(measured or ())][:positions]
+        prior += [prior[-1] if prior else PRIOR] * (positions - len(prior))
+        return cls([0] * positions, [0] * positions, prior, steps)
 
     def add(self, final: int, drafts: int) -> None:
         """A step that made `final` tokens final came to verify as many drafts, if it had them."""
@@ -288,6 +302,8 @@ class Counts:
 
     def rates(self) -> list[float]:
         return [
-            (accepted + PRIOR * PRIOR_STEPS) / (reached + PRIOR_STEPS)
-            for accepted, reached in zip(self.accepted, self.reached, strict=True)
+            (accepted + prior * self.prior_steps) / (reached + self.prior_steps)
+            for accepted, reached, prior in zip(
+                self.accepted, self.reached, self.prior, strict=True
+            )
         ]

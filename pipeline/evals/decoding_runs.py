@@ -11,7 +11,7 @@ from operator import add
 import torch
 
 from pipeline.decoding import DecodeOptions, Generation, Sampling
-from pipeline.decoding.choice import Acceptance, Conditions, choose
+from pipeline.decoding.choice import Conditions, choose
 from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import latency_curve
 from pipeline.decoding.step import StepShape
@@ -19,6 +19,7 @@ from pipeline.distributed import World
 from pipeline.evals.decoders import Decoder
 from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.evals.totals import Cost
+from pipeline.model.draft_record import Acceptance
 from pipeline.model.transformer import Transformer
 from tidar_common.run_files import CategoryRow
 

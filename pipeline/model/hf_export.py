@@ -100,6 +100,8 @@ def tidar_settings(model: Transformer, tokenizer: Tokenizer, source: SavedModel)
             "eos_token_id": tokenizer.eos_id,
         },
         "training": source.progress,
+        # By the last evals: with it blocks=auto needs no steps on trial.
+        "acceptance": None if source.draft_record is None else source.draft_record.plain(),
     }
 
 

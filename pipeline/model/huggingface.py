@@ -23,6 +23,7 @@ from data_prep.tokenizers.load import (
     load_tokenizer,
 )
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
+from pipeline.model.draft_record import DraftRecord
 from pipeline.model.hosted import hosted_config, read_hosted, remark
 from pipeline.model.source import EMBEDDING, NamedWeight, SavedModel
 from tidar_common.errors import UserError
@@ -87,6 +88,7 @@ def open_folder(folder: Path, backbone: str = "auto") -> SavedModel:
         tokenizer=lambda: _tokenizer(folder, tidar),
         progress=tidar.get("training") if tidar else None,
         remark=remark(config),
+        draft_record=read_record(folder, tidar),
     )
 
 
@@ -99,6 +101,17 @@ def with_drafting(folder: Path, config: ModelConfig, tidar: dict[str, Any] | Non
         return replace(config, **drafting, **tidar.get("drafting", {}))
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / TIDAR_FILE}: {error}") from error
+
+
+def read_record(folder: Path, tidar: dict[str, Any] | None) -> DraftRecord | None:
+    """What the content of `tidar.json` says of the drafts' acceptance."""
+    measured = None if tidar is None else tidar.get("acceptance")
+    if measured is None:
+        return None
+    try:
+        return DraftRecord.from_plain(measured)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / TIDAR_FILE}: acceptance {error}") from error
 
 
 def folder_config(path: Path, backbone: str) -> ModelConfig:

@@ -73,6 +73,7 @@ def read_model(
     chosen = source.dtype if dtype is None else as_dtype(dtype)
     model = empty_model(source.config, as_device(device), chosen)
     fill(model, source)
+    model.draft_record = source.draft_record
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.model.config import ModelConfig
+from pipeline.model.draft_record import DraftRecord
 from pipeline.model.parameters import Opening, full_shape, is_drafting, whole
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
@@ -47,6 +48,7 @@ class SavedModel:
     tokenizer: Callable[[], Tokenizer]
     progress: dict[str, Any] | None = None
     """`step` and `tokens` of the training run, where they are known."""
+    draft_record: DraftRecord | None = None
     remark: str = ""
     """What a user should know of the weights."""
 

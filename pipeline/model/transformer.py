@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.model.attention import Mask, SectionMasks
 from pipeline.model.config import CHECKPOINTING, ModelConfig
 from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
+from pipeline.model.draft_record import DraftRecord
 from pipeline.model.layers import Cache, CleanPart, DecoderLayer, again_in_backward
 from pipeline.model.parameters import Opening, initial_value, is_drafting, is_of_head, whole
 from pipeline.model.rotary import rotary_table
@@ -134,6 +135,8 @@ class Transformer(nn.Module):
         """Whether only what drafts learns; see `freeze_base`."""
         self.draft_head = DraftHead(config) if config.draft_rank else None
         """Makes drafts sequential; None where a block's places are drawn independently."""
+        self.draft_record: DraftRecord | None = None
+        """What evals measured of the drafts of these weights, where that is known."""
         self._tie()
 
     @classmethod

@@ -10,6 +10,7 @@ from pipeline.decoding.choice import PRIOR, ChoosingEngine
 from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.decoding.step import StepShape
+from pipeline.model.draft_record import Acceptance, DraftRecord
 
 
 def curve(per_query: float) -> LatencyCurve:
@@ -164,3 +165,46 @@ def test_a_block_of_one_has_nothing_to_choose(monkeypatch):
     ((_, run),) = finish_each(engine, prompts, DecodeOptions(max_new_tokens=30))
     assert choices == []
     assert run.tokens == generate(make_model(), [1, 2], method="ar", max_new_tokens=30).tokens
+
+
+def measured(rate: float) -> DraftRecord:
+    return DraftRecord(greedy=Acceptance([rate] * 3), sampled=Acceptance([rate] * 3))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
+def test_measured_acceptance_needs_no_trial(sampling):
+    choices: list = []
+    model = flat_model()
+    model.draft_record = measured(1.0)
+    engine = engine_of(model, 0.05, choices, sampling=sampling)
+    assert [choice.shape for choice in choices] == [StepShape(4, 4, (4,))]
+    assert engine.shape == choices[0].shape
+
+
+def test_a_record_that_speaks_against_drafts_is_put_to_the_test():
+    """A text may be easier than those that were held out: one trial costs little."""
+    choices: list = []
+    model = flat_model()
+    model.draft_record = measured(0.0)
+    engine = engine_of(model, 0.05, choices)
+    assert engine.shape.drafting
+    assert not choices
+    ((_, run),) = finish_each(engine, [torch.tensor([1, 2])], DecodeOptions(max_new_tokens=150))
+    (chosen,) = choices
+    assert chosen.tokens_per_forward < 2  # what was measured still counts beside the trial
+    assert run.drafts.count(3) >= choice.TRIAL_STEPS
+    assert run.tokens == [0] * 150
+
+
+def test_a_record_of_a_shorter_block_stands_for_longer_ones():
+    counts = choice.Counts.of(5, [0.9, 0.5])
+    assert counts.rates() == pytest.approx([0.9, 0.5, 0.5, 0.5])
+
+
+def test_a_head_without_measured_drafts_alone_is_tried():
+    choices: list = []
+    model = make_model(tie_embeddings=False, draft_rank=5)
+    model.draft_record = measured(1.0)
+    engine = engine_of(model, 0.05, choices)
+    assert engine.shape.drafting
+    assert not choices

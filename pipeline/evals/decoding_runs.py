@@ -19,6 +19,7 @@ from pipeline.distributed import World
 from pipeline.evals.decoders import Decoder
 from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.evals.totals import Cost
+from pipeline.model.inference import logits_to_choose_by
 from pipeline.model.transformer import Transformer
 from tidar_common.run_files import CategoryRow
 
@@ -277,7 +278,7 @@ def divergence_gap(
     text = [*prompt, *ar[:place]]
     device = next(model.parameters()).device
     hidden = model.hidden(torch.tensor([text], device=device))[0, -1]
-    logits = model.lm_head(hidden).float()
+    logits = logits_to_choose_by(hidden[None], model.lm_head.weight)[0].float()
     return float(logits[ar[place]] - logits[other[place]])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.model.attention import Mask, SectionMasks
 from pipeline.model.config import ModelConfig
 from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
+from pipeline.model.inference import DecodingForward
 from pipeline.model.layers import CHECKPOINTING, Cache, CleanPart, DecoderLayer, again_in_backward
 from pipeline.model.parameters import Opening, initial_value, is_drafting, is_of_head, whole
 from pipeline.model.rotary import rotary_table
@@ -216,6 +217,11 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache, clean)
+
+    def for_decoding(self, positions: int) -> DecodingForward:
+        """The forward that decoding runs, for texts of up to so many `positions`; the model is in
+        evaluation mode. Made anew after weights were replaced, not written in place."""
+        return DecodingForward(self, positions)
 
     def freeze_base(self) -> "Transformer":
         """Have only the weights that draft learn (`adapters.is_drafting`); returns self."""

@@ -50,7 +50,7 @@ class PlainKeys:
     micro_batch_size: int
     precision: str
     activation_checkpointing: str
-    compile: bool
+    compile: str
     attention: str
     peak_tflops: float | None
     deterministic: bool
@@ -141,7 +141,8 @@ class TrainSettings(PlainKeys):
         if manifest is None:
             data_dir = open_data_dir(cfg)
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(PlainKeys)])
-        plain.preflight = str(plain.preflight).lower()  # true and false are YAML's own, too
+        for key in ("preflight", "compile"):  # true and false are YAML's own, too
+            plain[key] = str(plain[key]).lower()
         spoken = str(plain.activation_checkpointing).lower()
         plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
         values = dict(vars(parse(PlainKeys, plain, "")))
@@ -192,10 +193,12 @@ class TrainSettings(PlainKeys):
                 "freeze_base: objective=ar has nothing to train then; set freeze_base=false, or "
                 "another objective"
             )
-        if self.compile and self.deepspeed.stage == 3:
+        if self.compile not in ("auto", "true", "false"):
+            raise UserError(f"compile: must be auto, true or false, got {self.compile}")
+        if self.compile == "true" and self.deepspeed.stage == 3:
             raise UserError(
                 "compile: not with deepspeed=zero3, which gathers weights inside of every layer; "
-                "set compile=false, or deepspeed=zero2"
+                "set compile=auto, or deepspeed=zero2"
             )
 
     def check_device(self, device: torch.device) -> None:

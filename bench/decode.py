@@ -61,6 +61,8 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     model = new_model(config, options.precision, device).eval()
     outcome = Outcome()
     outcome.figures["steps a round"] = STEPS_A_ROUND
+    backend = model.for_decoding(1).backend
+    outcome.figures["attention kernel"] = "torch's choice" if backend is None else backend.name
 
     def measure(prefix: str, steps: dict[str, Work], queries: dict[str, int]) -> None:
         samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)

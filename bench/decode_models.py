@@ -24,12 +24,15 @@ class FreeModel(Transformer):
         tokens = max(MOST_TOKENS + block_size, block_size + block_size**2)
         self._hidden = torch.zeros(1, tokens, config.hidden_size).to(first)
         self._logits = torch.zeros(1, 2 * block_size, config.num_embeddings).to(first)
-        self.lm_head = self._head  # type: ignore[assignment]
+        self.lm_head = self.logits  # type: ignore[assignment]
         self.draft_head = like.draft_head if with_head else None
         self.model = like.model
+
+    def for_decoding(self, positions: int) -> "FreeModel":  # type: ignore[override]
+        return self
 
     def hidden(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return self._hidden[:, : input_ids.shape[1]]
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return self._logits[:, : hidden.shape[1]]

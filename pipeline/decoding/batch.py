@@ -13,9 +13,13 @@ from pipeline.decoding.cache import KVCache
 from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
 from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.step import StepShape, prefill_mask
+from pipeline.decoding.step import PrefillRule, StepShape, prefill_mask
 from pipeline.decoding.text import Limit
+from pipeline.model.attention import as_bias
 from pipeline.model.transformer import Transformer
+
+SMALLEST_PIECE = 32
+"""Tokens that a captured piece of a prompt is at least filled up to."""
 
 
 class Engine(ABC):
@@ -47,6 +51,8 @@ class Engine(ABC):
     ) -> None:
         first = next(model.parameters())
         self.model, self.sampling, self.shape = model, sampling, shape
+        room = -(-room // WIDTH_STEP) * WIDTH_STEP if first.is_cuda else room
+        self.forward = model.for_decoding(room)
         self.device, self.batch_size, self.prefill_chunk = first.device, batch_size, prefill_chunk
         self._graphs: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
         # The code of transformers may ask the device for values, which no capture survives.
@@ -58,6 +64,8 @@ class Engine(ABC):
                 model.config, room, dtype=first.dtype, device=self.device,
                 batch_size=batch_size, ragged=ragged,
             )  # fmt: skip
+        self._pieces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Tokens and their number, read by captured pieces of prompts, by tokens and slots."""
         self.verified = [0] * batch_size
         """Drafts that each row's last step had to verify."""
         self.queries = 0
@@ -85,19 +93,61 @@ class Engine(ABC):
             Hidden states of the last token and the slots, [1, 1 + M, E], and the forwards it took.
         """
         self.cache.set_length(row, 0)
-        cache, pieces = self.cache.row(row), prompt.split(self.prefill_chunk)
+        pieces, none = prompt.split(self.prefill_chunk), slots[:, :0]
         for piece in pieces[:-1]:
-            where = cache.lengths[0] + torch.arange(len(piece), device=self.device)
-            self.model.hidden(piece[None], where, cache=cache)
-            cache.keep(len(piece))
-        kept, last = cache.lengths[0], len(pieces[-1])
-        queries = torch.cat([pieces[-1][None], slots], dim=1)
-        causal = self.model.config.causal_slots
-        mask = prefill_mask(kept, last, slots.shape[1], self.device, causal)
-        where = kept + torch.arange(queries.shape[1], device=self.device)
-        hidden = self.model.hidden(queries, where, mask, cache, clean=last)
-        self.cache.set_length(row, len(prompt))
-        return hidden[:, last - 1 :], len(pieces)
+            self._read_piece(row, piece, none)
+        return self._read_piece(row, pieces[-1], slots), len(pieces)
+
+    def _read_piece(self, row: int, piece: Tensor, slots: Tensor) -> Tensor:
+        """One forward of `piece` [n] and `slots` [1, M] behind what `row` has kept; the hidden
+        states of the last token and the slots."""
+        kept, count, behind = self.cache.lengths[row], len(piece), slots.shape[1]
+        size = min(1 << (count - 1).bit_length(), max(self.prefill_chunk, count))
+        size = max(size, min(SMALLEST_PIECE, self.prefill_chunk))
+        # Pieces of few sizes are captured once each; where their filling has no room, as they are.
+        if self._captures_prompts and kept + size + behind <= self.cache.capacity:
+            hidden = self._read_filled(piece, slots, size)
+        else:
+            cache = self.cache.row(row)
+            queries = torch.cat([piece[None], slots], dim=1)
+            mask = prefill_mask(kept, count, behind, self.device, self.model.config.causal_slots)
+            where = kept + torch.arange(count + behind, device=self.device)
+            bias = as_bias(mask, self.cache.dtype)
+            hidden = self.forward.hidden(queries, where, bias, cache, clean=count)[:, count - 1 :]
+        self.cache.set_length(row, kept + count)
+        return hidden
+
+    @property
+    def _captures_prompts(self) -> bool:
+        """Whether prompts are read in pieces of few sizes; only with one row, whose memory is that
+        of the whole cache."""
+        ragged = self.cache.device_lengths is not None
+        return self._graphs is not None and ragged and self.batch_size == 1
+
+    def _read_filled(self, piece: Tensor, slots: Tensor, size: int) -> Tensor:
+        """`_read_piece` of the only row, as a forward of fixed shape: `piece` is filled up to
+        `size` tokens, whose keys and values the next forward overwrites."""
+        assert self._graphs is not None
+        key = size, slots.shape[1]
+        if key not in self._pieces:
+            ids = torch.zeros(1, size + key[1], dtype=torch.int64, device=self.device)
+            ids[:, size:] = slots
+            count = torch.zeros((), dtype=torch.int64, device=self.device)
+            self._pieces[key] = ids, count
+        ids, count = self._pieces[key]
+        ids[0, : len(piece)] = piece
+        count.fill_(len(piece))
+        causal, cache = self.model.config.causal_slots, self.cache
+        cache.make_room(size + key[1], WIDTH_STEP)
+
+        def forward() -> Tensor:
+            rule = PrefillRule(count, size, key[1], cache.dtype, causal)
+            where = cache.positions(rule.offsets)
+            assert cache.device_lengths is not None, "captured forwards read lengths there"
+            bias = rule.over_lengths(cache.device_lengths, cache.columns)
+            return self.forward.hidden(ids, where, bias, cache, clean=size)[:, rule.rows]
+
+        return self._graphs((*key, cache.width), forward)
 
     def _run(self, shape: StepShape, advance: Callable[[], Tensor]) -> Tensor:
         """The result of `advance`, a forward of `shape`; captured where steps are."""
@@ -106,7 +156,7 @@ class Engine(ABC):
             self.cache.make_room(shape.num_queries)
             return advance()
         self.cache.make_room(shape.num_queries, WIDTH_STEP)
-        return self._graphs((shape, self.cache.width), advance)
+        return self._graphs((self.shape, shape, self.cache.width), advance)
 
 
 @dataclass

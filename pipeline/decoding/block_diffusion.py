@@ -67,7 +67,9 @@ class BlockDiffusionEngine(Engine):
                 tokens = (1, model.config.num_embeddings)
                 self._seen = torch.zeros(tokens, dtype=torch.bool, device=device)
             self._rules = {
-                step: StepRule(step, room, device, model.config.causal_slots)
+                step: StepRule(
+                    step, self.cache.capacity, device, self.cache.dtype, model.config.causal_slots
+                )
                 for step in (shape, shape.short)
             }
         self._stream = Uniforms(sampling, 1)
@@ -105,13 +107,13 @@ class BlockDiffusionEngine(Engine):
         rule = self._rules[shape]
         queries = torch.cat([self._pending[:, -shape.drafts :], self._block], dim=1)
         positions = self.cache.positions(rule.offsets)
-        mask = self.cache.mask(rule)
-        hidden = self.model.hidden(queries, positions, mask, self.cache, clean=shape.drafts)
+        bias = self.cache.bias(rule)
+        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.drafts)
         return self._unmask(hidden[:, shape.drafts :])
 
     def _unmask(self, hidden: Tensor) -> Tensor:
         """Draw for each slot and keep what is sure: int64 [2, K], tokens and slots still open."""
-        logits, seen = self.model.lm_head(hidden), None
+        logits, seen = self.forward.logits(hidden), None
         if self._seen is not None:
             filled = torch.zeros_like(self._seen, dtype=torch.int32)
             filled.scatter_add_(1, self._block, (~self._open).int())

@@ -11,10 +11,10 @@ from pipeline.model.config import ModelConfig
 
 
 class KVCache:
-    """Preallocated keys and values of the tokens that rows have kept; [B, H_kv, capacity, D] for
-    each layer.
+    """Preallocated keys and values of the tokens that rows have kept; [2, B, H_kv, capacity, D]
+    for each layer.
 
-    A forward writes its keys behind the kept ones (`extend`); what it does not come to keep is
+    A forward writes its keys behind the kept ones (`write`); what it does not come to keep is
     simply overwritten by the next forward, so nothing is ever copied, and rejected drafts and mask
     tokens leave no trace.
 
@@ -34,30 +34,31 @@ class KVCache:
         batch_size: int = 1,
         ragged: bool = False,
     ) -> None:
-        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+        shape = (2, batch_size, config.num_kv_heads, capacity, config.head_dim)
         self.capacity = self.width = capacity
+        self.dtype = dtype
         self.lengths = [0] * batch_size
         """Tokens kept in each row, as the host knows them; all equal unless the rows are ragged."""
         # Zeros, not garbage: what a mask hides is multiplied by 0, and 0 · NaN is NaN.
-        self._keys = [
+        self._layers = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
         ]
-        self._values = [torch.zeros_like(key) for key in self._keys]
         self.device_lengths: Tensor | None = None
         """The same on the device, int64 [B]; None for rows of one length."""
+        self.places: tuple[Tensor, Tensor] | None = None
+        """Of ragged rows, where the forward writes: rows [B, 1] and columns [B, L]."""
         if ragged:
             self.device_lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self._rows = torch.arange(batch_size, device=device)[:, None]
             self._columns = torch.arange(capacity, device=device)
-            self._places = self.device_lengths[:, None]
 
     def row(self, number: int) -> "KVCache":
         """One row as a cache of its own, on the same memory, with a length of its own."""
         view = KVCache.__new__(KVCache)
         view.capacity = view.width = self.capacity
-        view.lengths, view.device_lengths = [self.lengths[number]], None
-        view._keys = [keys[number : number + 1] for keys in self._keys]
-        view._values = [values[number : number + 1] for values in self._values]
+        view.dtype = self.dtype
+        view.lengths, view.device_lengths, view.places = [self.lengths[number]], None, None
+        view._layers = [layer[:, number : number + 1] for layer in self._layers]
         return view
 
     def set_length(self, row: int, length: int) -> None:
@@ -89,37 +90,54 @@ class KVCache:
         first; also says where the forward will write."""
         if self.device_lengths is None:
             return offsets + self.lengths[0]
-        self._places = self.device_lengths[:, None] + self._columns[: len(offsets)]
-        return self.device_lengths[:, None] + offsets
+        starts = self.device_lengths[:, None]
+        self.places = self._rows, starts + self._columns[: len(offsets)]
+        return starts + offsets
 
-    def mask(self, rule: StepRule) -> Tensor | None:
-        """BoolTensor [L, length + L], a view, or ragged [B, 1, L, width]; None for a single query
-        that sees everything."""
+    @property
+    def columns(self) -> Tensor:
+        """Numbers of the columns that take part, of ragged rows, [width]."""
+        return self._columns[: self.width]
+
+    def bias(self, rule: StepRule) -> Tensor | None:
+        """What is added to the scores of a forward (`StepRule`): [L, length + L], a view, or ragged
+        [B, 1, L, width]; None for a single query that sees everything."""
         if self.device_lengths is not None:
-            return rule.over_lengths(self.device_lengths, self._columns[: self.width])
+            return rule.over_lengths(self.device_lengths, self.columns)
         return rule.over_prefix(self.lengths[0]) if len(rule.offsets) > 1 else None
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, H_kv, L, D] behind the kept tokens; return views [B, H_kv, length + L, D], or
-        ragged [B, H_kv, width, D].
+    def layer(self, number: int) -> Tensor:
+        """Keys and values of a layer, [2, B, H_kv, capacity, D]."""
+        return self._layers[number]
+
+    def write(self, number: int, new: Tensor) -> None:
+        """Write the keys and values [B, L, 2, H_kv, D] of a layer behind the kept tokens.
 
         Raises:
             ValueError: when the capacity is too small for rows of one length.
         """
-        keys, values = self._keys[layer], self._values[layer]
-        if self.device_lengths is not None:
-            keys[self._rows, :, self._places] = key.transpose(1, 2)
-            values[self._rows, :, self._places] = value.transpose(1, 2)
-            return keys[:, :, : self.width], values[:, :, : self.width]
+        if self.places is not None:
+            rows, columns = self.places
+            self._layers[number][:, rows, :, columns] = new
+            return
         start = self.lengths[0]
-        end = start + key.shape[2]
+        end = start + new.shape[1]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
-        keys[:, :, start:end] = key
-        values[:, :, start:end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        self._layers[number][:, :, :, start:end] = new.permute(2, 0, 3, 1, 4)
 
-    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+    def seen(self, number: int, queries: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a forward of so many queries attends to, views [B, H_kv, length + L,
+        D], or ragged [B, H_kv, width, D]."""
+        end = self.width if self.places is not None else self.lengths[0] + queries
+        keys, values = self._layers[number][:, :, :, :end].unbind(0)
+        return keys, values
+
+    def extend(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`write` and `seen` at once, for a forward that makes keys and values [B, H_kv, L, D]."""
+        self.write(number, torch.stack([key, value], dim=1).permute(0, 3, 1, 2, 4))
+        return self.seen(number, key.shape[2])
+
+    def kept(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the kept tokens of rows of one length, [B, H_kv, length, D], views."""
-        end = self.lengths[0]
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+        return self.seen(number, 0)

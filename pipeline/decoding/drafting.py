@@ -7,6 +7,7 @@ each token was drawn from, and the output is then the verifier's. Nothing here w
 Letters: b rows, K block size, E hidden size, V vocabulary, P and w as in the head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,18 @@ class Behind:
     """Tokens so far, d_0 among them, bool [b, V]; only for a repetition penalty."""
     uniforms: Tensor | None
     """fp64 [b, K - 1]; None is greedy."""
+    logits: Tensor | None = None
+    """Of the block's slots but the first, [b, K - 1, V], where they are known already."""
 
 
 class Drafter:
     """Draws drafts for a model and sampling settings."""
 
-    def __init__(self, model: Transformer, sampling: Sampling) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(
+        self, model: Transformer, logits: Callable[[Tensor], Tensor], sampling: Sampling
+    ) -> None:
+        """`logits` is the LM head, [..., E] to [..., V]."""
+        self.model, self.logits, self.sampling = model, logits, sampling
         self.keeps_logits = sampling.trust < 1
         self._table: Tensor | None = None
         self._none: Tensor | None = None
@@ -77,7 +83,7 @@ class Drafter:
     def _at_once(self, block: Tensor, behind: Behind) -> Draft:
         """A block's first slot stands where the verifier's own token goes: nothing is drawn there.
         The penalty knows the tokens up to d_0, and not a draft's own neighbours."""
-        logits = self.model.lm_head(block[:, 1:])
+        logits = self.logits(block[:, 1:]) if behind.logits is None else behind.logits
         seen = None if behind.seen is None else behind.seen[:, None]
         tokens, probabilities = self._choose(logits, seen, behind.uniforms)
         return Draft(tokens, probabilities, logits if self.keeps_logits else None)
@@ -112,13 +118,13 @@ class Drafter:
         plain, none = plain[:, None], self._none
         assert none is not None, "made with the head"
         if behind.block is None:
-            return self.model.lm_head(plain), none
+            return self.logits(plain), none
         slots = behind.block[:, 1:]
         parts = head.slot_parts(slots)
         if behind.there is not None:
             there = behind.there[:, None, None]
             slots, parts = torch.where(there, slots, plain), torch.where(there, parts, none)
-        return self.model.lm_head(slots), parts
+        return self.logits(slots), parts
 
     def _token_parts(self, head: DraftHead, tokens: Tensor) -> Tensor:
         """The cell's inputs [b, P] from the tokens before a place [b]."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.decoding.batch import Engine
 from pipeline.decoding.drafting import Behind, Draft, Drafter
-from pipeline.decoding.graphs import GraphedSteps
 from pipeline.decoding.proposals import Proposer
 from pipeline.decoding.sampling import RowStreams, Sampling, draw
 from pipeline.decoding.step import StepRule, StepShape
@@ -62,20 +61,17 @@ class StepEngine(Engine):
         )
         self.proposer = proposer
         with torch.inference_mode():
-            self.drafter = Drafter(model, sampling)
-            self.state = self._new_state()
+            self.drafter = Drafter(model, self.forward.logits, sampling)
+            self.state = RowState(
+                self.shape, sampling, model.config.num_embeddings, batch_size,
+                self.cache.dtype, self.device,
+            )  # fmt: skip
         self.streams = RowStreams(batch_size)
         self.with_block = [False] * batch_size
         """Whether each row's draft in hand was made with its mask block."""
         self._drafted = [False] * batch_size
         self._active = [False] * batch_size
         self._tables: dict[StepShape, _Tables] = {}
-
-    def _new_state(self) -> "RowState":
-        first, vocabulary = next(self.model.parameters()), self.model.config.num_embeddings
-        return RowState(
-            self.shape, self.sampling, vocabulary, self.batch_size, first.dtype, self.device
-        )
 
     @property
     def _drafts_itself(self) -> bool:
@@ -91,13 +87,8 @@ class StepEngine(Engine):
         assert self.proposer is None, "drafts from elsewhere have no shape to change"
         headed = self.model.draft_head is not None
         self.shape = replace(shape, sequential=shape.drafting and headed)
-        before, self.state = self.state, self._new_state()
-        self.state.current, self.state.active = before.current, before.active
-        self.state.seen = before.seen
+        self.state.limit.zero_()
         self._drafted = [False] * self.batch_size
-        self._tables = {}
-        if self._graphs is not None:  # those captured read the old state
-            self._graphs = GraphedSteps(self.device)
 
     # --- a new request ---
 
@@ -136,9 +127,9 @@ class StepEngine(Engine):
         self, hidden: Tensor, block: Tensor, rows: slice, uniforms: Tensor | None
     ) -> Tensor:
         """The token after each prompt, [b]; `hidden` is that of its last token, [b, 1, E]."""
-        logits = self.model.lm_head(hidden)
+        logits = self.forward.logits(hidden)
         if self.sampling.trust < 1:
-            logits = self._mix(logits, self.model.lm_head(block[:, :1]))
+            logits = self._mix(logits, self.forward.logits(block[:, :1]))
         seen = None if self.state.seen is None else self.state.seen[rows][:, None]
         if uniforms is None:
             return self.sampling.scores(logits, seen).argmax(-1)[:, 0]
@@ -216,29 +207,33 @@ class StepEngine(Engine):
         drafts = state.drafts[:, :count]
         queries = torch.cat([state.current, drafts, table.slots], dim=1)
         positions = self.cache.positions(table.rule.offsets)
-        mask = self.cache.mask(table.rule)
-        hidden = self.model.hidden(queries, positions, mask, self.cache, clean=shape.drafts)
-        seen = self._seen(torch.cat([state.current, drafts], dim=1))
-        accepted, token = self._verify(shape, hidden, drafts, seen)
+        bias = self.cache.bias(table.rule)
+        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.drafts)
+        logits = self.forward.logits(hidden if table.head_once else hidden[:, : shape.drafts])
+        tokens = torch.cat([state.current, drafts], dim=1)
+        seen = self._seen(tokens)
+        accepted, token = self._verify(shape, logits, hidden, drafts, seen)
         result = torch.cat([accepted[:, None], drafts, token[:, None]], dim=1)
         self.cache.advance(accepted, state.active)
         state.current.copy_(token[:, None])
         if seen is not None and state.seen is not None:
             state.seen.copy_(seen[table.rows, accepted])
         if shape.drafting:
-            self._draft_after(shape, table, hidden, accepted)
+            self._draft_after(shape, table, hidden, logits, accepted)
         return result
 
     def _draft_after(
-        self, shape: StepShape, table: "_Tables", hidden: Tensor, accepted: Tensor
+        self, shape: StepShape, table: "_Tables", hidden: Tensor, logits: Tensor, accepted: Tensor
     ) -> None:
         """Draft what follows a step's own token, in every row that can be drafted."""
-        state, block, there = self.state, None, None
+        state, block, there, known = self.state, None, None, None
         if table.starts is not None:
             start = table.starts[accepted + 1]
             there = start >= 0
             index = start.clamp_min(0)[:, None] + table.block
             block = hidden[table.rows[:, None], index]
+            if table.head_once:
+                known = logits[table.rows[:, None], index[:, 1:]]
         if shape.sequential:
             state.limit.fill_(shape.block_size - 1)
         elif there is not None:
@@ -246,19 +241,28 @@ class StepEngine(Engine):
         else:
             state.limit.zero_()
             return
-        uniforms = None if state.uniforms is None else state.uniforms[:, self.shape.drafts :]
-        self._draft_rows(slice(None), hidden[table.rows, accepted], block, there, uniforms)
+        uniforms, first = None, self.shape.drafts
+        if state.uniforms is not None:
+            uniforms = state.uniforms[:, first : first + shape.block_size - 1]
+        row = hidden[table.rows, accepted]
+        self._draft_rows(slice(None), row, block, there, uniforms, known)
 
     def _verify(
-        self, shape: StepShape, hidden: Tensor, drafts: Tensor, seen: Tensor | None
+        self,
+        shape: StepShape,
+        logits: Tensor,
+        hidden: Tensor,
+        drafts: Tensor,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Accepted drafts and the token after them, [B] each."""
+        """Accepted drafts and the token after them, [B] each; `logits` are those of the tokens in
+        hand, and perhaps of more."""
         state, count = self.state, shape.drafts - 1
-        logits = self.model.lm_head(hidden[:, : shape.drafts])
+        logits = logits[:, : shape.drafts]
         if self.sampling.trust < 1:
             assert state.logits is not None, "kept where trust is below 1"
             behind = hidden[:, shape.block_rows(shape.drafts)][:, :1]
-            drafted = torch.cat([state.logits[:, :count], self.model.lm_head(behind)], dim=1)
+            drafted = torch.cat([state.logits[:, :count], self.forward.logits(behind)], dim=1)
             logits = self._mix(logits, drafted)
         limit = state.limit if self.batch_size > 1 and count else None
         if self.sampling.greedy:
@@ -280,6 +284,7 @@ class StepEngine(Engine):
         block: Tensor | None,
         there: Tensor | None,
         uniforms: Tensor | None,
+        logits: Tensor | None = None,
     ) -> None:
         """Draw d_1 … d_{K-1} of `rows`; what they are made of is as in `Behind`."""
         size = self.shape.block_size
@@ -288,7 +293,7 @@ class StepEngine(Engine):
         current, seen = self.state.current[rows], self.state.seen
         if seen is not None:
             seen = seen[rows].scatter(1, current, True)
-        behind = Behind(hidden, block, there, current, seen, uniforms)
+        behind = Behind(hidden, block, there, current, seen, uniforms, logits)
         self.state.set_draft(rows, self.drafter.draw(size, behind))
 
     def _seen(self, tokens: Tensor) -> Tensor | None:
@@ -310,7 +315,7 @@ class StepEngine(Engine):
     def _load_uniforms(self) -> None:
         if self.state.uniforms is not None:
             numbers = self._uniforms(range(self.batch_size), self.shape.drafts)
-            self.state.uniforms.copy_(numbers, non_blocking=True)
+            self.state.uniforms[:, : numbers.shape[1]].copy_(numbers, non_blocking=True)
 
     def _uniforms(self, rows: Sequence[int], verify_count: int) -> Tensor:
         """Random numbers of `rows`: those of the verifier, then K - 1 of the drafter."""
@@ -326,19 +331,35 @@ class StepEngine(Engine):
     def _table(self, shape: StepShape) -> "_Tables":
         if shape not in self._tables:
             slots = self._mask_slots(self.batch_size, shape.num_queries - shape.drafts)
-            causal = self.model.config.causal_slots
-            self._tables[shape] = _Tables(shape, self.cache.capacity, slots, causal)
+            causal, cache = self.model.config.causal_slots, self.cache
+            rule = StepRule(shape, cache.capacity, self.device, cache.dtype, causal)
+            self._tables[shape] = _Tables(rule, slots, self._head_once(shape))
         return self._tables[shape]
+
+    def _head_once(self, shape: StepShape) -> bool:
+        """Whether logits of all queries, of which most are not used, cost less than a second
+        reading of the LM head for the chosen block.
+
+        On a GPU a row costs the writing and reading of its fp32 logits, 8 bytes a token, and the
+        head is read once instead of twice, E weights a token. On a CPU a row costs its product.
+        """
+        if self.device.type != "cuda" or self.model.draft_head is not None or not shape.blocks:
+            return False
+        unused = self.batch_size * (shape.num_queries - shape.drafts - shape.block_size)
+        head = self.model.lm_head.weight
+        return unused * 8 < head.shape[1] * head.element_size() / 2
 
 
 class _Tables:
     """What a shape's steps have in common, built once."""
 
-    def __init__(self, shape: StepShape, capacity: int, slots: Tensor, causal_slots: bool) -> None:
-        device = slots.device
+    def __init__(self, rule: StepRule, slots: Tensor, head_once: bool) -> None:
+        shape, device = rule.shape, slots.device
         self.slots = slots
         """Mask tokens, [B, Q - n]."""
-        self.rule = StepRule(shape, capacity, device, causal_slots)
+        self.rule = rule
+        self.head_once = head_once
+        """Whether the LM head is applied to all queries before the block is chosen."""
         self.rows = torch.arange(len(slots), device=device)
         self.block = torch.arange(shape.block_size, device=device)
         self.starts: Tensor | None = None
@@ -348,7 +369,8 @@ class _Tables:
 
 
 class RowState:
-    """The tokens in hand of each row, and what verifying them needs."""
+    """The tokens in hand of each row, and what verifying them needs, with room for the largest
+    step: captured steps go on reading the same memory when the step changes."""
 
     def __init__(
         self,
@@ -387,10 +409,11 @@ class RowState:
 
     def set_draft(self, rows: slice, draft: Draft) -> None:
         """Put a draft in the hands of `rows`."""
-        self.drafts[rows] = draft.tokens
+        count = draft.tokens.shape[1]
+        self.drafts[rows, :count] = draft.tokens
         if self.probabilities is not None:
             assert draft.probabilities is not None, "drafts that are drawn have a distribution"
-            self.probabilities[rows] = draft.probabilities
+            self.probabilities[rows, :count] = draft.probabilities
         if self.logits is not None:
             assert draft.logits is not None, "kept where trust is below 1"
-            self.logits[rows] = draft.logits
+            self.logits[rows, :count] = draft.logits

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.decoding.batch import clock
 from pipeline.decoding.cache import KVCache
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.graphs import GraphedSteps
+from pipeline.decoding.graphs import WIDTH_STEP, GraphedSteps
 from pipeline.decoding.sampling import Sampling
-from pipeline.decoding.step import StepShape
+from pipeline.decoding.step import StepRule, StepShape
 from pipeline.model.transformer import Transformer
 from tidar_common.files import write_text_atomic
 
-VERSION = 2
+VERSION = 3
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CACHED = (128, 512, 2048)
 SIZES = (1, 4, 16)
@@ -154,16 +155,23 @@ def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
 
 
 class _Forwards:
-    """Forwards up to the last hidden states, of all `QUERIES` over all lengths `cached`."""
+    """Forwards up to the last hidden states, of all `QUERIES` over all lengths `cached`, as steps
+    run them: with their mask, their cache and their kernels."""
 
     def __init__(self, model: Transformer, cached: tuple[int, ...]) -> None:
         first = next(model.parameters())
-        self.model, self.lengths, room = model, cached, cached[-1] + QUERIES[-1]
-        self.cache = KVCache(model.config, room, dtype=first.dtype, device=first.device)
+        room = -(-(cached[-1] + QUERIES[-1]) // WIDTH_STEP) * WIDTH_STEP
+        self.forward, self.lengths = model.for_decoding(room), cached
+        self.cache = KVCache(
+            model.config, room, dtype=first.dtype, device=first.device, ragged=first.is_cuda
+        )
         self.ids = torch.zeros(1, QUERIES[-1], dtype=torch.int64, device=first.device)
-        self.positions = torch.arange(room, device=first.device)
-        captured = first.device.type == "cuda" and model.config.hosted is None
+        captured = first.is_cuda and model.config.hosted is None
         self.graphs = GraphedSteps(first.device) if captured else None
+        self.rules = {
+            queries: StepRule(StepShape(queries), room, first.device, first.dtype)
+            for queries in QUERIES
+        }
 
     def points(self) -> Iterator[Point]:
         for queries, length in product(QUERIES, self.lengths):
@@ -171,9 +179,13 @@ class _Forwards:
 
     def _run(self, queries: int, length: int) -> None:
         self.cache.set_length(0, length)
-        where = self.positions[length : length + queries]
-        work = partial(self.model.hidden, self.ids[:, :queries], where, cache=self.cache)
-        work() if self.graphs is None else self.graphs((length, queries), work)
+        self.cache.make_room(queries, WIDTH_STEP)
+        work = partial(self._forward, self.rules[queries])
+        work() if self.graphs is None else self.graphs((queries, self.cache.width), work)
+
+    def _forward(self, rule: StepRule) -> Tensor:
+        ids, positions = self.ids[:, : len(rule.offsets)], self.cache.positions(rule.offsets)
+        return self.forward.hidden(ids, positions, self.cache.bias(rule), self.cache)
 
 
 class _Steps:

@@ -93,6 +93,7 @@ class DraftModel:
             self._cache = KVCache(
                 model.config, max_tokens + count, dtype=first.dtype, device=first.device
             )
+        self._forward = model.for_decoding(max_tokens + count)
         self._cached: list[int] = []
         self._uniforms = Uniforms(sampling, 1)
 
@@ -125,10 +126,10 @@ class DraftModel:
             self.model.config.num_embeddings - 1
         )
         positions = self._cache.lengths[0] + torch.arange(len(new), device=self._device)
-        hidden = self.model.hidden(ids, positions, cache=self._cache)
+        hidden = self._forward.hidden(ids, positions, None, self._cache)
         self._cache.keep(len(new))
         self._cached += new
-        logits = self.model.lm_head(hidden[0, -1:])[:, : self._shared]
+        logits = self._forward.logits(hidden[0, -1:])[:, : self._shared]
         seen = None
         if self.sampling.repetition_penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool)

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_common.errors import UserError
 
 CHUNK = 1024
 """Random numbers drawn at once for a stream."""
+PIECE = 256
+"""Tokens whose weights are summed up together to find the piece that holds a drawn one."""
+UNITS = 2.0**52
+"""Of which a distribution is made where it must add up exactly: all whole numbers of fp64."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ class Sampling:
     def _nucleus(self, probabilities: Tensor) -> Tensor:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays when those before it fall short of top_p; so the first always stays.
-        before = ordered.cumsum(-1) - ordered
-        kept = ordered.masked_fill(before >= self.top_p, 0.0)
+        whole = counts(ordered)
+        before = whole.cumsum(-1) - whole
+        kept = ordered.masked_fill(before >= int(self.top_p * UNITS), 0.0)
         kept = torch.zeros_like(probabilities).scatter_(-1, order, kept)
         return kept / kept.sum(-1, keepdim=True)
 
@@ -134,14 +140,34 @@ class RowStreams:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One token for each row of `weights` [..., V], in proportion; int64 [...].
 
-    The inverse of the cumulative distribution, in fp64: a number in [0, 1) for each row decides,
-    and a token of weight 0 is never drawn. Weights need not add up to 1.
+    The inverse of the cumulative distribution: a number in [0, 1) for each row decides, and a token
+    of weight 0 is never drawn. Weights become whole numbers, 2^52 in all, so that sums are exact in
+    any order (on a GPU, running sums of floating numbers are not the same twice); and they are
+    summed up in pieces, first to find the piece: one long running sum would keep a single
+    processor of a GPU busy.
 
     Args:
-        weights: not negative, with a positive sum in every row.
+        weights: not negative, with a positive sum in every row; it need not be 1.
         uniform: fp64 [...].
     """
-    cumulative = weights.double().cumsum(-1)
-    place = (uniform * cumulative[..., -1])[..., None]
-    token = torch.searchsorted(cumulative, place, right=True).squeeze(-1)
-    return token.clamp_max_(weights.shape[-1] - 1)
+    whole = counts(weights)
+    missing = -whole.shape[-1] % PIECE
+    if missing:
+        whole = F.pad(whole, (0, missing))
+    pieces = whole.unflatten(-1, (-1, PIECE))
+    ends = pieces.sum(-1).cumsum(-1)
+    place = (uniform * ends[..., -1]).long()[..., None]
+    # Logits that are no numbers must not become places outside of memory.
+    piece = torch.searchsorted(ends, place, right=True).clamp_max_(ends.shape[-1] - 1)
+    inside = pieces.gather(-2, piece[..., None].expand(*piece.shape, PIECE)).squeeze(-2)
+    own = inside.cumsum(-1)
+    # What the pieces before add up to is the end of this one less its own sum.
+    place += own[..., -1:] - ends.gather(-1, piece)
+    token = piece * PIECE + torch.searchsorted(own, place, right=True)
+    return token.squeeze(-1).clamp_max_(weights.shape[-1] - 1)
+
+
+def counts(weights: Tensor) -> Tensor:
+    """Weights [..., V] as whole numbers, int64, that add up to 2^52 or little less in each row."""
+    scale = UNITS / weights.sum(-1, keepdim=True, dtype=torch.float64)
+    return (weights * scale).long()

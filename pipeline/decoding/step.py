@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.model.attention import as_bias
 from pipeline.model.config import block_slots
 
 
@@ -153,42 +154,82 @@ def step_mask(
     Built once: `mask[:, capacity - P:]` is the mask over P kept tokens and the step's own queries.
     """
     rule = step_rule(shape, device, causal_slots)
-    prefix = torch.ones(len(rule), capacity, dtype=torch.bool, device=device)
-    return torch.cat([prefix, rule], dim=1)
+    return torch.cat([rule.new_ones(len(rule), capacity), rule], dim=1)
 
 
 class StepRule:
-    """A step's mask for any number of kept tokens, from tables that are built once."""
+    """A step's mask as an additive bias, for any number of kept tokens; from tables built once."""
 
     def __init__(
-        self, shape: StepShape, capacity: int, device: torch.device, causal_slots: bool = False
+        self,
+        shape: StepShape,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        causal_slots: bool = False,
     ) -> None:
         self.shape = shape
-        self.causal_slots = causal_slots
         self.capacity = capacity
-        self.device = device
         self.offsets = step_positions(shape, device)
+        self.causal_slots, self.device, self._dtype = causal_slots, device, dtype
 
     @cached_property
     def _sliced(self) -> Tensor:
-        return step_mask(self.shape, self.capacity, self.device, self.causal_slots)
+        mask = step_mask(self.shape, self.capacity, self.device, self.causal_slots)
+        return as_bias(mask, self._dtype)
 
     @cached_property
     def _bordered(self) -> Tensor:
-        """[Q, Q + 2]: a column that all see (the prefix), the rule, one that none sees."""
-        rule = step_rule(self.shape, self.device, self.causal_slots)
-        seen = torch.ones(len(rule), 1, dtype=torch.bool, device=self.device)
-        return torch.cat([seen, rule, ~seen], dim=1)
+        return bordered(step_rule(self.shape, self.device, self.causal_slots), self._dtype)
 
     def over_prefix(self, length: int) -> Tensor:
-        """BoolTensor [Q, length + Q], a view."""
+        """Bias [Q, length + Q], a view."""
         return self._sliced[:, self.capacity - length :]
 
     def over_lengths(self, lengths: Tensor, columns: Tensor) -> Tensor:
-        """BoolTensor [B, 1, Q, W] for rows with `lengths` [B] kept tokens; `columns` is 0 … W-1."""
-        relative = columns[None, :] - lengths[:, None] + 1
-        index = relative.clamp_(0, self.shape.num_queries + 1)
-        return self._bordered[:, index].permute(1, 0, 2).unsqueeze(1)
+        """Bias [B, 1, Q, W] for rows with `lengths` [B] kept tokens; `columns` is 0 … W - 1."""
+        return look_up(self._bordered, columns[None, :] - lengths[:, None])
+
+
+def bordered(rule: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias [Q, Q + 2] of a rule [Q, Q]: a column that all see (the prefix), the rule, one that none
+    sees."""
+    seen = rule.new_ones(len(rule), 1)
+    return as_bias(torch.cat([seen, rule, ~seen], dim=1), dtype)
+
+
+def look_up(table: Tensor, relative: Tensor) -> Tensor:
+    """Bias [B, 1, Q, W] from a `bordered` table; `relative` [B, W] is each column's number behind
+    the kept tokens, negative for these."""
+    index = (relative + 1).clamp_(0, table.shape[1] - 1)
+    return table[:, index].permute(1, 0, 2).unsqueeze(1)
+
+
+class PrefillRule:
+    """The same for the last tokens of a prompt, filled up to T, and M slots behind them; how many
+    of the T count is read on the device."""
+
+    def __init__(
+        self, count: Tensor, size: int, slots: int, dtype: torch.dtype, causal_slots: bool
+    ) -> None:
+        """`count` is an int64 scalar, 1 … T, with T = `size` and M = `slots`."""
+        self._count, self._size = count, size
+        numbers = torch.arange(size, device=count.device)
+        self.offsets = torch.cat([numbers, count + torch.arange(slots, device=count.device)])
+        self.rows = self.offsets.new_empty(1 + slots)
+        """Of the last token and the slots, among the queries, [1 + M]."""
+        self.rows[:1] = count - 1
+        self.rows[1:] = size + torch.arange(slots, device=count.device)
+        rule = prefill_mask(0, size, slots, count.device, causal_slots)
+        self._table = bordered(rule, dtype)
+
+    def over_lengths(self, lengths: Tensor, columns: Tensor) -> Tensor:
+        """Bias [B, 1, T + M, W], as `StepRule.over_lengths`."""
+        relative = columns[None, :] - lengths[:, None]
+        bias = look_up(self._table, relative)
+        filling = (relative >= self._count) & (relative < self._size)
+        bias[:, :, self._size :].masked_fill_(filling[:, None, None], -torch.inf)
+        return bias
 
 
 def prefill_mask(

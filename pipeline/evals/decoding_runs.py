@@ -278,7 +278,7 @@ def divergence_gap(
     text = [*prompt, *ar[:place]]
     device = next(model.parameters()).device
     hidden = model.hidden(torch.tensor([text], device=device))[0, -1]
-    logits = model.lm_head(hidden).float()
+    logits = model.lm_head.logits_to_choose_by(hidden[None])[0].float()
     return float(logits[ar[place]] - logits[other[place]])
 
 

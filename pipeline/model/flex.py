@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from pipeline.model.compiled import fail_at_the_recompile_limit
 from pipeline.model.mask import Spans
 
 TILE = 128
@@ -110,15 +111,25 @@ def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, mask: FlexMask) ->
     """
     kernel = flex_attention
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
-        kernel = _compiled()
+        kernel = _compiled(torch.is_grad_enabled())
     shared = query.shape[1] != key.shape[1]
     return kernel(query, key, value, block_mask=mask.tiles, enable_gqa=shared)
 
 
 @cache
-def _compiled() -> Any:
-    # Static shapes: batches come in few, and a kernel for shapes unknown is slower.
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(training: bool) -> Any:
+    """The kernel, by itself for training and for scoring: the limit of shapes that a function is
+    compiled for is one for all that is compiled of it, and scoring must not use up training's.
+
+    Shapes are static: batches come in few, and a kernel for shapes unknown is slower.
+    """
+    fail_at_the_recompile_limit()
+    kernel: Any = flex_attention if training else _flex_for_scoring
+    return torch.compile(kernel, dynamic=False)
+
+
+def _flex_for_scoring(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    return flex_attention(query, key, value, **options)
 
 
 def _tile_starts(length: int, like: Tensor) -> Tensor:

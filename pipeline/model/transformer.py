@@ -17,6 +17,7 @@ from pipeline.model.attention import Mask, SectionMasks
 from pipeline.model.config import CHECKPOINTING, ModelConfig
 from pipeline.model.draft_head import BlockRows, DraftHead, DraftRows
 from pipeline.model.draft_record import DraftRecord
+from pipeline.model.inference import DecodingForward
 from pipeline.model.layers import Cache, CleanPart, DecoderLayer, again_in_backward
 from pipeline.model.parameters import Opening, initial_value, is_drafting, is_of_head, whole
 from pipeline.model.rotary import rotary_table
@@ -116,7 +117,17 @@ class Head(nn.Linear):
         if then is not None:
             # Called in here, the matrix is whole even where ZeRO 3 has cut it up.
             return then(input, self.weight)
-        logits = super().forward(input)
+        return self._without_padding(super().forward(input))
+
+    def logits_to_choose_by(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., E]; on a GPU in fp32, since in bf16 neighbouring
+        candidates often come out equal."""
+        if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16):
+            return self._without_padding(super().forward(hidden))
+        rows = torch.mm(hidden.flatten(0, -2), self.weight.T, out_dtype=torch.float32)
+        return self._without_padding(rows.unflatten(0, hidden.shape[:-1]))
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
         if self.known is not None and self.known < logits.shape[-1]:
             # Not -inf, which a weight of 0 would make nan.
             logits[..., self.known :] = torch.finfo(logits.dtype).min
@@ -229,6 +240,11 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.model(input_ids, position_ids, mask, cache, clean)
+
+    def for_decoding(self, positions: int) -> DecodingForward:
+        """The forward that decoding runs, for texts of up to so many `positions`; the model is in
+        evaluation mode. Made anew after weights were replaced, not written in place."""
+        return DecodingForward(self, positions)
 
     def freeze_base(self) -> "Transformer":
         """Have only the weights that draft learn (`adapters.is_drafting`); returns self."""

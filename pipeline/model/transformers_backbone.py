@@ -23,6 +23,7 @@ from pipeline.model.adapters import LowRank
 from pipeline.model.attention import Mask, SectionMasks, attend
 from pipeline.model.config import ModelConfig
 from pipeline.model.draft_head import DraftHead
+from pipeline.model.inference import DecodingForward
 from pipeline.model.layers import Cache, CleanPart
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.transformer import Decoder, Head, Transformer
@@ -180,6 +181,7 @@ class HostedTransformer(Transformer):
         self.lm_head = Head(config.hidden_size, config.num_embeddings, bias=False)
         self.frozen_base = False
         self.draft_head = DraftHead(config) if config.draft_rank else None
+        self.draft_record = None
         self._tie()
 
     @classmethod
@@ -188,6 +190,9 @@ class HostedTransformer(Transformer):
         # made along, and stay in fp32 where a cast of the whole would round them.
         with default_dtype(dtype):
             return cls(config).to(device)
+
+    def for_decoding(self, positions: int) -> DecodingForward:
+        return HostedForward(self)
 
     def initialize(self, seed: int, opened: Opening = whole) -> "Transformer":
         raise UserError(
@@ -207,6 +212,25 @@ class HostedTransformer(Transformer):
 
     def compile_layers(self) -> "Transformer":
         raise UserError("compile: is for model.backbone=compact; set compile=false")
+
+
+class HostedForward(DecodingForward):
+    """Decoding by the model's own forward, as in training: its layers are not ours to fuse."""
+
+    def __init__(self, model: HostedTransformer) -> None:
+        self.model = model
+        self.backend = None
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        clean: int | None = None,
+    ) -> Tensor:
+        hidden: Tensor = self.model.hidden(input_ids, positions, mask, cache, clean)
+        return hidden
 
 
 def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -67,7 +67,12 @@ def score_sequence(
         lengths = sequence.real_lengths
         layout, windows = stale_layout(sequence.layout, lengths, size, first)
         sequence = replace(sequence, layout=layout, windows=windows)
-    num_slots = 0 if mask_token_id is None else sequence.layout.num_slots
+    # Room for all positions, whatever the padding: one shape of attention for all sequences, whose
+    # compiled kernel is compiled once. Linear blocks overlap, and may need more.
+    num_slots = 0
+    if mask_token_id is not None and sequence.layout.num_slots:
+        length = len(sequence.tokens)
+        num_slots = -(-sequence.layout.num_slots // length) * length
     device = next(model.parameters()).device
     drafting = model.draft_head is not None and num_slots > 0
     batch = make_batch(

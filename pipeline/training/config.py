@@ -19,7 +19,7 @@ from tidar_common.errors import UserError
 from tidar_common.schema import NO_VALUE, Command, register
 
 PRECISIONS = ("bf16", "fp32")
-PREFLIGHT = ("auto", "true", "false")
+AUTO = ("auto", "true", "false")
 FEWEST = 16
 """Values before a spike's score means anything."""
 REPORT, SKIP, ROLLBACK = "report", "skip", "rollback"
@@ -71,7 +71,7 @@ class RunKeys:
     """Seconds between progress lines without a terminal."""
 
     def __post_init__(self) -> None:
-        for key, known in (("preflight", PREFLIGHT), ("precision", PRECISIONS),
+        for key, known in (("preflight", AUTO), ("compile", AUTO), ("precision", PRECISIONS),
                            ("activation_checkpointing", CHECKPOINTING),
                            ("attention", BACKENDS)):  # fmt: skip
             if (value := getattr(self, key)) not in known:

@@ -101,7 +101,8 @@ class TrainSettings(RunKeys):
         if manifest is None:
             data_dir = open_data_dir(cfg)
         plain = OmegaConf.masked_copy(cfg, [f.name for f in fields(RunKeys)])
-        plain.preflight = str(plain.preflight).lower()  # true and false are YAML's own, too
+        for key in ("preflight", "compile"):  # true and false are YAML's own, too
+            plain[key] = str(plain[key]).lower()
         spoken = str(plain.activation_checkpointing).lower()
         plain.activation_checkpointing = SPOKEN.get(spoken, spoken)
         values = dict(vars(parse(RunKeys, plain, "")))
@@ -149,10 +150,10 @@ class TrainSettings(RunKeys):
                 f"layout.block_size: {block_size} is longer than the data's sequences of {length} "
                 "tokens; choose a smaller one"
             )
-        if self.compile and self.deepspeed.stage == 3:
+        if self.compile == "true" and self.deepspeed.stage == 3:
             raise UserError(
                 "compile: not with deepspeed=zero3, which gathers weights inside of every layer; "
-                "set compile=false, or deepspeed=zero2"
+                "set compile=auto, or deepspeed=zero2"
             )
 
     def check_device(self, device: torch.device) -> None:

@@ -248,7 +248,32 @@ def build_model(
     if settings.freeze_base:
         model.freeze_base()
     model.checkpoint_activations(settings.activation_checkpointing)
-    return model.compile_layers() if settings.compile else model
+    return model.compile_layers() if compiles_layers(settings, world, say) else model
+
+
+def compiles_layers(settings: TrainSettings, world: World, say: Say) -> bool:
+    """Whether layers are compiled: `compile`, where `auto` is on a GPU whose compiler works on all
+    ranks, without ZeRO 3; all ranks call it."""
+    if settings.compile != "auto" or settings.model.hosted is not None:
+        return settings.compile == "true"
+    if world.device.type != "cuda" or settings.deepspeed.stage == 3:
+        return False
+    reason = next(filter(None, world.gather(why_not_compiled(world.device))), None)
+    if reason is not None:
+        say(
+            f"compile: layers run uncompiled, which is slower: {reason}; mend it (Triton and a C "
+            "compiler are needed), or set compile=false"
+        )
+    return reason is None
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """What torch.compile says of the smallest function on `device`; None where it works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a broken compiler raises
+        return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return None
 
 
 def open_start(settings: TrainSettings, config: ModelConfig) -> SavedModel | None:

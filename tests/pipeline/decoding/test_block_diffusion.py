@@ -128,7 +128,7 @@ def test_steps_of_fixed_width_give_the_same_tokens():
     expected = dict(finish_each(plain, prompts, DecodeOptions(max_new_tokens=40)))
     got = dict(finish_each(static, prompts, DecodeOptions(max_new_tokens=40)))
     assert [got[n].tokens for n in range(3)] == [expected[n].tokens for n in range(3)]
-    assert {width for _, width in keys} == {256, 312}
+    assert {width for *_, width in keys} == {256, 312}
 
 
 def test_it_needs_a_mask_token_and_no_trust():

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 from pipeline.decoding import Sampling, engine, generate
 from pipeline.decoding.drafting import Drafter
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.sampling import Uniforms, draw
+from pipeline.decoding.sampling import PIECE, Uniforms, draw
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.verify import verify, verify_greedy
 from tidar_common.errors import UserError
@@ -75,9 +75,9 @@ def sampled_texts(model, sampling: Sampling, shape: StepShape, same_stream=False
     engine = StepEngine(model, sampling, shape, batch_size=ROWS, capacity=len(PROMPT) + 12)
     prompt, size = torch.tensor(PROMPT), engine.shape.prefill_slots
     engine.admit(0, prompt, 0)
-    for layer in range(model.config.num_layers):
-        for tensors in (engine.cache._keys, engine.cache._values):
-            tensors[layer][1:] = tensors[layer][:1]
+    for number in range(model.config.num_layers):
+        layer = engine.cache.layer(number)
+        layer[:, 1:] = layer[:, :1]
     if engine.state.seen is not None:
         engine.state.seen[:] = engine.state.seen[:1]
     for row in range(ROWS):
@@ -355,3 +355,26 @@ def test_same_seed_same_tokens_other_seed_other_tokens(model, method):
 def test_bad_settings_name_themselves(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+def test_draw_of_a_large_vocabulary_is_that_of_one_running_sum():
+    """Found piece by piece: the same token as by the whole cumulative sum, also where most weights
+    are 0, at the edges of pieces and of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (PIECE - 1, PIECE, PIECE + 1, 5 * PIECE + 3):
+        weights = torch.rand(64, size, generator=generator) ** 8
+        weights[:32] *= torch.rand(32, size, generator=generator) < 3 / size
+        weights[:, size - 1] += 1e-3
+        uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+        cumulative = weights.double().cumsum(-1)
+        place = (uniform * cumulative[:, -1])[:, None]
+        expected = torch.searchsorted(cumulative, place, right=True)[:, 0]
+        token = draw(weights, uniform)
+        assert torch.equal(token, expected)
+        assert (weights.gather(1, token[:, None]) > 0).all()
+
+
+def test_draw_gives_a_token_even_of_weights_that_are_no_numbers():
+    weights = torch.full((2, 3 * PIECE), torch.nan)
+    token = draw(weights, torch.tensor([0.0, 0.9], dtype=torch.float64))
+    assert ((token >= 0) & (token < 3 * PIECE)).all()

@@ -6,10 +6,11 @@ value, its width may not follow the lengths, and what it carries on must stay wh
 
 import pytest
 import torch
-from decoding_models import VOCABULARY, make_model, random_prompts
+from decoding_models import CPU, VOCABULARY, make_model, random_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.decoding import DecodeOptions, Sampling, generate_batch
+from pipeline.decoding.cache import KVCache
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.generation import finish_each
 from pipeline.decoding.graphs import WIDTH_STEP
@@ -30,8 +31,14 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
+        self.floating_sums = 0
+        """Running sums of floating numbers: on a GPU not the same twice, and refused there where
+        runs are deterministic."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        self.floating_sums += "cumsum" in name and args[0].is_floating_point()
         return func(*args, **(kwargs or {}))
 
 
@@ -67,7 +74,7 @@ def test_steps_of_fixed_width_give_the_same_tokens(sampling, changes):
         model, prompts, DecodeOptions(sampling=sampling, blocks=blocks, max_new_tokens=30)
     )
     assert [runs[n].tokens for n in range(4)] == [run.tokens for run in expected]
-    widths = {width for _, width in keys}
+    widths = {width for *_, width in keys}
     assert WIDTH_STEP in widths
     assert widths <= {WIDTH_STEP, engine.cache.capacity}
 
@@ -92,9 +99,69 @@ def test_a_step_asks_the_device_for_nothing_and_moves_nothing(sampling, changes,
     assert "index_put_" in recorded.names  # the recorder sees what runs
     assert not {name for name in recorded.names if name.lstrip("_").startswith(ASKING)}
     assert "_local_scalar_dense" not in recorded.names
+    assert recorded.floating_sums == 0
     for name, place in places.items():
         assert getattr(engine.state, name).data_ptr() == place, name
     assert engine.cache.device_lengths is lengths
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal_slots": True}, {"draft_rank": 5}])
+@pytest.mark.parametrize("chunk", [512, 40])
+def test_prompts_filled_up_to_few_sizes_give_the_same_tokens(changes, chunk):
+    """As captured pieces of prompts are: one key for all lengths of a size."""
+    model, keys = make_model(**changes), []
+    prompts = random_prompts(0, (3, 31, 33, 60, 100, 1), VOCABULARY)
+    expected = generate_batch(model, prompts, DecodeOptions(max_new_tokens=12, prefill_chunk=chunk))
+    engine = StepEngine(model, Sampling(), StepShape.full(4), capacity=300, prefill_chunk=chunk)
+    room = engine.cache.capacity
+    engine.cache = KVCache(model.config, room, dtype=torch.float32, device=CPU, ragged=True)
+
+    def run_each(key, run):
+        keys.append(key)
+        return run()
+
+    engine._graphs = run_each
+    runs = dict(finish_each(engine, prompts, DecodeOptions(max_new_tokens=12)))
+    assert [runs[n].tokens for n in range(6)] == [run.tokens for run in expected]
+    assert [runs[n].forwards for n in range(6)] == [run.forwards for run in expected]
+    sizes = {key[0] for key in keys if isinstance(key[0], int)}
+    assert sizes == ({32, 64, 128} if chunk == 512 else {32, 40})
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_head_read_once_gives_the_same_tokens(sampling, batch_size, monkeypatch):
+    model = make_model()
+    prompts, options = random_prompts(0, (3, 9, 30), VOCABULARY), {"sampling": sampling}
+    chosen = DecodeOptions(batch_size=batch_size, max_new_tokens=20, **options)
+    expected = generate_batch(model, prompts, chosen)
+    monkeypatch.setattr(StepEngine, "_head_once", lambda self, shape: bool(shape.blocks))
+    got = generate_batch(model, prompts, chosen)
+    assert [run.tokens for run in got] == [run.tokens for run in expected]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS[:2])
+def test_another_step_reads_and_writes_the_same_memory(sampling):
+    """So that steps captured before a change go on being right when it is changed back."""
+    model, keys = make_model(), []
+    engine = static_engine(model, sampling, 1, keys, (1, 2, 3, 4))
+    room = engine.cache.capacity
+    engine.cache = KVCache(model.config, room, dtype=torch.float32, device=CPU, ragged=True)
+    (prompt,) = random_prompts(1, (6,), VOCABULARY)
+    engine.admit(0, prompt, 0)
+    state = {name: x for name, x in vars(engine.state).items() if isinstance(x, torch.Tensor)}
+    full, small = engine.shape, StepShape(2, 2, (1, 2))
+    text = [int(engine.state.current[0, 0])]
+    for shape in (full, small, full, StepShape(1), full):
+        engine.reshape(shape)
+        for _ in range(3):
+            text += engine.step()[0]
+    for name, value in state.items():
+        assert getattr(engine.state, name) is value, name
+    assert len({key for key in keys if key[0] == full}) == 2, "the step, and the short one"
+    if sampling.greedy:
+        options = DecodeOptions(method="ar", max_new_tokens=len(text))
+        assert text == generate_batch(model, [prompt], options)[0].tokens
 
 
 def test_idle_rows_stay_as_they_are():

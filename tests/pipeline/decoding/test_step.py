@@ -38,8 +38,8 @@ def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Te
     rows = [("draft", i, 0) for i in range(shape.drafts)]
     size = 2 * shape.block_size - 1 if shape.linear else shape.block_size
     rows += [("slot", t, j) for j in shape.blocks for t in range(size)]
-    allowed = torch.zeros(len(rows), prefix + len(rows), dtype=torch.bool)
-    allowed[:, :prefix] = True
+    sees = torch.zeros(len(rows), prefix + len(rows), dtype=torch.bool)
+    sees[:, :prefix] = True
     for q, (kind, index, block) in enumerate(rows):
         for k, (other, key_index, key_block) in enumerate(rows):
             if kind == "draft":
@@ -48,8 +48,14 @@ def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Te
                 seen = key_index < block
             else:
                 seen = key_block == block and (key_index <= index or not causal)
-            allowed[q, prefix + k] = seen
-    return allowed
+            sees[q, prefix + k] = seen
+    return sees
+
+
+def allowed(bias: torch.Tensor) -> torch.Tensor:
+    """The pairs that a bias leaves; it holds nothing but 0 and -inf."""
+    assert ((bias == 0) | (bias == -torch.inf)).all()
+    return bias == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,10 +63,10 @@ def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Te
 def test_step_mask_is_the_rule(shape, causal):
     mask = step_mask(shape, 9, CPU, causal)
     assert len(mask) == shape.num_queries
-    rule = StepRule(shape, 9, CPU, causal)
+    rule = StepRule(shape, 9, CPU, torch.float32, causal)
     for prefix in (0, 4, 9):
         assert torch.equal(mask[:, 9 - prefix :], written_out(shape, prefix, causal))
-        assert torch.equal(rule.over_prefix(prefix), written_out(shape, prefix, causal))
+        assert torch.equal(allowed(rule.over_prefix(prefix)), written_out(shape, prefix, causal))
     positions = step_positions(shape, CPU)
     assert positions[: shape.drafts].tolist() == list(range(shape.drafts))
     for accepted in range(1, shape.drafts + 1) if shape.linear else shape.blocks:
@@ -73,8 +79,8 @@ def test_step_mask_is_the_rule(shape, causal):
 def test_rows_of_different_lengths_see_their_own_prefix_and_nothing_behind(shape, causal):
     lengths = [0, 5, 2]
     width = 5 + shape.num_queries + 3
-    rule = StepRule(shape, 30, CPU, causal)
-    mask = rule.over_lengths(torch.tensor(lengths), torch.arange(width))
+    rule = StepRule(shape, 30, CPU, torch.float32, causal)
+    mask = allowed(rule.over_lengths(torch.tensor(lengths), torch.arange(width)))
     assert mask.shape == (3, 1, shape.num_queries, width)
     for row, length in zip(mask[:, 0], lengths, strict=True):
         used = length + shape.num_queries
@@ -119,7 +125,7 @@ def test_a_step_sees_what_training_showed(accepted, causal):
         model(torch.tensor([tokens[:prefix]]), cache=cache)
         cache.keep(prefix)
         positions = prefix + step_positions(shape, CPU)
-        rule = StepRule(shape, 64, CPU, model.config.causal_slots)
+        rule = StepRule(shape, 64, CPU, torch.float32, model.config.causal_slots)
         got = model(step, positions, rule.over_prefix(prefix), cache)[0]
         start = prefix + accepted
         clean = tokens[:start] + [0] * block_size
@@ -143,7 +149,7 @@ def test_a_linear_step_sees_what_training_showed(causal):
     cache = KVCache(model.config, 64, dtype=torch.float32, device=CPU)
     model(torch.tensor([tokens[:prefix]]), cache=cache)
     cache.keep(prefix)
-    rule = StepRule(shape, 64, CPU, causal)
+    rule = StepRule(shape, 64, CPU, torch.float32, causal)
     got = model(step, prefix + step_positions(shape, CPU), rule.over_prefix(prefix), cache)[0]
     start = prefix + 1
     clean = tokens[:start] + [0] * slots

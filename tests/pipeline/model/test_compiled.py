@@ -1,11 +1,14 @@
 """Layers under torch.compile: the same numbers, one compilation, whatever stands in a batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from small_models import small_config
 from torch._dynamo.testing import CompileCounter
 
 from data_prep.layout import build_layout
+from pipeline.model import compiled, flex
 from pipeline.model.attention import attend, training_mask
 from pipeline.model.flex import FlexMask
 from pipeline.model.layers import CHECKPOINTING
@@ -37,15 +40,15 @@ def gradients(model: Transformer, tokens: torch.Tensor, mask) -> list[torch.Tens
 def test_compiled_layers_give_the_same_gradients(checkpointing):
     config = small_config("qwen2", num_layers=3)
     plain = Transformer(config).initialize(0).double().train()
-    compiled = Transformer(config).initialize(0).double().train()
-    compiled.checkpoint_activations(checkpointing)
-    for layer in compiled.model.layers:
+    fused = Transformer(config).initialize(0).double().train()
+    fused.checkpoint_activations(checkpointing)
+    for layer in fused.model.layers:
         layer.compile(backend="aot_eager", dynamic=False)
     for lengths in LENGTHS:
         mask = training_mask(spans_of(lengths), CPU)
         tokens = torch.randint(0, 300, (1, 192), generator=torch.Generator().manual_seed(0))
         for ours, theirs in zip(
-            gradients(compiled, tokens, mask), gradients(plain, tokens, mask), strict=True
+            gradients(fused, tokens, mask), gradients(plain, tokens, mask), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -93,3 +96,30 @@ def test_compiled_layers_train_on_this_machine():
         gradients(model, tokens, mask), gradients(plain, tokens, mask), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_scoring_leaves_training_its_recompilations(monkeypatch):
+    """Many lengths of scored text, and a shape of training after them is compiled all the same;
+    too many are an error, not attention that holds all scores."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    monkeypatch.setattr(compiled, "RECOMPILE_LIMIT", 3)
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=counter))
+    flex._compiled.cache_clear()
+    scoring, training = flex._compiled(False), flex._compiled(True)
+
+    def attend_over(kernel, length: int) -> None:
+        x = torch.randn(1, 1, length, 16)
+        kernel(x, x, x, block_mask=None)
+
+    try:
+        for length in (128, 256, 384):
+            attend_over(scoring, length)
+        assert counter.frame_count == 3
+        attend_over(training, 512)
+        assert counter.frame_count == 4
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend_over(scoring, 640)
+    finally:
+        flex._compiled.cache_clear()

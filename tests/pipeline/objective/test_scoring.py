@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.decoding.step import prefill_mask
+from pipeline.model.attention import training_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
@@ -103,3 +104,27 @@ def test_slots_are_scored_by_the_rule_of_the_model(causal_slots):
             model(ids[None], position, other)[0, 16:], ids[slots], reduction="none"
         )
     assert (found - wrong).abs().max() > 0.1, "or the two rules could be confused"
+
+
+def test_sequences_with_any_padding_are_scored_in_one_shape(monkeypatch):
+    """Each shape of attention is compiled by itself on a GPU."""
+    rng, shapes, model = np.random.default_rng(0), set(), make_model(causal_slots=False)
+
+    def seen(spans, *arguments):
+        shapes.add(tuple(spans.block.shape))
+        return training_mask(spans, *arguments)
+
+    monkeypatch.setattr("pipeline.objective.scoring.training_mask", seen)
+    for real in (16, 13, 9, 5):
+        lengths = np.array([real, 16 - real][: 1 + (real < 16)])
+        layout = build_layout(lengths[:1], 4, shift=True, rng=rng)
+        tokens = rng.integers(0, MASK, size=16)
+        padding = 16 - real
+        sequence = PackedSequence(tokens, lengths, layout, padding=padding)
+        found = score_sequence(model, sequence)
+        ids = torch.from_numpy(tokens[:real])[None]
+        with torch.no_grad():
+            expected = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")
+        torch.testing.assert_close(found.ar_losses, expected.double(), rtol=1e-4, atol=1e-5)
+        assert len(found.diffusion_losses) == layout.num_slots
+    assert shapes == {(1, 32)}

@@ -30,7 +30,7 @@ def settings(stage: int, precision: str = "fp32", init_from: Path | None = None)
     return SimpleNamespace(
         init_from=init_from, freeze_base=False, seed=5, precision=precision, micro_batch_size=1,
         deepspeed=DeepSpeedConfig(stage), optimizer=OptimizerConfig(),
-        activation_checkpointing="none", compile=False, accumulation_steps=lambda world_size: 1,
+        activation_checkpointing="none", compile="auto", accumulation_steps=lambda world_size: 1,
     )  # fmt: skip
 
 

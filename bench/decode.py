@@ -17,11 +17,12 @@ from bench.decode_models import FreeModel
 from bench.inputs import model_config, new_model
 from bench.measure import Work, interleaved, ratio
 from bench.results import Outcome
-from pipeline.decoding.choice import Acceptance, Conditions, accepted_probabilities, choose
+from pipeline.decoding.choice import Conditions, accepted_probabilities, choose
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.latency import measure_curve
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.step import StepShape
+from pipeline.model.draft_record import Acceptance
 from pipeline.model.transformer import Transformer
 
 STEPS_A_ROUND = 8

@@ -212,8 +212,8 @@ class ChoosingEngine(StepEngine):
         record = None if linear or model.draft_record is None else model.draft_record
         measured = None if record is None else record.at(sampling.greedy)
         self._counts = {
-            True: Counts.of(block_size, measured and measured.block),
-            False: Counts.of(block_size, measured and measured.alone),
+            True: Counts.of(block_size, None if measured is None else measured.block),
+            False: Counts.of(block_size, None if measured is None else measured.alone),
         }
         self._left = TRIAL_STEPS if block_size > 1 else 0
         self._trials = 1 + self._headed if block_size > 1 else 0

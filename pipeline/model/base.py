@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.model.config import ModelConfig
 from pipeline.model.loading import MAY_DIFFER, open_model, refuse_difference
 from pipeline.model.source import SavedModel
-from tidar_common.config import nearest
 from tidar_common.errors import UserError
 from tidar_common.hub import fetched
+from tidar_common.overrides import nearest
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
             "head_dim")  # fmt: skip

@@ -9,8 +9,7 @@ from small_models import random_model, small_config
 from bench.inputs import random_batch
 from pipeline.decoding.cache import KVCache
 from pipeline.model.attention import section_masks, training_mask
-from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
-from pipeline.model.layers import CHECKPOINTING
+from pipeline.model.config import ADAPTER_TARGETS, CHECKPOINTING, ModelConfig
 from pipeline.model.parameters import is_drafting
 from pipeline.model.transformer import Transformer
 

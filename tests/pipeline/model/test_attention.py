@@ -8,10 +8,9 @@ import torch
 
 from data_prep.layout import build_layout
 from pipeline.model.attention import attend, is_causal, training_mask
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import CHECKPOINTING, ModelConfig
 from pipeline.model.flex import TILE as FLEX_TILE
 from pipeline.model.flex import FlexMask, tile_table
-from pipeline.model.layers import CHECKPOINTING
 from pipeline.model.mask import Spans, layout_spans
 from pipeline.model.tiles import TILE, TiledMask
 from pipeline.model.transformer import Transformer

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from data_prep.layout import build_layout
 from pipeline.model import compiled, flex
 from pipeline.model.attention import attend, training_mask
+from pipeline.model.config import CHECKPOINTING
 from pipeline.model.flex import FlexMask
-from pipeline.model.layers import CHECKPOINTING
 from pipeline.model.mask import Spans, layout_spans
 from pipeline.model.transformer import Transformer
 

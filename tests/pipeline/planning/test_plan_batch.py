@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.layout import build_layout
 from pipeline.model.attention import SectionMasks
-from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
+from pipeline.model.config import ADAPTER_TARGETS, CHECKPOINTING, ModelConfig
 from pipeline.model.flops import allowed_pairs, step_flops
-from pipeline.model.layers import CHECKPOINTING
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
 from pipeline.objective.head_loss import head_loss

@@ -50,8 +50,9 @@ class RunKeys:
     activation_checkpointing: str = "none"
     """What the backward pass computes again: none, selective (feed-forward activations, a third
     less memory) or full (whole layers, a third more time)."""
-    compile: bool = False
-    """torch.compile each layer; not with deepspeed=zero3."""
+    compile: str = "auto"
+    """torch.compile each layer: true, false, or auto, which does on a GPU where the compiler works;
+    not with deepspeed=zero3."""
     attention: str = "auto"
     """auto (flex on a GPU, tiles on a CPU), flex, tiles, or dense, to compare with."""
     peak_tflops: float | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS
+from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RECIPE, RUNS, STEPS, TWINS, Run
 from tidar_common.tables import MISSING, Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,16 +20,20 @@ PAGE = ROOT / "docs" / "results.md"
 TEMPLATE = ROOT / "tools" / "results_template.md"
 Result = dict[str, Any]
 Results = dict[str, dict[int, Result]]
-"""Of one corpus, by run and seed."""
+"""Of one corpus, by run and seed. A run of another length than most has it in its name, as in
+`published-x4`."""
+LENGTH = "-x"
+"""Before the length, in times that of others."""
 
 
 def load(folder: Path, corpus: str, study: str = "experiments") -> Results:
     """The results of a study on a corpus; an empty dict where there are none."""
-    found: Results = {}
+    results: Results = {}
     for path in sorted((folder / study).glob(f"{corpus}-*-seed*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["run"], {})[result["seed"]] = result
-    return found
+        name = path.stem.removeprefix(f"{corpus}-").rpartition("-seed")[0]
+        results.setdefault(name, {})[result["seed"]] = result
+    return results
 
 
 def score(result: Result, block_size: int | None = None) -> Result:
@@ -196,40 +200,51 @@ PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
 
 
 def drafts(results: Results) -> str:
-    """Runs with a draft head beside the published objective at their block length: every figure
-    with its controls, and ratios seed by seed."""
-    read = figure("expected_tokens_per_forward", "sampled")
+    """Runs with a draft head beside the published objective at their block length and their length
+    of training: every figure with its controls, and ratios seed by seed."""
     if not results:
         return "Not run yet."
-    rows = []
-    for run in RUNS:
-        own = results.get(run.name, {})
-        head = any(word.startswith("model.draft_rank") for word in run.overrides)
-        if not own or not (head or run.name in PUBLISHED_AT.values()):
-            continue
-        size = score(next(iter(own.values())))["block_size"]
-        base = PUBLISHED_AT[size]
-        gains = ratio(results, run.name, base, read)
-        losses = ratio(results, run.name, base, figure("ar_loss"))
-        found = list(own.values())
-        rows.append(
-            [
-                f"`{run.name}`: {run.about}", str(size), str(len(found)),
-                spread(found, read, ".2f"),
-                spread(found, figure("expected_tokens_per_forward", "greedy"), ".2f"),
-                *(
-                    spread(found, figure(f"{name}_expected_tokens_per_forward", "sampled"), ".2f")
-                    for name in ("recurrent", "bigram", "unigram")
-                ),
-                "1" if run.name == base else ratio_text(gains),
-                "1" if run.name == base else ratio_text(losses),
-            ]
-        )  # fmt: skip
+    lengths = sorted({name.partition(LENGTH)[2] for name in results}, key=lambda x: float(x or 1))
+    rows = [
+        drafts_row(run, f"{LENGTH}{length}" if length else "", results)
+        for length in lengths
+        for run in RUNS
+        if is_of_drafts(run) and run.name + (f"{LENGTH}{length}" if length else "") in results
+    ]
     return Table(
         ["run", "K", "seeds", "expected tokens/forward", "greedy", "without slots", "bigram",
          "unigram", "÷ `published` at this K", "AR loss ÷"],
         rows,
     ).markdown()  # fmt: skip
+
+
+def is_of_drafts(run: Run) -> bool:
+    """Whether it has a draft head, or is what those with one are compared with."""
+    head = any(word.startswith("model.draft_rank") for word in run.overrides)
+    return head or run.name in PUBLISHED_AT.values()
+
+
+def drafts_row(run: Run, length: str, results: Results) -> list[str]:
+    """The cells of a run of that length."""
+    read = figure("expected_tokens_per_forward", "sampled")
+    by_seed = list(results[run.name + length].values())
+    size = score(by_seed[0])["block_size"]
+    base = PUBLISHED_AT[size]
+    ratios = [
+        ratio_text(ratio(results, run.name + length, base + length, figures))
+        for figures in (read, figure("ar_loss"))
+    ]
+    times = f", {length.removeprefix(LENGTH)} times as long" if length else ""
+    controls = [
+        spread(by_seed, figure(f"{name}_expected_tokens_per_forward", "sampled"), ".2f")
+        for name in ("recurrent", "bigram", "unigram")
+    ]
+    return [
+        f"`{run.name}`: {run.about}{times}", str(size), str(len(by_seed)),
+        spread(by_seed, read, ".2f"),
+        spread(by_seed, figure("expected_tokens_per_forward", "greedy"), ".2f"),
+        *controls, *(["1", "1"] if run.name == base else ratios),
+    ]  # fmt: skip
 
 
 def number(value: float | None, form: str) -> str:

@@ -37,7 +37,8 @@ class RunKeys:
     seed: int = 0
     """Of weights, data order and block shifts."""
     init_from: Path | None = None
-    """Start from a Hugging Face folder, an export or a checkpoint; None draws weights anew."""
+    """Start from a Hugging Face folder, its id on the hub (owner/name), a .gguf file, an export or
+    a checkpoint, which also gives the shape; None draws weights anew, of model=small (or tiny)."""
     freeze_base: bool = False
     """Train only what drafts (adapters, draft head, the slots' embedding); the AR half stays that
     of init_from, bit for bit."""

@@ -64,6 +64,22 @@ def test_ratios_pair_runs_by_seed():
     assert results.spread(found["ar_tokens"].values(), expected, ".2f") == "–"
 
 
+def test_a_longer_run_is_compared_with_one_as_long(tmp_path):
+    (tmp_path / "drafts").mkdir()
+    expected = {"published": 1.5, "gru": 2.1, "published-x4": 1.6, "gru-x4": 3.2}
+    for name, tokens in expected.items():
+        content = result(name.partition("-")[0], 0, 3.0, tokens)
+        content["scores"][0]["greedy"] = content["scores"][0]["sampled"]
+        (tmp_path / "drafts" / f"stdlib-{name}-seed0.json").write_text(json.dumps(content))
+    loaded = results.load(tmp_path, "stdlib", "drafts")
+    assert loaded.keys() == expected.keys()
+    rows = [line for line in results.drafts(loaded).splitlines() if line.startswith("| `")]
+    assert [re.split(r" *\| *", row)[9] for row in rows] == [
+        "1", "1.400 (one seed)", "1", "2.000 (one seed)"
+    ]  # fmt: skip
+    assert "4 times as long" in rows[3]
+
+
 def test_runs_without_a_result_are_named():
     every = {
         run.name: {seed: {} for seed in (results.HEADLINE_SEEDS if run.headline else (0,))}

@@ -60,7 +60,8 @@ def test_training_goes_through_all_runs(data_dir, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     *_, head, first, second = done.stdout.splitlines()
     assert head.split()[:3] == ["run", "state", "step"]
-    assert first.split() == ["global_batch_size-3", "no", "step", "yet", *["–"] * 6]
+    assert first.split()[:4] == ["global_batch_size-3", "no", "step", "yet"]
+    assert set(first.split()[4:]) == {"–"}
     assert second.split()[:3] == ["global_batch_size-4", "finished", "2"]
 
 

@@ -39,7 +39,8 @@ class TokenizerConfig:
     kind: str = "sentencepiece"
     """sentencepiece or huggingface."""
     path: str | None = None
-    """An existing tokenizer, a file or its folder; None trains a SentencePiece model."""
+    """An existing tokenizer: a file, a folder or an id on the hub; None trains a SentencePiece
+    model."""
     vocab_size: int = 4096
     """Pieces of a trained model, control and byte pieces included."""
     model_type: str = "unigram"

@@ -86,8 +86,16 @@ while (($#)); do
       options+=("${words[@]}")
       note_option "$name" "$value"
       ;;
+    init_from=*)
+      # Of the form owner/name it is an id on the hub, unless there is such a folder.
+      if [[ "$argument" =~ ^init_from=[^/.][^/]*/[^/]+$ && ! -e "$typed_in/${argument#*=}" ]]; then
+        overrides+=("$argument")
+      else
+        overrides+=("$(from_here "$argument")")
+      fi
+      ;;
     cluster.* | plan.*) planning+=("$argument") ;;
-    run_dir=* | data.dir=* | init_from=*) overrides+=("$(from_here "$argument")") ;;
+    run_dir=* | data.dir=*) overrides+=("$(from_here "$argument")") ;;
     *) overrides+=("$argument") ;;
   esac
 done

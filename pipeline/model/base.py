@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import MAY_DIFFER, open_model, refuse_difference
+from pipeline.model.loading import MAY_DIFFER, check_backbone, open_model, refuse_difference
 from pipeline.model.source import SavedModel
 from tidar_common.errors import UserError
 from tidar_common.hub import fetched
@@ -55,6 +55,7 @@ def with_base(cfg: DictConfig, needed: bool = True) -> Based:
     plain: dict[str, Any] = OmegaConf.to_container(section)  # type: ignore[assignment]
     given = {name: value for name, value in plain.items() if value is not None}
     backbone = str(given.pop("backbone", "auto"))
+    check_backbone(backbone)
     missing = [name for name in REQUIRED if name not in given]
     if cfg.init_from is None:
         if missing:

@@ -178,6 +178,12 @@ def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
     return [n for n in names if any(kind(n) and not has for kind, has in there.items())]
 
 
+def check_backbone(name: str) -> None:
+    """Raises UserError for what is none of `BACKBONES`."""
+    if name not in BACKBONES:
+        raise UserError(f"model.backbone: {name!r} is not one of {', '.join(BACKBONES)}")
+
+
 def open_model(path: str | Path, verify: bool = True, backbone: str = "auto") -> SavedModel:
     """Find out what `path` is, and read everything but its weights.
 
@@ -186,8 +192,7 @@ def open_model(path: str | Path, verify: bool = True, backbone: str = "auto") ->
         verify: compare all files of a checkpoint with what was saved.
         backbone: what is to run the layers of a Hugging Face folder, one of `BACKBONES`.
     """
-    if backbone not in BACKBONES:
-        raise UserError(f"model.backbone: {backbone!r} is not one of {', '.join(BACKBONES)}")
+    check_backbone(backbone)
     folder = Path(path).expanduser()
     if folder.suffix == GGUF and folder.is_file():
         return open_gguf(folder.resolve())

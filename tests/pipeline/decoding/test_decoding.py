@@ -11,6 +11,7 @@ from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.step import StepShape, prefill_mask
 from pipeline.decoding.text import StopStrings
+from pipeline.model.inference import DecodingForward
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
 
@@ -39,13 +40,13 @@ def test_a_prompt_is_taken_when_a_row_is_free_for_it(model):
 
 def test_a_forward_s_seconds_are_those_that_it_took(model, monkeypatch):
     """By a clock that only forwards move: one each, the prompt's pieces and the last step too."""
-    hidden, passed = model.hidden, [0]
+    hidden, passed = DecodingForward.hidden, [0]
 
     def counted(*arguments, **options):
         passed[0] += 1
         return hidden(*arguments, **options)
 
-    monkeypatch.setattr(model, "hidden", counted)
+    monkeypatch.setattr(DecodingForward, "hidden", counted)
     monkeypatch.setattr(batch, "clock", lambda device: float(passed[0]))
     options = DecodeOptions(max_new_tokens=9, prefill_chunk=3)
     (run,) = generate_batch(model, random_prompts(3, (7,), VOCABULARY), options)

@@ -98,12 +98,11 @@ def test_compiled_layers_train_on_this_machine():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False)
 def test_scoring_leaves_training_its_recompilations(monkeypatch):
     """Many lengths of scored text, and a shape of training after them is compiled all the same;
     too many are an error, not attention that holds all scores."""
     counter = CompileCounter()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     monkeypatch.setattr(compiled, "RECOMPILE_LIMIT", 3)
     monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=counter))
     flex._compiled.cache_clear()

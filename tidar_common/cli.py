@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -28,6 +29,11 @@ from tidar_common.schema import Command
 
 P = ParamSpec("P")
 HELP_FLAGS = {"--help", "-h"}
+VALUED_FLAGS = {
+    "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c",
+    "--package", "-p",
+}  # fmt: skip
+"""Hydra's, behind which a word of its own is the value."""
 
 
 def config_dir() -> Path:
@@ -77,9 +83,10 @@ def _run(
     config_name: str, task: Callable[[DictConfig], int | None], verbatim_keys: Collection[str]
 ) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
+    words = [quote_verbatim(argument, verbatim_keys) for argument in sys.argv[1:]]
+    flags, given = flags_apart(words)
+    sys.argv[1:] = flags + given
     command = schema.command(config_name)
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     codes: list[int] = []
     mistakes: list[str] = []
     closed: list[BrokenPipeError] = []
@@ -116,6 +123,17 @@ def _run(
         report_mistake(mistakes[0])
         return Exit.BAD_INPUT
     return max(codes, default=0)
+
+
+def flags_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags, whose parser finds none between overrides, and the overrides."""
+    flags, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        (flags if word.startswith("-") else rest).append(word)
+        if word in VALUED_FLAGS:
+            flags += islice(words, 1)
+    return flags, rest
 
 
 def help_lines(command: Command, given: Sequence[str]) -> Iterator[str]:

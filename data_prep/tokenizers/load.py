@@ -222,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
         bos_token, self.bos_id = self._first_known(HUGGINGFACE_BOS) or eos
         # Text could hold any other token; the mask is ours alone.
         self.pad_id = self.mask_id
-        self._keep_out_of_text({self._eos_token, bos_token, HUGGINGFACE_MASK})
+        self._keep_out_of_text({self._eos_token, bos_token, self._mask_token})
         if self._model.num_special_tokens_to_add(False):
             # Documents begin without a token here, and shall wherever the file is read.
             plain = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B")

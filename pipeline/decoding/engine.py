@@ -346,8 +346,8 @@ class StepEngine(Engine):
         if self.device.type != "cuda" or self.model.draft_head is not None or not shape.blocks:
             return False
         unused = self.batch_size * (shape.num_queries - shape.drafts - shape.block_size)
-        head = self.model.lm_head.weight
-        return unused * 8 < head.shape[1] * head.element_size() / 2
+        row_bytes = self.model.config.hidden_size * self.cache.dtype.itemsize
+        return unused * 8 < row_bytes / 2
 
 
 class _Tables:

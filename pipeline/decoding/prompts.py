@@ -129,7 +129,7 @@ def read_prompts(path: Path, key: str) -> list[PromptRow]:
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror})") from error
     rows: list[PromptRow] = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -138,12 +138,12 @@ def read_prompts(path: Path, key: str) -> list[PromptRow]:
             if isinstance(prompt, str):
                 prompt.encode()
         except UnicodeError as error:
-            reason = f"{key}: {path}:{number + 1}: is not UTF-8 ({error}); left out"
+            reason = f"{key}: {path}:{number}: is not UTF-8 ({error}); left out"
             print(reason, file=sys.stderr, flush=True)
             continue
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
-                f'{key}: {path}:{number + 1}: not a JSON object with a "prompt" ({error!r})'
+                f'{key}: {path}:{number}: not a JSON object with a "prompt" ({error!r})'
             ) from error
         if not isinstance(prompt, str):
             raise UserError(f'{key}: {path}:{number}: "prompt" must be there, and be a text')

@@ -80,11 +80,14 @@ def with_base(cfg: DictConfig, needed: bool = True) -> Based:
     return Based(_closed(cfg, values, precision), path, rows)
 
 
-def open_base(init_from: str, backbone: str = "auto") -> tuple[Path, SavedModel]:
-    """Where the model `init_from` is on this machine, and all of it but its weights."""
+def open_base(
+    init_from: str, backbone: str = "auto", verify: bool = False
+) -> tuple[Path, SavedModel]:
+    """Where the model `init_from` is on this machine, and all of it but its weights; `verify` has a
+    checkpoint's files compared with their hashes."""
     path = fetched(init_from, "init_from")
     try:
-        return path, open_model(path, verify=False, backbone=backbone)
+        return path, open_model(path, verify=verify, backbone=backbone)
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
 

@@ -54,8 +54,8 @@ def check_data(plan: Plan) -> str:
 def check_init(plan: Plan) -> str:
     """The weights to start from are those of a model of this shape."""
     train = plan.planned.train
-    source = open_start(train, model_config(train))
-    return "weights are drawn from the seed" if source is None else f"weights from {source.folder}"
+    source = open_start(train, model_config(train), verify=False)
+    return "weights are drawn from the seed" if source is None else f"weights from {source}"
 
 
 def check_batch(plan: Plan) -> str:

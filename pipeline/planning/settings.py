@@ -74,13 +74,14 @@ def train_settings(cfg: DictConfig, plan: PlanConfig) -> TrainSettings:
         if getattr(plan, name) is not None:
             raise UserError(f"plan.{name}: is the data's own; leave out it or data.dir")
     if cfg.check:
-        return TrainSettings.from_config(run)
+        return TrainSettings.from_config(run, starts=False)
     if OmegaConf.select(run, "run_dir", throw_on_missing=False) is None:
         run.run_dir = "not given"
     if has_data:
-        return TrainSettings.from_config(run, Manifest.load(open_data_dir(run)))
+        manifest = Manifest.load(open_data_dir(run))
+        return TrainSettings.from_config(run, manifest, starts=False)
     run.data.dir = None
-    return TrainSettings.from_config(run, stand_in_manifest(run, plan))
+    return TrainSettings.from_config(run, stand_in_manifest(run, plan), starts=False)
 
 
 def stand_in_manifest(cfg: DictConfig, plan: PlanConfig) -> Manifest:

@@ -89,13 +89,16 @@ class TrainSettings(RunKeys):
     """The whole resolved config, for `config.yaml` and W&B."""
 
     @classmethod
-    def from_config(cls, cfg: DictConfig, manifest: Manifest | None = None) -> "TrainSettings":
+    def from_config(
+        cls, cfg: DictConfig, manifest: Manifest | None = None, *, starts: bool | None = None
+    ) -> "TrainSettings":
         """Check `cfg`; raises UserError naming the first key that is wrong and the remedy.
 
-        With a `manifest` `data.dir` is not looked at, nor `init_from` unless it gives the shape: a
-        plan of a run.
+        With a `manifest` `data.dir` is not looked at: a plan of a run. Without one a run `starts`,
+        unless it is said not to; a run that does not goes without the model at `init_from`, unless
+        that gives the shape.
         """
-        based = with_base(cfg, needed=manifest is None)
+        based = with_base(cfg, needed=manifest is None if starts is None else starts)
         cfg = based.cfg
         data_dir = Path()
         if manifest is None:

@@ -20,8 +20,9 @@ from pipeline.data.order import TrainState
 from pipeline.data.place import check_shards
 from pipeline.data.source import SequenceSource, Source
 from pipeline.distributed import World
+from pipeline.model.base import open_base
 from pipeline.model.config import ModelConfig
-from pipeline.model.loading import check_shape, check_tokenizer, load_into, open_model
+from pipeline.model.loading import check_shape, check_tokenizer, load_into
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.source import SavedModel
 from pipeline.model.transformer import Transformer
@@ -248,13 +249,14 @@ def build_model(
     if settings.freeze_base:
         model.freeze_base()
     model.checkpoint_activations(settings.activation_checkpointing)
-    return model.compile_layers() if compiles_layers(settings, world, say) else model
+    compiled = config.hosted is None and compiles_layers(settings, world, say)
+    return model.compile_layers() if compiled or settings.compile == "true" else model
 
 
 def compiles_layers(settings: TrainSettings, world: World, say: Say) -> bool:
     """Whether layers are compiled: `compile`, where `auto` is on a GPU whose compiler works on all
     ranks, without ZeRO 3; all ranks call it."""
-    if settings.compile != "auto" or settings.model.hosted is not None:
+    if settings.compile != "auto":
         return settings.compile == "true"
     if world.device.type != "cuda" or settings.deepspeed.stage == 3:
         return False
@@ -276,8 +278,11 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def open_start(settings: TrainSettings, config: ModelConfig) -> SavedModel | None:
-    """The model at `init_from`, its weights not yet read; None for a run that draws its own.
+def open_start(
+    settings: TrainSettings, config: ModelConfig, verify: bool = True
+) -> SavedModel | None:
+    """The model at `init_from`, its weights not yet read; None for a run that draws its own. To
+    `verify` a checkpoint takes minutes where it is large.
 
     Raises:
         UserError: when it is no model of this shape, or the data has another tokenizer.
@@ -285,7 +290,7 @@ def open_start(settings: TrainSettings, config: ModelConfig) -> SavedModel | Non
     if settings.init_from is None:
         return None
     backbone = "compact" if config.hosted is None else "transformers"
-    source = open_model(settings.init_from, backbone=backbone)
+    _, source = open_base(str(settings.init_from), backbone, verify)
     check_shape(source, config)
     check_tokenizer(source, settings.data_dir)
     return source

@@ -59,6 +59,6 @@ def test_pages_that_the_code_names_exist():
     names = {path.name for path in PAGES}
     for source in SOURCES:
         for path in (ROOT / source).rglob("*.*"):
-            if path.suffix in (".py", ".sh", ".sbatch", ".env"):
+            if path.suffix in (".py", ".sh", ".sbatch", ".example"):
                 for name in re.findall(r"docs/(\w+\.md)", path.read_text(encoding="utf-8")):
                     assert name in names, f"{path.relative_to(ROOT)} names docs/{name}"

@@ -5,6 +5,7 @@ import sys
 
 import commands
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from small_models import (
@@ -220,6 +221,7 @@ def test_what_a_decoder_must_know_stands_in_tidar_json(tmp_path, run_dir):
         },
         "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "eos_token_id": 3},
         "training": {"step": 7, "tokens": 1234},
+        "acceptance": None,
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\n")
@@ -338,9 +340,13 @@ def test_a_checkpoint_names_its_own_end_token(tmp_path):
     folder = write_checkpoint(
         tmp_path / "step", random_model(small_config()), huggingface_tokenizer()
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    path = folder / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(path))
+    model.add_special_tokens(["<|stop|>"])
+    model.save(str(path))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
     write_file_list(folder)
     export(folder, tmp_path / "out")
     for path in (folder, tmp_path / "out"):
         _, tokenizer = load_model(path, device="cpu")
-        assert tokenizer.decode([tokenizer.eos_id]) == "a"
+        assert tokenizer.eos_id == model.token_to_id("<|stop|>")

@@ -157,7 +157,7 @@ def test_block_diffusion_is_a_method(monkeypatch, capsys, checkpoint):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["prompts_file=/nowhere", "output=o.jsonl"], "prompts_file: /nowhere is not a file"),
+        (["prompts_file=/nowhere", "output=o.jsonl"], "prompts_file: /nowhere cannot be read"),
         (["prompts_file={prompts}"], "output: many prompts need one"),
         (["prompts_file={prompts}", "output=/no/where.jsonl"], "output: /no is not a folder"),
         (["prompts_file={prompts}", "output=o.jsonl", "prompt=x"], "given together with another"),

@@ -303,7 +303,7 @@ def test_prompts_from_a_file_are_counted_by_category(data, model, tmp_path):
         "prose": 1,
     }
     path.write_text('{"prompt": 3}\n')
-    with pytest.raises(UserError, match=r'prompts.jsonl:1: "prompt" must be a text'):
+    with pytest.raises(UserError, match=r'prompts.jsonl:1: "prompt" must be there, and be a text'):
         rows_of(model, data, config)
 
 

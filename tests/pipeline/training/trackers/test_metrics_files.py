@@ -85,13 +85,13 @@ def test_cutting_leaves_no_other_file(tmp_path):
 class FakeRun:
     def __init__(self) -> None:
         self.alerts: list[str] = []
-        self.logged: list[tuple[int, dict]] = []
+        self.logged: list[dict] = []
 
     def alert(self, title: str, text: str) -> None:
         self.alerts.append(f"{title}: {text}")
 
-    def log(self, values: dict, step: int) -> None:
-        self.logged.append((step, values))
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
 
 
 def test_events_are_written_and_alerted(tmp_path):
@@ -106,8 +106,8 @@ def test_events_are_written_and_alerted(tmp_path):
     assert [row["event"] for row in rows] == ["checkpoint_saved", "step_skipped"]
     assert wandb.run.alerts == [f"{tmp_path.name}: step skipped: loss is not finite"]
     assert wandb.run.logged == [
-        (4, {"events/checkpoint_saved/held_s": 0.5}),
-        (5, {"events/step_skipped/first_sequence": 32}),
+        {"step": 4, "events/checkpoint_saved/held_s": 0.5},
+        {"step": 5, "events/step_skipped/first_sequence": 32},
     ]
     assert said == []
 

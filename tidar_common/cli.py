@@ -127,7 +127,8 @@ def _run(
 
 def flags_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hydra's flags, whose parser finds none between overrides, and the overrides."""
-    flags, rest = [], []
+    flags: list[str] = []
+    rest: list[str] = []
     words = iter(arguments)
     for word in words:
         (flags if word.startswith("-") else rest).append(word)

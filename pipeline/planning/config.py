@@ -90,8 +90,8 @@ check=true whether it could start.
   slurm/submit.sh --nodes=4 --gpus-per-node=8 experiment=... data.dir=... run_dir=...
                                             checks, and submits what passes
 
-Needs no GPU, starts no processes and writes nothing but plan.json. Exit codes: 0 the run can start, 2 it
-cannot.
+Needs no GPU, starts no processes and writes nothing but plan.json. Exit codes: 0 the run can start,
+2 it cannot.
 """
 SECTIONS = {**TRAIN.sections, "cluster": ClusterConfig, "plan": PlanConfig}
 register(Command("plan", ABOUT, PlanKeys, SECTIONS, TRAIN.groups, {"precision": None}))

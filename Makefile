@@ -28,7 +28,7 @@ $(VENV)/.installed-extras: $(STAMP)
 	$(PIP) --editable '.[dev,eval,code,filters,tiktoken]'
 	@touch $@
 
-demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (under 10 minutes)
+demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (about 10 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
 test: setup ## run the tests (35 to 40 minutes on two cores)

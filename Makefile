@@ -31,7 +31,7 @@ $(VENV)/.installed-extras: $(STAMP)
 demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (about 10 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
-test: setup ## run the tests (35 to 40 minutes on two cores)
+test: setup ## run the tests (about 50 minutes on two cores)
 	$(BIN)/python -m pytest -m "not long"
 
 test-fast: setup ## what most changes break: a case of each test of the parts below training (3 to 4 minutes)

@@ -82,15 +82,20 @@ def generate_batch(
 
 
 def stream(model: Transformer, prompt_ids: Prompt, options: DecodeOptions) -> Iterator[list[int]]:
-    """Yield the new tokens of each forward.
+    """The new tokens of each forward, as they come.
 
-    Where the prompt is read in pieces, those before the last give none.
+    Where the prompt is read in pieces, those before the last give none. The engine is opened at
+    once, with whatever it measures, so that a clock may start before the first forward.
     """
     engine, prompts = open_engine(model, [prompt_ids], options)
-    for request, tokens in decode_requests(engine, requests_of(prompts, options)):
-        if not request.result.steps:
-            yield from ([] for _ in range(request.result.prefill_forwards - 1))
-        yield tokens
+
+    def forwards() -> Iterator[list[int]]:
+        for request, tokens in decode_requests(engine, requests_of(prompts, options)):
+            if not request.result.steps:
+                yield from ([] for _ in range(request.result.prefill_forwards - 1))
+            yield tokens
+
+    return forwards()
 
 
 def finish_each(

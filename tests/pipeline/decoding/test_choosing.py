@@ -5,7 +5,15 @@ import torch
 from decoding_models import VOCABULARY, make_model, random_prompts
 from test_sampling_exact import expected_pairs, p_value, pair_counts
 
-from pipeline.decoding import DecodeOptions, Sampling, choice, generate, generate_batch, generation
+from pipeline.decoding import (
+    DecodeOptions,
+    Sampling,
+    choice,
+    generate,
+    generate_batch,
+    generation,
+    stream,
+)
 from pipeline.decoding.choice import PRIOR, ChoosingEngine
 from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import LatencyCurve
@@ -208,3 +216,12 @@ def test_a_head_without_measured_drafts_alone_is_tried():
     engine = engine_of(model, 0.05, choices)
     assert engine.shape.drafting
     assert not choices
+
+
+def test_a_stream_measures_the_machine_before_its_first_forward(monkeypatch):
+    """Or the first answer's tokens per second would count it."""
+    asked: list = []
+    monkeypatch.setattr(generation, "latency_curve", lambda model: asked.append(1) or curve(0.05))
+    forwards = stream(flat_model(), [1, 2], DecodeOptions(max_new_tokens=8, blocks="auto"))
+    assert asked == [1]
+    assert [token for tokens in forwards for token in tokens] == [0] * 8

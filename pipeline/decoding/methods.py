@@ -15,8 +15,6 @@ CONFIDENCE = 0.9
 class Method:
     """One way to decode."""
 
-    label: str
-    """For readers of tables."""
     needs_mask: bool = False
     """Whether the model must have a mask token."""
     needs_head: bool = False
@@ -24,20 +22,17 @@ class Method:
     proposes: bool = False
     """Whether drafts come from elsewhere than the model; they do for one row only."""
     verifies: bool = True
-    """Whether steps verify drafts, which are then counted by position."""
-    lossless: bool = True
-    """Whether its text is that of `ar`: equal when greedy, of the same distribution when drawn."""
+    """Whether steps verify drafts, which are then counted by position; text of `block_diffusion`,
+    which does not, is not that of `ar`."""
     batches: bool = True
     """Whether several rows can be decoded side by side."""
 
 
 METHODS = {
-    "tidar": Method("TiDAR", needs_mask=True),
-    "recurrent": Method("draft head alone", needs_head=True),
-    "ar": Method("AR", verifies=False),
-    "prompt_lookup": Method("prompt lookup", proposes=True, batches=False),
-    "speculative": Method("speculative", proposes=True, batches=False),
-    "block_diffusion": Method(
-        "block diffusion", needs_mask=True, verifies=False, lossless=False, batches=False
-    ),
+    "tidar": Method(needs_mask=True),
+    "recurrent": Method(needs_head=True),
+    "ar": Method(verifies=False),
+    "prompt_lookup": Method(proposes=True, batches=False),
+    "speculative": Method(proposes=True, batches=False),
+    "block_diffusion": Method(needs_mask=True, verifies=False, batches=False),
 }

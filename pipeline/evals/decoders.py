@@ -30,14 +30,6 @@ class Decoder:
         """What holds for the method."""
         return METHODS[self.method]
 
-    @property
-    def label(self) -> str:
-        """For readers of tables."""
-        label = self.traits.label
-        label += ", chosen step" if self.chooses_step else ""
-        lossless = self.traits.lossless and self.trust == 1
-        return label if lossless else f"{label} (not lossless)"
-
     def fits(self, model: "Transformer") -> bool:
         """Whether `model` has what the method needs."""
         has_mask, has_head = model.config.mask_token_id is not None, model.draft_head is not None

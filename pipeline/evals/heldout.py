@@ -33,18 +33,28 @@ _COUNTED: dict[str, PairCounts | None] = {}
 class HeldOut:
     """The held-out split of a prepared data folder, and those of the sets of a `data.mix`."""
 
-    def __init__(self, data_dir: Path, manifest: Manifest, mix: Sequence[MixedSet] = ()) -> None:
-        """`mix` are the sets that the model was trained on together, if there were several.
+    def __init__(
+        self,
+        data_dir: Path,
+        manifest: Manifest,
+        mix: Sequence[MixedSet] = (),
+        key: str = "data.dir",
+    ) -> None:
+        """`mix` are the sets that the model was trained on together, if there were several; `key`
+        says where the folder stands in the config.
 
         Raises:
             UserError: when the folder, or that of a set, has no held-out split, or not all of it.
         """
         if manifest.heldout.sequences == 0:
             raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
-        check_shards(data_dir, manifest.heldout.shards, "data.dir")
+        check_shards(data_dir, manifest.heldout.shards, key)
         self.manifest = manifest
         self._data_dir = data_dir
-        self._mix = {part.name: HeldOut(part.dir, part.manifest) for part in mix}
+        self._mix = {
+            part.name: HeldOut(part.dir, part.manifest, key=f"data.mix.{part.name}.dir")
+            for part in mix
+        }
 
     def by_source(self) -> dict[str, "HeldOut"]:
         """The held-out split of each set of the mix by its name, in the order of the names; empty

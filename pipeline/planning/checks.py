@@ -16,11 +16,17 @@ import torch
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.write import check_identity, read_state
 from pipeline.data.mix import MixedSource
-from pipeline.data.place import check_shards, is_mirror
+from pipeline.data.place import is_mirror
 from pipeline.planning.hardware import CPU
 from pipeline.planning.plan import GIB, Plan
 from pipeline.training.due import open_heldout
-from pipeline.training.setup import model_config, open_sequences, open_start, run_identity
+from pipeline.training.setup import (
+    model_config,
+    open_sequences,
+    open_start,
+    run_identity,
+    shards_left_out,
+)
 from tidar_common.errors import UserError
 from tidar_common.run_files import newest_checkpoint
 
@@ -28,17 +34,10 @@ WANDB_TIMEOUT_S = 3.0
 
 
 def check_data(plan: Plan) -> str:
-    """Every training and held-out shard of the manifest is there with its size, and the evals find
-    what they need; of the contents only some held-out sequences are read, and nothing at a URL."""
+    """All shards that the run reads are there with their sizes, and the evals find what they need;
+    of the contents only some held-out sequences are read, and nothing at a URL."""
     train = plan.planned.train
-    skip = train.data.skip_damaged
-    sets = [("data.dir", train.data_dir, train.manifest)]
-    sets += [(f"data.mix.{part.name}.dir", part.dir, part.manifest) for part in train.mix]
-    skipped = ""
-    for key, folder, manifest in sets:
-        check_shards(folder, manifest.heldout.shards, key)
-        left_out = check_shards(folder, manifest.train.shards, key, skip_damaged=skip)
-        skipped += f"; {left_out}" if left_out else ""
+    skipped = "".join(f"; {line}" for line in shards_left_out(train))
     source = open_sequences(train)
     at_url = is_mirror(train.data_dir)
     if not at_url:

@@ -163,21 +163,30 @@ def drafting_config(settings: TrainSettings) -> ModelConfig:
 def check_data(settings: TrainSettings, world: World, say: Say) -> None:
     """Look on every node whether the training shards are there; raises UserError on all ranks
     where one is not, unless `data.skip_damaged` is on."""
-    sets = [(f"data.mix.{one.name}.dir", one.dir, one.manifest) for one in settings.mix]
-    problem, skip = None, settings.data.skip_damaged
+    problem = None
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            for key, folder, manifest in sets or [
-                ("data.dir", settings.data_dir, settings.manifest)
-            ]:
-                skipped = check_shards(folder, manifest.train.shards, key, skip_damaged=skip)
-                if skipped is not None:
-                    say(f"warning: {skipped}")
+            for line in shards_left_out(settings):
+                say(f"warning: {line}")
     except UserError as error:
         problem = str(error)
     problems = [text for text in world.gather(problem) if text is not None]
     if problems:
         raise UserError(problems[0])
+
+
+def shards_left_out(settings: TrainSettings) -> list[str]:
+    """What a run with `data.skip_damaged` goes without, a line for each set of its training data.
+
+    Raises:
+        UserError: naming the first shard that is not there, for a run without.
+    """
+    sets = [(f"data.mix.{part.name}.dir", part.dir, part.manifest) for part in settings.mix]
+    lines = [
+        check_shards(folder, manifest.train.shards, key, skip_damaged=settings.data.skip_damaged)
+        for key, folder, manifest in sets or [("data.dir", settings.data_dir, settings.manifest)]
+    ]
+    return [line for line in lines if line is not None]
 
 
 def open_sequences(settings: TrainSettings, say: Say = lambda text: None) -> Source:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
+from pipeline.data.mix import MixedSet
 from pipeline.evals import heldout
 from pipeline.evals.heldout import HeldOut, Unigram, documents
 from pipeline.evals.settings import DecodeSpeedConfig
@@ -180,6 +181,15 @@ def test_a_held_out_shard_that_is_missing_is_named_at_once(data, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=f"^data.dir: {shard} is missing; "):
         HeldOut(folder, data.manifest)
+
+
+def test_a_held_out_shard_of_a_mixed_set_is_named_with_its_key(data, tmp_path):
+    folder = tmp_path / "code"
+    shutil.copytree(data.folder, folder)
+    (folder / data.manifest.heldout.shards[0].name).unlink()
+    part = MixedSet("code", folder, data.manifest, ((0, 1.0),))
+    with pytest.raises(UserError, match=r"^data\.mix\.code\.dir: .* is missing"):
+        HeldOut(data.folder, data.manifest, [part])
 
 
 def test_a_split_smaller_than_the_eval_asks_for_is_told_with_the_key(data):

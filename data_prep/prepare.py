@@ -53,7 +53,7 @@ def prepare(cfg: DictConfig) -> int:
             if is_prepared(settings):
                 print(f"{folder} is prepared with these settings already; "
                       "overwrite=true prepares it anew")  # fmt: skip
-                print(corpus_change(folder, cfg.corpus), end="", flush=True)
+                print(corpus_change(folder, cfg.corpus, settings.heldout_path), end="", flush=True)
                 return 0
             started = time.perf_counter()
             manifest = write_data(settings, cfg.corpus, workers)
@@ -80,7 +80,7 @@ def write_data(
     Returns:
         Manifest | None: of the finished folder; None where other jobs of an array still work.
     """
-    corpus = open_corpus(corpus_section)
+    corpus = open_corpus(corpus_section, settings.heldout_path)
     settings = settings.for_corpus(corpus.total_bytes)
     # Plan: the tokenizer, and the corpus in tasks.
     with taking_turns(settings.output_dir):
@@ -102,11 +102,11 @@ def write_data(
     return merge(preparation, tasks)
 
 
-def corpus_change(folder: Path, corpus_section: DictConfig) -> str:
+def corpus_change(folder: Path, corpus_section: DictConfig, heldout_path: str | None) -> str:
     """A line about files that the corpus of a finished folder has lost, got or changed; or none."""
     was = Manifest.load(folder).corpus
     try:
-        now = open_corpus(corpus_section).described()
+        now = open_corpus(corpus_section, heldout_path).described()
     except UserError as error:
         return f"its corpus cannot be compared with what it was made from: {error}\n"
     if not was or was == now:
@@ -132,11 +132,10 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
     """What was prepared, a line for each split."""
     lines = []
     for name, split in manifest.splits.items():
-        padding = split.padding / (split.padding + split.tokens)
         lines.append(
             f"{name}: {split.documents:,} documents, {split.text_bytes / 1e6:.2f} MB, "
             f"{split.tokens:,} tokens in {split.sequences:,} sequences and {len(split.shards)} "
-            f"shards, {padding:.2%} padding, {split.cut_documents:,} documents cut"
+            f"shards, {split.padding_share:.2%} padding, {split.cut_documents:,} documents cut"
         )
     total = sum(split.tokens for split in manifest.splits.values())
     for name, source in manifest.sources.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.corpora import READERS
+from data_prep.corpora import READERS, Document
 from data_prep.corpora.mix import MixConfig
 from data_prep.filters.config import (
     C4Rules,
@@ -113,8 +113,11 @@ class PrepareKeys:
     sequence_length: int = 1024
     """Tokens of a packed sequence."""
     heldout_fraction: float | None = None
-    """Share of the documents that is held out, in (0, 1), by a hash of the seed and the document's
-    id; None takes 0.01, and more of a text below 5 MB, at most 0.1."""
+    """Share of the documents that is held out, in [0, 1), by a hash of the seed and the document's
+    id; None takes 0.01, and more of a text below 5 MB, at most 0.1. With 0 a run has no evals."""
+    heldout_path: str | None = None
+    """Another file or folder of the corpus' kind: what it holds is held out, and nothing of the
+    corpus."""
     packing: str = "best_fit"
     """best_fit (a document that fits is never cut) or concatenate (no padding, many cuts)."""
     shard_bytes: int = 64_000_000
@@ -147,8 +150,10 @@ class PrepareKeys:
                            ("seed", 0), ("inspect", 0)):  # fmt: skip
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"{key}: must be at least {least}, got {value}")
-        if self.heldout_fraction is not None and not 0.0 < self.heldout_fraction < 1.0:
-            raise UserError(f"heldout_fraction: must be in (0, 1), got {self.heldout_fraction}")
+        if self.heldout_fraction is not None and not 0.0 <= self.heldout_fraction < 1.0:
+            raise UserError(f"heldout_fraction: must be in [0, 1), got {self.heldout_fraction}")
+        if self.heldout_fraction and self.heldout_path is not None:
+            raise UserError("heldout_fraction: not with heldout_path, which is held out whole")
         if self.packing not in PACKINGS:
             raise UserError(f"packing: {self.packing!r} is not {' or '.join(PACKINGS)}")
         self.array_share()  # a mistake in it shows now
@@ -206,15 +211,23 @@ class PrepareSettings(PrepareKeys):
     def for_corpus(self, text_bytes: int) -> "PrepareSettings":
         """These settings with a share of held-out documents that suits a corpus of that size, where
         none is given: enough of a small one to have some text."""
-        if self.heldout_fraction is not None:
+        if self.heldout_fraction is not None or self.heldout_path is not None:
             return self
         fraction = max(LARGE_CORPUS_SHARE, HELD_OUT_BYTES / max(text_bytes, 1))
         return replace(self, heldout_fraction=min(fraction, SMALL_CORPUS_SHARE))
 
-    def split_of(self, document_id: str) -> str:
-        """`train` or `heldout`, by a hash of the id: the same whatever else is in the corpus."""
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is to be a held-out split."""
+        return self.heldout_fraction != 0 or self.heldout_path is not None
+
+    def split_of(self, document: Document) -> str:
+        """`train` or `heldout`: what the corpus says, or by a hash of the document's id, the same
+        whatever else is in the corpus."""
+        if document.split:
+            return document.split
         fraction = LARGE_CORPUS_SHARE if self.heldout_fraction is None else self.heldout_fraction
-        held_out = in_heldout(document_id, seed=self.seed, fraction=fraction)
+        held_out = in_heldout(document.id, seed=self.seed, fraction=fraction)
         return "heldout" if held_out else "train"
 
 

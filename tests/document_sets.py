@@ -21,7 +21,7 @@ def prepare_here(*overrides: str) -> int:
         return run("prepare", prepare)
 
 
-def prepare_documents(folder: Path) -> Path:
+def prepare_documents(folder: Path, *overrides: str) -> Path:
     """Documents of 1 to 150 words in sequences of 48 tokens, several shards; some are cut."""
     rng = random.Random(0)
     words = [word for text in TEXT for word in text.split()]
@@ -35,7 +35,7 @@ def prepare_documents(folder: Path) -> Path:
     code = prepare_here(
         "corpus=jsonl", f"corpus.path={corpus}", f"tokenizer.path={folder}", "sequence_length=48",
         "layout.block_size=4", "heldout_fraction=0.2", "shard_sequences=40", "group_size=8",
-        f"output_dir={folder / 'data'}",
+        f"output_dir={folder / 'data'}", *overrides,
     )  # fmt: skip
     assert code == 0
     return folder / "data"

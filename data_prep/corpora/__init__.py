@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.corpora.arrow import ArrowConfig, ArrowCorpus
 from data_prep.corpora.base import Corpus, Document, Part, utf8_bytes
 from data_prep.corpora.jsonl import JsonlConfig, JsonlCorpus
-from data_prep.corpora.mix import MixConfig, MixCorpus, Source
+from data_prep.corpora.mix import CorpusWithHeldOut, MixConfig, MixCorpus, Source
 from data_prep.corpora.parquet import ParquetConfig, ParquetCorpus
 from data_prep.corpora.text_files import (
     StdlibConfig,
@@ -32,8 +32,11 @@ READERS: dict[str, tuple[type, Callable[[Any], Corpus]]] = {
 }
 
 
-def open_corpus(section: DictConfig) -> Corpus:
-    """The reader that `section.kind` names; UserError naming the key that is wrong."""
+def open_corpus(section: DictConfig, heldout_path: str | None = None) -> Corpus:
+    """The reader that `section.kind` names; with `heldout_path` all there is held out, read like
+    the corpus, and nothing of the corpus. UserError naming the key that is wrong."""
+    if heldout_path is not None:
+        return CorpusWithHeldOut(open_corpus(section), _open_held_out(section, heldout_path))
     kind = section.get("kind")
     if kind == "mix":
         config = parse(MixConfig, section, "corpus")
@@ -43,6 +46,18 @@ def open_corpus(section: DictConfig) -> Corpus:
         raise UserError(f"corpus.kind: unknown value {kind!r}; known are {', '.join(READERS)}, mix")
     schema, reader = READERS[kind]
     return reader(parse(schema, section, "corpus"))
+
+
+def _open_held_out(section: DictConfig, path: str) -> Corpus:
+    if "path" not in section:
+        raise UserError(
+            f"heldout_path: corpus={section.get('kind')} has no path, of which this would be "
+            "another; use heldout_fraction"
+        )
+    try:
+        return open_corpus(OmegaConf.merge(section, {"path": path}))
+    except UserError as error:
+        raise UserError(str(error).replace("corpus.path", "heldout_path", 1)) from error
 
 
 def _open_source(name: str, values: Any) -> Source:

@@ -31,6 +31,8 @@ class Document:
     """What stands before `text` and need not be learnt, where the corpus tells the two apart."""
     cut: bool = False
     """Whether the text breaks off where its author did not end: no end token stands behind it."""
+    split: str = ""
+    """`train` or `heldout` where the corpus decides; by the id where it does not."""
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -61,6 +63,8 @@ class Part:
     source: str = ""
     epoch: int = 0
     """Above 0 in a mix that reads a corpus more than once."""
+    split: str = ""
+    """Of all its documents; empty where each one's id decides."""
 
 
 class Corpus(ABC):
@@ -88,8 +92,10 @@ class Corpus(ABC):
                     counts["empty"] += 1
                 elif not _is_utf8(document.whole):
                     counts[NOT_UTF8] += 1
+                elif part.source or part.split:
+                    yield replace(document, source=part.source, split=part.split)
                 else:
-                    yield replace(document, source=part.source) if part.source else document
+                    yield document
 
     def listing(self) -> list[tuple[str, int]]:
         """Name and size of every file."""

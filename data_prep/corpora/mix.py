@@ -1,4 +1,4 @@
-"""Several corpora as one, each with a share of the tokens."""
+"""Several corpora as one: a mix, each with a share of the tokens, or text and what is held out."""
 
 import random
 from collections import Counter
@@ -122,3 +122,35 @@ class MixCorpus(Corpus):
 
     def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
         return self.sources[part.source].corpus.read_part(part, refused)
+
+
+class CorpusWithHeldOut(Corpus):
+    """A corpus that is trained on whole, and another, of the same kind, that is held out whole."""
+
+    def __init__(self, train: Corpus, held_out: Corpus) -> None:
+        self.splits = {"train": train, "heldout": held_out}
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.splits["train"].has_prompts
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(corpus.total_bytes for corpus in self.splits.values())
+
+    def listing(self) -> list[tuple[str, int]]:
+        return [
+            (f"{split}: {file}", size)
+            for split, corpus in self.splits.items()
+            for file, size in corpus.listing()
+        ]
+
+    def parts(self, part_bytes: int = DEFAULT_PART_BYTES) -> list[Part]:
+        return [
+            replace(part, split=split)
+            for split, corpus in self.splits.items()
+            for part in corpus.parts(part_bytes)
+        ]
+
+    def read_part(self, part: Part, refused: Counter[str]) -> Iterator[Document]:
+        return self.splits[part.split].read_part(part, refused)

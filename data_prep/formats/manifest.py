@@ -81,6 +81,11 @@ class Split:
     cut_though_fitting: int = 0
     """Of the cut documents, those no longer than a sequence; only concatenation has any."""
 
+    @property
+    def padding_share(self) -> float:
+        """Of all positions; 0 where there are none."""
+        return self.padding / max(self.padding + self.tokens, 1)
+
 
 @dataclass(frozen=True)
 class Manifest:

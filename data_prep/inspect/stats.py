@@ -152,14 +152,14 @@ def _left_out_chart(contents: Contents) -> BarChart:
 def _packing_charts(splits: dict[str, Split]) -> list[BarChart]:
     padding, cut = [], []
     for name, split in splits.items():
-        share = split.padding / (split.padding + split.tokens)
+        share = split.padding_share
         padding.append(Bar(name, share, f"{share:.3%} ({split.padding:,} tokens)"))
         fitting = split.cut_though_fitting
         for kind, count in (
             ("longer than a sequence", split.cut_documents - fitting),
             ("would have fitted", fitting),
         ):
-            portion = count / split.documents
+            portion = count / max(split.documents, 1)
             cut.append(Bar(f"{name}: {kind}", portion, f"{count:,} ({portion:.1%})"))
     return [
         BarChart(
@@ -177,13 +177,14 @@ def _span(power: int) -> tuple[int, int]:
 
 
 def _describe_split(name: str, split: Split) -> list[str]:
-    padding = split.padding / (split.padding + split.tokens)
+    if not split.shards:
+        return [f"{name}: no documents"]
     sizes = [shard.bytes for shard in split.shards]
     return [
         f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
         f"{split.tokens / split.text_bytes:.3f} tokens per byte, "
         f"{split.tokens / split.documents:,.0f} tokens per document",
-        f"  {split.sequences:,} sequences, {padding:.3%} padding, "
+        f"  {split.sequences:,} sequences, {split.padding_share:.3%} padding, "
         f"{split.cut_documents:,} documents cut, {split.cut_though_fitting:,} of them though they "
         "fit",
         f"  {len(sizes):,} shards of {min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f} MB",

@@ -124,7 +124,10 @@ def _check_not_empty(settings: PrepareSettings, totals: Counts) -> None:
         what = "no text is left" if totals.filtered else "holds no text"
         raise UserError(f"corpus: {what} ({reasons or 'no documents'}); give another")
     for name, count in totals.splits.items():
-        if count.documents == 0:
+        if count.documents == 0 and (name == "train" or settings.holds_out):
+            if settings.heldout_path is not None:
+                key = "corpus" if name == "train" else "heldout_path"
+                raise UserError(f"{key}: none of its documents is left for {name}; give another")
             change = "raise" if name == "heldout" else "lower"
             raise UserError(
                 f"heldout_fraction: none of {packed} documents fell into the {name} split with "

@@ -104,9 +104,7 @@ def _train(settings: PrepareSettings, corpus: Corpus) -> Tokenizer:
     config = settings.tokenizer
     print(f"training a SentencePiece model with {config.vocab_size} pieces ...", flush=True)
     texts = (
-        document.whole
-        for document in corpus.documents()
-        if settings.split_of(document.id) == "train"
+        document.whole for document in corpus.documents() if settings.split_of(document) == "train"
     )
     return train_sentencepiece(
         texts, config.vocab_size, config.model_type, config.sample_bytes, settings.seed
@@ -178,7 +176,7 @@ def _screening_key(settings: PrepareSettings, parts: Sequence[Part]) -> list[Any
 
 def _with_first_readings(tasks: Sequence[Task]) -> list[Task]:
     def text(part: Part) -> tuple[Any, ...]:
-        return part.source, part.names, part.start, part.end
+        return part.source, part.split, part.names, part.start, part.end
 
     first = {
         text(part): (task.number, number)

@@ -30,7 +30,7 @@ def read_documents(
         for place, document in enumerate(corpus.documents([part], refused)):
             if place in removed:
                 filtered[removed[place]] += 1
-            elif part.epoch and settings.split_of(document.id) != "train":
+            elif part.epoch and settings.split_of(document) != "train":
                 refused[HELD_OUT_ALREADY] += 1
             else:
                 yield document

@@ -82,7 +82,7 @@ def run_task(task: Task, preparation: Preparation, report: Report) -> None:
     documents = read_documents(task, preparation, counts.refused, counts.filtered)
     for document, piece in encode_documents(documents, tokenizer, preparation.encoder):
         size = 1, utf8_bytes(document.whole), len(piece.ids)
-        split = settings.split_of(document.id)
+        split = settings.split_of(document)
         counts.splits[split].add(*size)
         if document.source:
             counts.sources.setdefault(document.source, Count()).add(*size)

@@ -47,7 +47,10 @@ class HeldOut:
             UserError: when the folder, or that of a set, has no held-out split, or not all of it.
         """
         if manifest.heldout.sequences == 0:
-            raise UserError(f"{data_dir}: has no held-out sequences; raise heldout_fraction")
+            raise UserError(
+                f"{key}: nothing of {data_dir} is held out; prepare it with a heldout_fraction or "
+                "a heldout_path, or train without evals (evals.decode_speed.every=0)"
+            )
         check_shards(data_dir, manifest.heldout.shards, key)
         self.manifest = manifest
         self._data_dir = data_dir

@@ -93,9 +93,9 @@ class Saver:
 
 def open_heldout(
     settings: TrainSettings, config: ModelConfig, say: Callable[[str], None] = lambda text: None
-) -> HeldOut:
+) -> HeldOut | None:
     """The held-out split, with which a run's evals can be made; what is short of what they ask for
-    is said.
+    is said. None for data of which nothing is held out, and a run that asks for no evals.
 
     Raises:
         UserError: before the first step, not at the first eval, for what could not be decoded.
@@ -108,6 +108,9 @@ def open_heldout(
             f"and {evals.max_new_tokens} new ones exceed the model's "
             f"{config.max_positions} positions; shorten one of them"
         )
+    if settings.manifest.heldout.sequences == 0 and evals.every == 0:
+        say("no evals: nothing of the data is held out")
+        return None
     heldout = HeldOut(settings.data_dir, settings.manifest, settings.mix)
     heldout.prompts(1, evals.prompt_tokens, evals.seed)
     for line in heldout.shortages(evals):
@@ -136,6 +139,8 @@ class PeriodicEval:
 
     def due(self, step: int, steps: int) -> bool:
         every = self.settings.every
+        if self.heldout is None:
+            return False
         return step == steps or (every > 0 and step % every == 0)
 
     def missing(self, step: int, steps: int) -> bool:
@@ -149,7 +154,7 @@ class PeriodicEval:
         """Before the first step of a run from a base model: its held-out AR loss, kept in the run
         directory, on the sequences that every eval scores. Returns False, on all ranks, when any of
         them was asked to stop meanwhile."""
-        if step > 0 or self.init_from is None:
+        if step > 0 or self.init_from is None or self.heldout is None:
             return True
         model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
@@ -164,7 +169,8 @@ class PeriodicEval:
 
     def run(self, engine: Any, step: int, stop: StopRequest) -> list[EvalRow] | None:
         """Rows as in `evals/decode_speed.jsonl`, equal on all ranks; None, on all of them, when any
-        was asked to stop meanwhile."""
+        was asked to stop meanwhile. Only where an eval can be due."""
+        assert self.heldout is not None
         model = full_copy(engine, self.config, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:

@@ -207,6 +207,38 @@ def test_what_is_held_out_where_nothing_is_said():
     assert given.for_corpus(10**5) is given
 
 
+def test_a_set_of_its_own_is_held_out(command, overrides, write_corpus, texts, tmp_path):
+    """And is all that is held out; files of the two that have one name are told apart."""
+    plain = [option for option in overrides if not option.startswith("heldout_fraction")]
+    paths = [tmp_path / split / "text.jsonl" for split in ("train", "heldout")]
+    short = [f"{number} {text[:60]}" for number, text in enumerate(texts)]
+    for path, part in zip(paths, (short[:60], short[60:]), strict=True):
+        path.parent.mkdir()
+        write_corpus(path, part)
+    folder = tmp_path / "data"
+    options = [*plain, f"corpus.path={paths[0]}", f"heldout_path={paths[1].parent}",
+               "dedup.exact=true", f"output_dir={folder}"]  # fmt: skip
+    result = command(*options)
+    assert result.code == 0, result.err
+    assert sorted(texts_of(folder, "train")) == sorted(short[:60])
+    assert sorted(texts_of(folder, "heldout")) == sorted(short[60:])
+    assert command("verify=true", f"output_dir={folder}").code == 0
+    (paths[1].parent / "more.jsonl").write_text('{"id": "x", "text": "more"}\n')
+    assert "its corpus is no longer what it was made from" in command(*options).out
+
+
+def test_nothing_is_held_out_where_that_is_said(command, overrides, texts, tmp_path):
+    folder = tmp_path / "data"
+    result = command(*overrides, "heldout_fraction=0", f"output_dir={folder}")
+    assert result.code == 0, result.err
+    assert "heldout: 0 documents" in result.out
+    assert Manifest.load(folder).train.documents == len(texts)
+    assert texts_of(folder, "heldout") == []
+    for look in ("verify=true", "stats=true"):
+        result = command(look, f"output_dir={folder}")
+        assert (result.code, result.err) == (0, "")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_changed_corpus_is_not_mixed_in(
     command, overrides, prepared, tmp_path, texts, write_corpus, workers

@@ -31,8 +31,9 @@ MISTAKES = [
     ("packing=worst_fit", "packing: 'worst_fit' is not best_fit or concatenate"),
     ("array=4/4", "array: '4/4' is not i/n with i from 0 to n-1; the third of four is 2/4"),
     ("array=1", "array: '1' is not i/n"),
-    ("heldout_fraction=0", "heldout_fraction: must be in (0, 1), got 0"),
-    ("heldout_fraction=1", "heldout_fraction: must be in (0, 1), got 1"),
+    ("heldout_fraction=-0.1", "heldout_fraction: must be in [0, 1), got -0.1"),
+    ("heldout_fraction=1", "heldout_fraction: must be in [0, 1), got 1"),
+    ("heldout_path=held/", "heldout_path: corpus=python_stdlib has no path"),
     ("heldout_fraction=nan", "heldout_fraction: must be a finite number, got nan"),
     ("verify=maybe", "verify: Value 'maybe' is not a valid bool"),
     ("layout.block_size=0", "layout.block_size: must be at least 1, got 0"),
@@ -67,6 +68,16 @@ def test_a_mistake_is_one_line_that_names_the_key(command, tmp_path, mistake, te
     assert result.err.count("\n") == 1
     assert text in result.err
     assert not folder.exists(), "a mistake must not leave an empty folder"
+
+
+def test_a_mistake_in_the_held_out_set_is_one_line(command, overrides, tmp_path):
+    out = f"output_dir={tmp_path / 'data'}"
+    plain = [option for option in overrides if not option.startswith("heldout_fraction")]
+    result = command(*plain, "heldout_path=/none", out)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith("error: heldout_path: /none")
+    result = command(*overrides, "heldout_path=/none", out)
+    assert "heldout_fraction: not with heldout_path" in result.err
 
 
 def test_a_missing_output_dir_is_named(command):

@@ -8,6 +8,7 @@ import pytest
 from evals_data import evaluate_on_ranks, texts, write_data, write_tasks
 from workers import run_workers
 
+from data_prep.corpora import Document
 from data_prep.formats.manifest import Manifest
 from data_prep.tokenizers.load import load_tokenizer
 from pipeline.evals.heldout import HeldOut
@@ -21,7 +22,7 @@ def data(tmp_path_factory) -> SimpleNamespace:
     manifest = Manifest.load(folder)
     by_split: dict[str, list[str]] = {"train": [], "heldout": []}
     for name, text in texts().items():
-        by_split[settings.split_of(name)].append(text)
+        by_split[settings.split_of(Document(name, text))].append(text)
     return SimpleNamespace(
         folder=folder,
         manifest=manifest,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, SMALL_RUN, command, train_small
+from document_sets import prepare_documents
 
 from pipeline.train import train
 from pipeline.training.moments import CLOCK, StepMetrics
@@ -155,6 +156,18 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(
     assert exact(metrics(run_dir)) == uninterrupted
     assert not (run_dir / "interrupted").exists()
     assert (run_dir / "wandb" / "run_id").read_text() == id_before
+
+
+def test_data_of_which_nothing_is_held_out_trains_without_evals(tmp_path):
+    data_dir = prepare_documents(tmp_path, "heldout_fraction=0")
+    refused = train_small(data_dir, tmp_path / "run", "steps=2")
+    assert f"data.dir: nothing of {data_dir} is held out" in only_error(refused)
+    done = train_small(data_dir, tmp_path / "run", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "no evals: nothing of the data is held out" in done.stdout
+    assert len(metrics(tmp_path / "run")) == 4
+    assert not (tmp_path / "run" / "evals" / "decode_speed.jsonl").exists()
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(data_dir, trained_run, tmp_path):

@@ -15,6 +15,7 @@ from pipeline.training.launch.signals import (
     stop_on_signal,
 )
 from tidar_common.cli import report_mistake, run, telling_mistakes
+from tidar_common.progress import doing
 from tidar_common.run_files import INTERRUPTED, Exit
 from tidar_common.sweep import FLAGS, expand, train_each
 
@@ -37,8 +38,10 @@ def train(cfg: DictConfig) -> int:
 
             def say(text: str) -> None:
                 if world.is_main:
+                    doing.spoke()
                     print(text, flush=True)
 
+            doing.tell = say
             if settings.deterministic:
                 make_deterministic(say)
             with owned(settings.run_dir, settings.resolved, world, say):
@@ -58,6 +61,7 @@ def train_in_world(
     from pipeline.training.guards.watchdog import Watchdog
     from pipeline.training.moments import TrainingStoppedError
     from pipeline.training.setup import build_trainer
+    from pipeline.training.trackers.progress import describe_end
 
     try:
         with Watchdog(settings.run_dir, world.rank, settings.watch) as watchdog:
@@ -68,7 +72,7 @@ def train_in_world(
             report_mistake(str(error))
         return Exit.STOPPED
     if finished:
-        say(f"done: {settings.run_dir} has {trainer.state.step} steps, see report.html there")
+        say(describe_end(settings, trainer.state.step))
         return Exit.DONE
     if world.is_main:
         (settings.run_dir / INTERRUPTED).touch()

@@ -1,12 +1,32 @@
-"""The project's commands as a user runs them, at sizes that take seconds."""
+"""The project's commands as a user runs them, at sizes that take seconds.
 
+Most of a short command's time is Python importing torch and DeepSpeed. `run` forks its processes
+from one that has imported them already; `command` gives the words for a start from nothing, under
+torchrun itself, for tests that are about starts, signals and ends.
+"""
+
+import atexit
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import traceback
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 240
+PRELOADED = [
+    "torch", "deepspeed", "hydra", "wandb", "pytest", "data_prep.prepare", "pipeline.report.page",
+    "pipeline.training.setup", "pipeline.evals.run", "tensorboard.summary.writer.event_file_writer",
+]  # fmt: skip
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(PRELOADED)
 SMALL_MODEL = (
     "model=tiny", "model.hidden_size=32", "model.intermediate_size=48",
     "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
@@ -32,12 +52,81 @@ def command(module: str, *overrides: str, processes: int | None = None) -> list[
 def run(
     module: str, *overrides: str, processes: int | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end from the repository's folder."""
-    return subprocess.run(
-        command(module, *overrides, processes=processes),
-        cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True,
-        timeout=TIMEOUT_S, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    """Run it to its end from the repository's folder; several processes as torchrun would: when one
+    fails, the others are asked to end, and the code is 1."""
+    ranks: list[dict[str, str]] = [{}] if processes is None else as_torchrun(processes)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        started = [
+            FORKSERVER.Process(
+                target=become, args=(module, overrides, {**os.environ, **environment, **rank},
+                                     out, err)
+            )
+            for rank in ranks
+        ]  # fmt: skip
+        for process in started:
+            process.start()
+        codes = wait_for(started)
+        words = command(module, *overrides, processes=processes)
+        code = codes[0] if processes is None else int(any(codes))
+        texts = [path.read_text() if path.exists() else "" for path in (out, err)]
+    return subprocess.CompletedProcess(words, code, *texts)
+
+
+def as_torchrun(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank of a machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+         "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+         "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def wait_for(started: list[ForkServerProcess]) -> list[int]:
+    """Exit codes; the rest are ended when one fails, and all when it takes too long."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(process.is_alive() for process in started):
+        if time.monotonic() > deadline:
+            for process in started:
+                process.kill()
+            raise subprocess.TimeoutExpired([p.name for p in started], TIMEOUT_S)
+        if any(process.exitcode for process in started):
+            for process in started:
+                process.terminate()
+        for process in started:
+            process.join(0.02)
+    return [process.exitcode or 0 for process in started]
+
+
+def become(
+    module: str, overrides: tuple[str, ...], environment: dict[str, str], out: Path, err: Path
+) -> None:
+    """Be `python -m module *overrides` in this new process; does not return."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [module, *overrides]
+    sys.path.insert(0, str(ROOT))
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as at the end of any program
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def prepare_small(folder: Path, *overrides: str) -> Path:

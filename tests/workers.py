@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from commands import FORKSERVER
 
 TIMEOUT_S = 300
 
@@ -22,9 +22,8 @@ def run_workers(function: Callable[..., Any], world_size: int, folder: Path, *ar
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_work, args=(function, rank, world_size, port, folder, args))
+        FORKSERVER.Process(target=_work, args=(function, rank, world_size, port, folder, args))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tidar_common import overrides, schema
 from tidar_common.errors import UserError
+from tidar_common.progress import doing
 from tidar_common.run_files import Exit
 from tidar_common.schema import Command
 
@@ -105,6 +106,8 @@ def _run(
             if not _nobody_reads_stdout():
                 raise
             closed.append(error)
+        finally:
+            doing("")
 
     try:
         if HELP_FLAGS & set(sys.argv[1:]):

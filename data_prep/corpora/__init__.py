@@ -55,7 +55,7 @@ def _open_held_out(section: DictConfig, path: str) -> Corpus:
             "another; use heldout_fraction"
         )
     try:
-        return open_corpus(OmegaConf.merge(section, {"path": path}))
+        return open_corpus(OmegaConf.create({**section, "path": path}))
     except UserError as error:
         raise UserError(str(error).replace("corpus.path", "heldout_path", 1)) from error
 

@@ -21,6 +21,7 @@ from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.evals.totals import Cost
 from pipeline.model.draft_record import Acceptance
 from pipeline.model.transformer import Transformer
+from tidar_common.progress import doing
 from tidar_common.run_files import CategoryRow
 
 WARM_UP_TOKENS = 8
@@ -113,6 +114,7 @@ def measure(
     rounds = -(-len(prompts) // world.size)
     names = [decoder.name for decoder in decoders]
     for repeat, turn in product(range(config.repeats), range(rounds)):
+        doing.part("answer", repeat * rounds + turn + 1, config.repeats * rounds)
         order = names if turn % 2 == 0 else names[::-1]
         for temperature in config.temperatures:
             runs = {}

@@ -19,6 +19,7 @@ from pipeline.objective.acceptance import (
     describe_calibration,
     score_drafts,
 )
+from tidar_common.progress import doing
 from tidar_common.run_files import DraftScoresRow, HeldOutRow
 
 DRAFTS = (MODEL, RECURRENT, "unigram", "bigram")
@@ -94,8 +95,9 @@ def _checked(
     sequences: Iterator[PackedSequence], rounds: int, check: Check
 ) -> Iterator[PackedSequence]:
     """`sequences`, of which a rank may have one less than there are rounds of all ranks."""
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         check()
+        doing.part("held-out sequence", number, rounds)
         sequence = next(sequences, None)
         if sequence is not None:
             yield sequence

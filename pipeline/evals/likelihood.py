@@ -27,6 +27,7 @@ from pipeline.objective.acceptance import Controls, DraftScores, drafts_of
 from pipeline.objective.scoring import score_sequence
 from tidar_common.errors import UserError
 from tidar_common.jsonlines import parse_strictly
+from tidar_common.progress import doing
 
 TEXTS_KEY = "evals.likelihood.texts_file"
 
@@ -192,7 +193,8 @@ def sum_up(
     costs = controls.unigram.log().neg()
     over_model = controls.on(model)
     total = LikelihoodSums.zero(block_size)
-    for sequence in sequences:
+    for number, sequence in enumerate(sequences, 1):
+        doing.part("sequence", number)
         scored = score_sequence(model, sequence, block_size)
         pieces = documents(sequence)
         first = torch.tensor([int(piece[0]) for piece in pieces])

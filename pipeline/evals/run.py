@@ -26,6 +26,7 @@ from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
 from tidar_common.errors import UserError
 from tidar_common.files import read_text_checked, write_text_atomic
+from tidar_common.progress import doing
 from tidar_common.run_files import METHOD_LABELS, newest_checkpoint
 from tidar_common.tables import Table, percent, significant
 
@@ -145,6 +146,7 @@ def run_evals(
     results: dict[str, Any] = {}
     for name, config in settings.evals.items():
         say(f"running {name}")
+        doing(f"running {name}")
         if name == "tasks":
             results[name] = evaluate_tasks(model, tokenizer, config, world)
             continue

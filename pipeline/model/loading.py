@@ -18,6 +18,7 @@ from pipeline.model.source import EMBEDDING, HEAD, SavedModel, fill
 from pipeline.model.transformer import Transformer
 from pipeline.model.transformers_backbone import empty_model
 from tidar_common.errors import UserError
+from tidar_common.progress import doing
 from tidar_common.run_files import newest_checkpoint
 
 MAY_DIFFER = (
@@ -57,8 +58,10 @@ def load_model(
     Raises:
         UserError: naming the file, and the tensor or field in it, that cannot be used.
     """
+    doing(f"loading {path}")
     source = open_model(path)
     model, tokenizer = read_model(source, dtype=dtype, device=device), source.tokenizer()
+    doing("")
     model.lm_head.known = tokenizer.vocab_size
     return model, tokenizer
 

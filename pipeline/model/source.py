@@ -14,6 +14,7 @@ from pipeline.model.draft_record import DraftRecord
 from pipeline.model.parameters import Opening, full_shape, is_drafting, whole
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError
+from tidar_common.progress import doing
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -83,7 +84,8 @@ def fill(
     tied = model.config.tie_embeddings
     pending = set(targets) - ({HEAD} if tied else set()) - set(fresh)
     head: NamedWeight | None = None
-    for weight in source.weights(dtype):
+    for number, weight in enumerate(source.weights(dtype), 1):
+        doing.part("tensor", number, len(targets))
         if tied and weight.name == HEAD:
             head = weight
             continue

@@ -2,9 +2,11 @@
 learning rate of a step; what is read out of the engine, and how an update is kept from its weights.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,20 @@ def build_engine(
     # Beside the groups, not in them: a checkpoint brings its own groups along.
     engine.rate_scales = [optimizer.draft_rate_scale if g["drafts"] else 1.0 for g in groups]
     return engine
+
+
+@contextmanager
+def deepspeed_log(path: Path) -> Iterator[None]:
+    """What DeepSpeed prints within the context is appended to the file at `path`, and so is what it
+    logs from here on; errors that matter it raises."""
+    from deepspeed.utils import logger
+
+    log = path.open("a", buffering=1, encoding="utf-8")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(log)
+    with redirect_stdout(log):
+        yield
 
 
 def forget_steps(optimizer: Any) -> None:

@@ -55,6 +55,7 @@ class Trainer:
     def run(self, stop: StopRequest) -> bool:
         """Train to the last step, or until `stop`; returns whether all steps are done."""
         self.batches = self.open_batches(self.state)
+        stop.newest = self.saver.checkpoints.newest
         self.moments.on_start(self.state)
         for event in self.notes:
             self.moments.on_event(event)

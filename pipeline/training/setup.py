@@ -28,7 +28,7 @@ from pipeline.model.source import SavedModel
 from pipeline.model.transformer import Transformer
 from pipeline.model.transformers_backbone import empty_model
 from pipeline.training.due import PeriodicEval, Saver
-from pipeline.training.engine import build_engine, deepspeed_settings
+from pipeline.training.engine import build_engine, deepspeed_log, deepspeed_settings
 from pipeline.training.guards.anomalies import Anomalies, LeftOutFile, Rollbacks
 from pipeline.training.guards.ar_guard import ArGuard
 from pipeline.training.guards.mask_embedding import MaskEmbedding
@@ -46,10 +46,12 @@ from pipeline.training.trackers.environment import (
     write_environment,
 )
 from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report
-from pipeline.training.trackers.progress import ProgressDisplay
+from pipeline.training.trackers.progress import ProgressDisplay, describe_run
 from pipeline.training.trackers.tensorboard import TensorBoard
 from pipeline.training.trackers.wandb import Wandb
 from tidar_common.errors import UserError
+from tidar_common.progress import doing
+from tidar_common.run_files import DEEPSPEED_LOG
 
 Say = Callable[[str], None]
 """Tells the user something, on rank 0."""
@@ -80,13 +82,17 @@ def make_deterministic(say: Say) -> None:
 def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     settings.check_device(world.device)
+    doing("looking for the data")
     check_data(settings, world, say)
     source = open_sequences(settings, say)
     checked = preflight.wanted(settings.preflight, world)
     preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
     config = model_config(settings)
+    say(describe_run(settings, config, world.size, world.device.type))
+    doing("making the model")
     engine = start_engine(settings, config, world, say)
     checkpoints = open_checkpoints(settings, config, world)
+    doing("looking for a checkpoint")
     state, restored = checkpoints.restore(engine, say)
     if state is not None:
         say(f"continuing {settings.run_dir} after step {state.step}")
@@ -97,6 +103,7 @@ def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say
         share = alone_share(settings, config)
         preflight_s += preflight.try_step(engine, settings, source, world, say, share)
 
+    doing("making evals and trackers ready")
     evals = PeriodicEval(settings, config, world, say)
     trackers = build_trackers(settings, world, say)
     anomalies = Anomalies(settings.anomalies)
@@ -225,16 +232,18 @@ def alone_share(settings: TrainSettings, config: ModelConfig) -> float:
 
 
 def start_engine(settings: TrainSettings, config: ModelConfig, world: World, say: Say) -> Any:
-    """The engine around a new model (`build_model`)."""
-    return build_engine(
-        build_model(settings, config, world, say),
-        world,
-        optimizer=settings.optimizer,
-        config=settings.deepspeed,
-        precision=settings.precision,
-        micro_batch_size=settings.micro_batch_size,
-        accumulation_steps=settings.accumulation_steps(world.size),
-    )
+    """The engine around a new model (`build_model`); what DeepSpeed has to tell goes to a file."""
+    model = build_model(settings, config, world, say)
+    with deepspeed_log(settings.run_dir / DEEPSPEED_LOG if world.is_main else Path(os.devnull)):
+        return build_engine(
+            model,
+            world,
+            optimizer=settings.optimizer,
+            config=settings.deepspeed,
+            precision=settings.precision,
+            micro_batch_size=settings.micro_batch_size,
+            accumulation_steps=settings.accumulation_steps(world.size),
+        )
 
 
 def build_model(

@@ -23,6 +23,7 @@ from pipeline.training.engine import (
     set_learning_rate,
     updates_refused,
 )
+from tidar_common.progress import doing
 
 Judge = Callable[[str, float], bool]
 """Whether a step with this `loss` or `grad_norm` is not to count; alike on all ranks."""
@@ -182,7 +183,8 @@ def accumulate(engine: Any, step: StepInput, counts: GlobalCounts, world: World)
     model = engine.module
     make_mask = section_masks if model.frozen_base else training_mask
     frozen = model.config.hidden_size if model.frozen_base else 0
-    for batch, weights in zip(step.batches, step.weights, strict=True):
+    for number, (batch, weights) in enumerate(zip(step.batches, step.weights, strict=True), 1):
+        doing.part("micro-batch", number, len(step.batches))
         # From the host's copy of the rule, and of what is labelled.
         mask = make_mask(batch.spans, world.device, step.attention)
         clean = batch.spans.clean_tokens

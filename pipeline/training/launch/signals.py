@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from types import FrameType
@@ -12,6 +12,8 @@ from types import FrameType
 from tidar_common.errors import UserError
 from tidar_common.run_files import Exit
 
+AGAIN_S = 2.0
+"""A launcher passes the terminal's Ctrl-C on at once: only a later one is the user's second."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 EXIT_CODE_FILE = "TIDAR_EXIT_CODE_FILE"
@@ -30,6 +32,9 @@ class StopRequest:
     def __init__(self, deadline: float | None = None) -> None:
         self.name: str | None = None
         self.deadline = deadline
+        self.newest: Callable[[], str | None] = lambda: None
+        """Name of the checkpoint that is left to who leaves without another; set by the run."""
+        self._interrupted: float | None = None
         # torchrun starts its workers in sessions of their own: one that is killed leaves them
         # behind, where nobody sees them and a restart would run beside them.
         self._launcher = os.getppid() if UNDER_TORCHRUN in os.environ else None
@@ -40,6 +45,30 @@ class StopRequest:
         if self.name is None and self._launcher not in (None, os.getppid()):
             self.name = f"torchrun, process {self._launcher}, is gone"
         return self.name is not None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """A signal came: say so at once, and at a second Ctrl-C leave."""
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted is not None and now - self._interrupted >= AGAIN_S:
+                tell(f"{name} again: left at once; what came after "
+                     f"{self.newest() or 'the start'} is lost, and the same command continues "
+                     "from there")  # fmt: skip
+                # Threads and processes of libraries would hold up an orderly end.
+                os._exit(Exit.INTERRUPTED)
+            self._interrupted = self._interrupted or now
+        # Set first: another signal may come before this one's line is written.
+        before, self.name = self.name, name
+        if before is None:
+            again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+            tell(f"{name}: finishing what is at hand, then saving{again}")
+
+
+def tell(text: str) -> None:
+    """A line on rank 0's stderr, past buffers in which a signal may have interrupted a write."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 def code_for_launcher(code: int) -> int:
@@ -69,11 +98,7 @@ def leave_code(code: int) -> None:
 def stop_on_signal(deadline: float | None = None) -> Iterator[StopRequest]:
     """Within the context the signals only set the request; afterwards they act as before."""
     request = StopRequest(deadline)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
-
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    previous = {number: signal.signal(number, request.note) for number in SIGNALS}
     try:
         yield request
     finally:

@@ -2,13 +2,26 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.data.order import TrainState
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
+from tidar_common.progress import doing
 from tidar_common.run_files import EvalRow
+
+if TYPE_CHECKING:  # who only asks how a run stands imports no model
+    from pipeline.model.config import ModelConfig
+    from pipeline.training.settings import TrainSettings
+
+MEANINGLESS = 0.95
+"""An AR loss above this share of the unigram entropy: the model knows little but how often tokens
+are, and what it drafts and accepts says nothing."""
+REPETITIVE = 0.3
+"""A share of distinct 4-grams below which text goes round in circles, which is easy to draft."""
 
 
 class ProgressDisplay(Tracker):
@@ -27,6 +40,7 @@ class ProgressDisplay(Tracker):
 
     def on_start(self, state: TrainState) -> None:
         self.first_step = state.step
+        doing.tell = self._line
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -41,6 +55,9 @@ class ProgressDisplay(Tracker):
 
     def on_rollback(self, state: TrainState) -> None:
         self.first_step, self.training_s = state.step, 0.0
+
+    def on_phase(self, what: str) -> None:
+        doing(what)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.training_s += metrics.step_seconds
@@ -66,11 +83,59 @@ class ProgressDisplay(Tracker):
             self._line(f"{event['event']} at step {event['step']}: {event['message']}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        doing.spoke()
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def on_end(self, state: TrainState, finished: bool) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def describe_run(
+    settings: "TrainSettings", config: "ModelConfig", processes: int, device: str
+) -> str:
+    """Three lines at the start: what trains, on what, with what, and where it is written."""
+    manifest = settings.manifest
+    batch, length = settings.global_batch_size, manifest.sequence_length
+    trained = config.num_drafting_parameters if settings.freeze_base else config.num_parameters
+    share = "" if trained == config.num_parameters else f", {trained:,} of them trained"
+    sets = settings.mix or ()
+    sequences = sum(part.manifest.train.sequences for part in sets) or manifest.train.sequences
+    epochs = settings.steps * batch / max(sequences, 1)
+    slow = ""
+    if device == "cpu" and settings.precision == "bf16" and not has_bf16():
+        slow = "; this CPU has no bf16 arithmetic, precision=fp32 is faster here"
+    plural = "es" if processes > 1 else ""
+    return (
+        f"{config.num_parameters:,} parameters{share}; {processes} process{plural} on {device}, "
+        f"{settings.precision}, ZeRO {settings.deepspeed.stage}{slow}\n"
+        f"{settings.steps:,} steps of {batch:,} sequences of {length:,} tokens "
+        f"({batch * length:,} a step), {epochs:.3g} times the {sequences:,} sequences of the data\n"
+        f"{settings.run_dir}: report.html, metrics.jsonl, events.jsonl, checkpoints; "
+        f"W&B {settings.wandb.mode}"
+    )
+
+
+def has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 in hardware; True where that is not known."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "bf16" in flags
+
+
+def describe_end(settings: "TrainSettings", step: int) -> str:
+    """What there is now, and how to go on with it."""
+    run = settings.run_dir
+    lines = [
+        f"done: {run} has {step} steps; open {run / 'report.html'}",
+        f"decode: tidar-generate checkpoint={run} prompt=...; evaluate: tidar-evaluate "
+        f"checkpoint={run}; export: tidar-export checkpoint={run} output=...",
+    ]
+    if settings.wandb.mode == "offline":
+        lines.append(f"W&B: wandb sync {run / 'wandb'}/offline-run-*")
+    return "\n".join(lines)
 
 
 def describe(metrics: StepMetrics, left_s: float) -> str:
@@ -84,14 +149,29 @@ def describe(metrics: StepMetrics, left_s: float) -> str:
 
 def describe_eval(row: EvalRow, chosen: EvalRow | None = None) -> str:
     """A line about the `tidar` row of an eval, and the row of the chosen step if there is one."""
+    where = f"eval at step {row['step']}, temperature {row['temperature']:g}: "
+    loss = f"held-out AR loss {row['ar_loss']:.3f} (unigram entropy {row['unigram_entropy']:.3f})"
+    if row["ar_loss"] > MEANINGLESS * row["unigram_entropy"]:
+        return (
+            f"{where}{loss}; a model that knows hardly more than how often tokens are drafts and "
+            "accepts by chance: its tokens/forward say nothing yet"
+        )
     measured = [value for value in row["acceptance_by_position"] or [] if value is not None]
     first = f", first draft accepted {measured[0]:.0%}" if measured else ""
     best = f" ({chosen['speedup_over_ar']:.2f}x with the step chosen here)" if chosen else ""
+    bigram = row["bigram_expected_tokens_per_forward"]
+    expected = row["expected_tokens_per_forward"]
+    text = ""
+    if expected is not None:
+        pairs = f", a table of pairs {bigram:.2f}" if bigram is not None else ""
+        text = f" ({expected:.2f} expected on held-out text{pairs})"
+    distinct = row["distinct_4grams"]
+    loops = ""
+    if distinct is not None and distinct < REPETITIVE:
+        loops = f"; the text repeats itself ({distinct:.0%} distinct 4-grams), which drafts well"
     return (
-        f"eval at step {row['step']}, temperature {row['temperature']:g}: "
-        f"{row['tokens_per_forward']:.2f} tokens/forward, "
-        f"{row['speedup_over_ar']:.2f}x the speed of AR{best}{first}, "
-        f"held-out AR loss {row['ar_loss']:.3f} (unigram entropy {row['unigram_entropy']:.3f})"
+        f"{where}{row['tokens_per_forward']:.2f} tokens/forward{text}, "
+        f"{row['speedup_over_ar']:.2f}x the speed of AR{best}{first}, {loss}{loops}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,12 @@ from tracker_data import EVAL_ROWS, steps
 
 from pipeline.data.order import TrainState
 from pipeline.training.trackers import progress
-from pipeline.training.trackers.progress import ProgressDisplay, duration
+from pipeline.training.trackers.progress import (
+    ProgressDisplay,
+    describe_end,
+    describe_run,
+    duration,
+)
 
 
 def show(console: Console, first: int, last: int, total: int, log_every_s: float, evals=()) -> str:
@@ -46,7 +52,7 @@ def test_time_left_after_a_resume_counts_only_this_start():
 
 def test_lines_keep_their_distance_but_the_last_step_is_always_shown(monkeypatch):
     clock = iter([1000.0, 1001.0, 1009.0, 1010.0, 1012.0, 1013.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     lines = show(plain(), 1, 6, 6, log_every_s=10).splitlines()
     assert [line.split()[1] for line in lines] == ["1/6", "4/6", "6/6"]
 
@@ -54,10 +60,51 @@ def test_lines_keep_their_distance_but_the_last_step_is_always_shown(monkeypatch
 def test_evals_are_one_line_for_each_temperature_of_tidar():
     lines = show(plain(), 1, 1, 1, log_every_s=0, evals=EVAL_ROWS).splitlines()
     assert lines[1:] == [
-        f"eval at step 0, temperature {temperature}: 2.00 tokens/forward, 0.75x the speed of AR, "
-        "first draft accepted 62%, held-out AR loss 3.250 (unigram entropy 5.750)"
+        f"eval at step 0, temperature {temperature}: 2.00 tokens/forward (2.25 expected on "
+        "held-out text, a table of pairs 1.50), 0.75x the speed of AR, first draft accepted 62%, "
+        "held-out AR loss 3.250 (unigram entropy 5.750)"
         for temperature in (0, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "there", "not_there"),
+    [
+        ({"ar_loss": 5.5}, "accepts by chance: its tokens/forward say nothing yet", "speed of AR"),
+        ({"distinct_4grams": 0.1}, "; the text repeats itself (10% distinct 4-grams)", "chance"),
+        ({"expected_tokens_per_forward": None}, "2.00 tokens/forward, 0.75x", "expected"),
+    ],
+)
+def test_an_eval_that_says_nothing_is_not_praised(values, there, not_there):
+    text = show(plain(), 1, 1, 1, log_every_s=0, evals=[{**EVAL_ROWS[2], **values}])
+    assert there in text
+    assert not_there not in text
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "slow"),
+    [("cpu", "avx2", True), ("cpu", "avx2 avx512_bf16", False), ("cuda", "avx2", False)],
+)
+def test_a_run_says_what_it_is(monkeypatch, device, flags, slow):
+    monkeypatch.setattr(progress.Path, "read_text", lambda *_, **__: f"flags: {flags}")
+    settings = SimpleNamespace(
+        manifest=SimpleNamespace(sequence_length=256, train=SimpleNamespace(sequences=1000)),
+        mix=(), global_batch_size=32, steps=100, freeze_base=True, precision="bf16",
+        deepspeed=SimpleNamespace(stage=2), run_dir=progress.Path("runs/x"),
+        wandb=SimpleNamespace(mode="offline"),
+    )  # fmt: skip
+    config = SimpleNamespace(num_parameters=5000, num_drafting_parameters=200)
+    first, second, third = describe_run(settings, config, 2, device).splitlines()
+    assert first.startswith(f"5,000 parameters, 200 of them trained; 2 processes on {device}, bf16")
+    assert ("precision=fp32 is faster here" in first) == slow
+    assert second == (
+        "100 steps of 32 sequences of 256 tokens (8,192 a step), 3.2 times the 1,000 sequences of "
+        "the data"
+    )
+    assert third.startswith("runs/x: report.html")
+    assert "wandb sync runs/x/wandb/offline-run-*" in describe_end(settings, 100)
+    settings.wandb.mode = "disabled"
+    assert "wandb sync" not in describe_end(settings, 100)
 
 
 def test_an_eval_that_never_looked_at_a_draft_says_no_more_than_it_knows():

@@ -25,7 +25,8 @@ EVAL_ROWS = [
         "acceptance_by_position": [0.625, None] if method == "tidar" else None,
         "distinct_4grams": 0.5, "ar_loss": 3.25, "diffusion_loss": 4.5, "unigram_loss": 6.0,
         "unigram_entropy": 5.75, "teacher_forced_acceptance": None, "unigram_acceptance": None,
-        "bigram_acceptance": None, "by_source": BY_SOURCE,
+        "bigram_acceptance": None, "by_source": BY_SOURCE, "expected_tokens_per_forward": 2.25,
+        "bigram_expected_tokens_per_forward": 1.5,
     }
     for method in ("ar", "tidar")
     for temperature in (0.0, 1.0)

@@ -50,6 +50,8 @@ AT_ONCE = ("objective.agreement_from_step=0", "objective.agreement_ramp_steps=10
 TEACHER = ("objective=tidar_kl", "objective.agreement_weight=1.0", *AT_ONCE, "model.draft_rank=64")
 """The AR half's distribution is all that drafts learn from."""
 
+FAST = "optimizer.draft_learning_rate=6e-3"
+
 RUNS = (
     Run("base", "AR model that the others start from", "start", ("objective=ar",
         "optimizer.learning_rate=3e-3"), start=None, budget="base", headline=True),
@@ -83,6 +85,9 @@ RUNS = (
     Run("gru_r16", "the same, rank 16", "head", (*GRU, "model.draft_rank=16")),
     Run("gru_r128", "the same, rank 128", "head", (*GRU, "model.draft_rank=128")),
     Run("gru_kl", "GRU, AR head as teacher", "draft loss", TEACHER, headline=True),
+    Run("gru_kl_fast", "the same, the head's learning rate three times the base's", "draft rate",
+        (*TEACHER, FAST), headline=True),
+    Run("gru_kl_fast_early", "the same, early places", "draft rate", (*TEACHER, FAST, EARLY)),
     Run("gru_tv", "GRU, total variation", "draft loss",
         (*TEACHER, "objective.agreement=tv", "objective.agreement_weight=0.5")),
     Run("gru_lk", "GRU, −log of the acceptance", "draft loss",

@@ -1,7 +1,7 @@
 """`tidar-train`: prepared shards to a trained model. `torchrun … -m pipeline.train` for several."""
 
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,12 +82,11 @@ def train_in_world(
 @telling_mistakes
 def train_sweep(overrides: list[str]) -> int:
     """Train the runs of a sweep, print where they stand; returns the first code that is not 0."""
-    from pipeline.status import sweep_table
-
     code = train_each(overrides)
     if len(runs := expand(overrides)) > 1:
         folders = [Path(run[-1].partition("=")[2]).expanduser() for run in runs]
-        print(sweep_table(folders, time.time()).text())
+        command = [sys.executable, "-m", "pipeline.status", "--table", *map(str, folders)]
+        subprocess.run(command, check=False)
     return code
 
 

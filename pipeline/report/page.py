@@ -1,8 +1,6 @@
 """`report.html`: the sections of a run's page, in order."""
 
-import re
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ from markupsafe import Markup
 
 from pipeline.report import plots
 from pipeline.report.headline import headline, warnings
+from pipeline.report.pictures import generation
 from pipeline.report.read import Row, Run, as_number, read_run
 from pipeline.report.standing import (
     ran_as,
@@ -19,11 +18,10 @@ from pipeline.report.standing import (
 )
 from tidar_common.figures import chart_grid
 from tidar_common.files import write_text_atomic
-from tidar_common.page import Section, page, render, visible
+from tidar_common.page import Section, page, visible
 from tidar_common.run_files import METHOD_LABELS, METRICS, REPORT, newest_checkpoint
 from tidar_common.tables import MISSING, Table, compact, fixed, percent
 
-PROMPT_CHARACTERS = 480
 FOOTER = (
     "TiDAR: Think in Diffusion, Talk in Autoregression (arXiv 2511.08923). Made from config.yaml, "
     "metrics.jsonl and evals/ of this run; rebuild with tidar-status RUN_DIR --report."
@@ -114,46 +112,6 @@ def _sections(run: Run, standing: list[Table]) -> list[Section]:
         config = Markup("<pre>{}</pre>").format(visible(run.config_text))
         sections.append(Section("Resolved config", config, folded=True))
     return sections
-
-
-def generation(example: Row) -> Markup:
-    """A real generation, with each token coloured by the forward pass that produced it."""
-    tokens: list[dict[str, Any]] = example["tokens"]
-    forwards = [
-        (int(forward), [_white_space_shown(str(token["text"])) for token in members])
-        for forward, members in groupby(tokens, key=lambda token: token["forward"])
-    ]
-    if not forwards:
-        return Markup('<p class="empty">The last eval generated no tokens.</p>')
-    prompt = str(example.get("prompt", ""))
-    cut = "…" if len(prompt) > PROMPT_CHARACTERS else ""
-    temperature = float(example.get("temperature", 0.0))
-    how = "greedy" if temperature == 0 else f"T = {temperature:g}"
-    method = METHOD_LABELS.get(str(example.get("method")), "this model")
-    sizes = [len(texts) for _, texts in forwards]
-    counts = [f"{size}: {sizes.count(size)}×" for size in range(1, max(sizes) + 1)]
-    return render(
-        "generation.html",
-        sentence=f"{len(tokens)} tokens from {len(forwards)} forwards "
-        f"({len(tokens) / len(forwards):.2f} tokens per forward) by {method}, {how}, after "
-        f"{example.get('step', '?')} training steps. The prompt is grey. Tokens on one background "
-        "came from the same forward pass.",
-        prompt=_white_space_shown(cut + prompt[-PROMPT_CHARACTERS:]),
-        forwards=forwards,
-        most=max(sizes),
-        counts=", ".join(counts),
-    )
-
-
-def _white_space_shown(text: str) -> Markup:
-    """Text whose white space shows; what is copied from the page is still the text, but for control
-    characters. The style sheet draws the marks on elements around the real characters."""
-    text = text.replace("\r\n", "␍\n").replace("\r", "␍")
-    kinds = {" ": "space", "\t": "tab", "\n": "newline"}
-    return Markup("").join(
-        Markup('<i class="{}">{}</i>').format(kinds[part], part) if part in kinds else visible(part)
-        for part in re.split(r"([ \t\n])", text)
-    )
 
 
 def _number(digits: int, scale: float = 1, unit: str = "") -> Callable[[Any], str]:

@@ -45,8 +45,9 @@ from pipeline.training.trackers.environment import (
     describe_rank,
     write_environment,
 )
-from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report
+from pipeline.training.trackers.metrics import EventsFile, MetricsFiles
 from pipeline.training.trackers.progress import ProgressDisplay
+from pipeline.training.trackers.report import Report
 from pipeline.training.trackers.tensorboard import TensorBoard
 from pipeline.training.trackers.wandb import Wandb
 from tidar_common.errors import UserError

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from pipeline.data.order import TrainState
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from tidar_common.run_files import EvalRow
+from tidar_common.tables import duration
 
 
 class ProgressDisplay(Tracker):
@@ -93,10 +94,3 @@ def describe_eval(row: EvalRow, chosen: EvalRow | None = None) -> str:
         f"{row['speedup_over_ar']:.2f}x the speed of AR{best}{first}, "
         f"held-out AR loss {row['ar_loss']:.3f} (unigram entropy {row['unigram_entropy']:.3f})"
     )
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,8 +10,7 @@ from omegaconf import DictConfig
 
 from data_prep.corpora import open_corpus
 from data_prep.formats.manifest import Manifest
-from data_prep.inspect.picture import inspect_sequence
-from data_prep.inspect.stats import describe, read_contents, write_page
+from data_prep.inspect.show import describe, inspect_sequence, read_contents, write_page
 from data_prep.inspect.verify import verify_data
 from data_prep.settings import PrepareSettings
 from data_prep.stages.merge import finished_records, merge

@@ -30,7 +30,7 @@ MODULES = {
     "evaluate": "pipeline.evals.settings",
     "generate": "pipeline.decoding.settings",
     "export": "pipeline.export",
-    "plan": "pipeline.planning.config",
+    "plan": "pipeline.planning.settings",
 }
 """The module that registers a command, imported when it is asked for."""
 QUIET = {

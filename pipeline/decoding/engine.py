@@ -15,9 +15,8 @@ from torch import Tensor
 from pipeline.decoding.batch import Engine
 from pipeline.decoding.drafting import Behind, Draft, Drafter
 from pipeline.decoding.proposals import Proposer
-from pipeline.decoding.sampling import RowStreams, Sampling, draw
+from pipeline.decoding.sampling import RowStreams, Sampling, draw, verify, verify_greedy
 from pipeline.decoding.step import StepRule, StepShape
-from pipeline.decoding.verify import verify, verify_greedy
 from pipeline.model.transformer import Transformer
 
 

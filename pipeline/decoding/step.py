@@ -242,8 +242,8 @@ def prefill_mask(
     by slot only up to itself with `causal_slots`.
     """
     total = count + num_slots
-    own = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    among = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     if not causal_slots:
-        own[count:, count:] = True
+        among[count:, count:] = True
     before = torch.ones(total, kept, dtype=torch.bool, device=device)
-    return torch.cat([before, own], dim=1)
+    return torch.cat([before, among], dim=1)

@@ -218,8 +218,8 @@ class DraftHead(nn.Module):
         places = [place.flatten()]
         if alone:
             without = self.slot_parts(self.no_slot) + from_tokens[blocks.alone]
-            own = self.scan(without, state[blocks.alone])
-            values.append(own.reshape(-1, width))
+            parts = self.scan(without, state[blocks.alone])
+            values.append(parts.reshape(-1, width))
             index = rows + torch.arange(alone * size, device=hidden.device).view(alone, size)
             places.append(index[:, 1:].flatten())
             behind = plain[blocks.alone][:, None].expand(alone, size, -1).flatten(0, 1)

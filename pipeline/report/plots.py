@@ -57,9 +57,9 @@ def acceptance_charts(run: Run) -> list[Chart]:
         Chart(
             f"Acceptance by draft position, {words}",
             [
-                Series(measure, by_position(row, key), color if own else "quiet", dashed,
+                Series(measure, by_position(row, key), color if of_model else "quiet", dashed,
                        marker=marker)
-                for key, measure, own, dashed, marker in ACCEPTANCE
+                for key, measure, of_model, dashed, marker in ACCEPTANCE
             ],
             "draft position",
             "share accepted",

@@ -38,10 +38,17 @@ class Report(Tracker):
     A page that cannot be drawn is said so and ends no training.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None], limit_s: int = LIMIT_S) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        say: Callable[[str], None],
+        limit_s: int = LIMIT_S,
+        nice: int = NICE,
+    ) -> None:
         self.run_dir = run_dir
         self.say = say
         self.limit_s = limit_s
+        self.nice = nice
         self.drawing: subprocess.Popen[bytes] | None = None
         self.outdated = False
         """Whether there is an eval that no process has been started for."""
@@ -66,7 +73,7 @@ class Report(Tracker):
         if self.drawing is not None and self.drawing.poll() is not None:
             self._finish()
         if self.outdated and self.drawing is None:
-            self._start(NICE)
+            self._start(self.nice)
 
     def _start(self, nice: int) -> None:
         command = [sys.executable, "-c", DRAW, str(self.limit_s), str(nice), "--report"]

@@ -17,7 +17,7 @@ def fail(text: str) -> None:
 
 @pytest.fixture
 def report(tmp_path):
-    return Report(tmp_path, fail)
+    return Report(tmp_path, fail, nice=0)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(trackers, report, tmp_pa
 
 def test_a_process_that_hangs_ends_itself(tmp_path):
     said: list[str] = []
-    report = Report(tmp_path, said.append, limit_s=1)
+    report = Report(tmp_path, said.append, limit_s=1, nice=0)
     os.mkfifo(tmp_path / "metrics.jsonl")  # opening it waits for a writer
     report.on_eval(EVAL_ROWS)
     report.drawing.wait()

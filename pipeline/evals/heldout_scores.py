@@ -9,16 +9,16 @@ from torch import Tensor
 
 from data_prep.formats.groups import PackedSequence
 from pipeline.distributed import World
-from pipeline.evals.heldout import HeldOut
-from pipeline.evals.settings import Check, DecodeSpeedConfig, never
-from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import (
+from pipeline.evals.acceptance import (
     MODEL,
     RECURRENT,
     DraftScores,
     describe_calibration,
     score_drafts,
 )
+from pipeline.evals.heldout import HeldOut
+from pipeline.evals.settings import Check, DecodeSpeedConfig, never
+from pipeline.model.transformer import Transformer
 from tidar_common.run_files import DraftScoresRow, HeldOutRow
 
 DRAFTS = (MODEL, RECURRENT, "unigram", "bigram")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch
+from pipeline.evals.scoring import Scored, pieces, row_logits, score_sequence
 from pipeline.model.transformer import Transformer
-from pipeline.objective.scoring import Scored, pieces, row_logits, score_sequence
 from tidar_common.run_files import CalibrationRow
 
 

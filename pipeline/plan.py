@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def plan(cfg: DictConfig) -> int:
     # Here, so that no help or mistake in a key waits for torch.
     from pipeline.planning.checks import run_checks
+    from pipeline.planning.config import Planned
     from pipeline.planning.plan import make_plan
-    from pipeline.planning.settings import Planned
     from pipeline.planning.show import describe
 
     started = time.monotonic()

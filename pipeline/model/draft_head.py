@@ -140,7 +140,7 @@ class DraftRows:
     """The rows of a joint forward with what the head adds to them."""
 
     hidden: Tensor
-    """[R + A · K, E]: the rows of the forward, then those of blocks drafted without slots."""
+    """[R + A · K, E]: the rows of the forward, then those of blocks drafted by the head alone."""
     z: Tensor
     """[R + A · K, r]: 0 in clean rows and at place 0."""
 

@@ -13,7 +13,7 @@ ACCEPTANCE = (
     ("teacher_forced_acceptance", "teacher-forced", True, True, "ring"),
     ("unigram_acceptance", "unigram draft", False, True, "square"),
     ("bigram_acceptance", "bigram draft", False, False, "ring"),
-    ("recurrent_acceptance", "draft head without slots", True, True, "square"),
+    ("recurrent_acceptance", "draft head alone", True, True, "square"),
 )
 """Key of a row, name, whether in the temperature's colour, dashed, marker."""
 TEMPERATURES = ((0.0, "greedy", "greedy", "circle"), (1.0, "T = 1", "sampled", "square"))

@@ -12,7 +12,7 @@ from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.data.mix import MixedSet, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
-from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.config import DecodeSpeedConfig
 from pipeline.model.base import with_base
 from pipeline.model.config import AdapterConfig, ModelConfig
 from pipeline.objective.config import ObjectiveConfig

@@ -221,7 +221,7 @@ def open_batches(
 
 
 def alone_share(settings: TrainSettings, config: ModelConfig) -> float:
-    """Share of the blocks that are drafted without slots as well: none without a draft head."""
+    """Share of the blocks that are drafted by the head alone as well: none without a draft head."""
     return settings.objective.alone_share if config.draft_rank else 0.0
 
 

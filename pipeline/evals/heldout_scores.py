@@ -10,8 +10,8 @@ from torch import Tensor
 from data_prep.formats.groups import PackedSequence
 from pipeline.distributed import World
 from pipeline.evals.acceptance import (
-    MODEL,
     ALONE,
+    MODEL,
     DraftScores,
     describe_calibration,
     score_drafts,

@@ -200,7 +200,7 @@ class Simulation:
     ) -> None:
         count, self._cached = options.simulated_steps, options.cached[0]
         self._engine = _engine(
-            model, self._cached, shape, options.temperature, more=count * shape.drafts
+            model, self._cached, shape, options.temperature, more=count * shape.tokens
         )
         self._shape = shape
         rng, drafted = random.Random(0), shape.drafting
@@ -208,7 +208,7 @@ class Simulation:
         """Tokens of each step, and whether a draft is there afterwards."""
         for _ in range(count):
             accepted = 1
-            limit = shape.drafts if drafted else 1
+            limit = shape.tokens if drafted else 1
             while accepted < limit and rng.random() < acceptance[accepted - 1]:
                 accepted += 1
             drafted = (shape if drafted else shape.short).drafted_after(accepted)

@@ -125,9 +125,8 @@ def load_into(
     config, fresh = model.config, fresh_names(model, source.config)
     fill(model, source, opened, fresh)
     model.initialize_adapters(seed, fresh, opened)
-    rows, mask = source.config.num_embeddings, config.mask_token_id
-    embedding = model.model.mask_embedding
-    trained = source.config.mask_token_id is not None
+    rows, trained = source.config.num_embeddings, source.config.mask_token_id is not None
+    mask, embedding = config.mask_token_id, model.model.mask_embedding
     if model.draft_head is not None and not source.config.draft_rank:
         model.draft_head.reset(seed, opened)
     elif model.draft_head is not None:

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.data.order import TrainState
 from pipeline.training.moments import StepMetrics, Tracker
@@ -50,6 +51,8 @@ class Report(Tracker):
         self.limit_s = limit_s
         self.nice = nice
         self.drawing: subprocess.Popen[bytes] | None = None
+        self.errors: IO[bytes]
+        """What that process says; a file, as a pipe that nobody reads yet could fill up."""
         self.outdated = False
         """Whether there is an eval that no process has been started for."""
 
@@ -79,9 +82,10 @@ class Report(Tracker):
         command = [sys.executable, "-c", DRAW, str(self.limit_s), str(nice), "--report"]
         self.outdated = False
         try:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is read
             self.drawing = subprocess.Popen(
                 [*command, str(self.run_dir)], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors,
             )  # fmt: skip
         except OSError as error:
             self._warn(str(error))
@@ -94,11 +98,11 @@ class Report(Tracker):
 
     def _wait(self, drawing: subprocess.Popen[bytes]) -> str | None:
         """Its last line on stderr, where it did not end well."""
-        said = drawing.communicate()[1].decode(errors="replace").strip()
-        self.drawing = None
-        if drawing.returncode == 0:
-            return None
-        return said.split("\n")[-1].removeprefix("error: ") or f"it ended with {drawing.returncode}"
+        code, self.drawing = drawing.wait(), None
+        with self.errors:
+            self.errors.seek(0)
+            last = self.errors.read().decode(errors="replace").strip().split("\n")[-1]
+        return None if code == 0 else last.removeprefix("error: ") or f"it ended with {code}"
 
     def _warn(self, reason: str) -> None:
         self.say(

@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig) -> int:
-    from pipeline.distributed import LostProcessError, joined_world
+    from pipeline.distributed import LostProcessError, joined_world, make_deterministic
     from pipeline.training.launch.run_dir import StillHeldError, owned
     from pipeline.training.settings import TrainSettings
-    from pipeline.training.setup import make_deterministic
 
     settings = TrainSettings.from_config(cfg)
     ends = deadline(settings.stop_before, settings.stop_margin_s)

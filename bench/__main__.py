@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -11,7 +12,7 @@ import torch
 
 from bench import attention, data, decode, head_loss, train_step
 from bench.options import add_options, given_options
-from bench.results import RESULTS, table, write
+from bench.results import RESULTS, Bench, table, write
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 
@@ -75,9 +76,11 @@ def run(arguments: Sequence[str]) -> None:
         module = BENCHMARKS[name]
         options = given_options(parsed, module.Options) if parsed.name else module.Options()
         print(f"{name}: {first_line(module)}", flush=True)
-        outcome = module.run(options, device, parsed.rounds, parsed.warmup)
-        path = write(outcome, name, options, device, parsed.results)
-        print(f"{table(outcome)}\n{path}\n", flush=True)
+        bench = Bench(device, parsed.rounds, parsed.warmup)
+        module.run(options, bench)
+        content = {"options": asdict(options), **asdict(bench.outcome)}
+        path = write(name, device, parsed.results, "bench", **content)
+        print(f"{table(bench.outcome)}\n{path}\n", flush=True)
 
 
 def first_line(module: ModuleType) -> str:

@@ -11,13 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.inputs import PRECISIONS, model_config, random_batch
-from bench.measure import Work, interleaved, peak_bytes, ratio
-from bench.results import Outcome
+from bench.inputs import model_config, precision, random_batch
+from bench.measure import Work
+from bench.results import Bench
 from pipeline.model.attention import Mask, attend, training_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import Spans
-from tidar_common.errors import UserError
 
 FORMS = {"cpu": ("dense", "tiles"), "cuda": ("dense", "tiles", "flex")}
 """Backends that can run backward on a device."""
@@ -39,62 +38,41 @@ class Options:
     """fp32 or bf16"""
 
 
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
-    if options.precision not in PRECISIONS:
-        raise UserError(f"--precision: unknown value {options.precision!r}; known: fp32, bf16")
+def run(options: Options, bench: Bench) -> None:
     config = model_config(options.model, 512, options.block_size)
-    outcome = Outcome()
     for length in options.lengths:
         for name, mean in (("one document", 4 * length), ("documents", options.document_tokens)):
-            measure(options, config, length, mean, f"S={length}, {name}: ", device, rounds, warmup,
-                    outcome)  # fmt: skip
-    return outcome
+            measure(options, config, length, mean, f"S={length}, {name}: ", bench)
 
 
 def measure(
-    options: Options,
-    config: ModelConfig,
-    length: int,
-    document_tokens: int,
-    prefix: str,
-    device: torch.device,
-    rounds: int,
-    warmup: int,
-    outcome: Outcome,
-) -> None:
-    """Every form of the mask at one length, into `outcome`."""
+    options: Options, config: ModelConfig, length: int, document_tokens: int, prefix: str,
+    bench: Bench,
+) -> None:  # fmt: skip
+    """Every form of the mask at one length."""
+    device, dtype = bench.device, precision(options.precision)
     count = max(1, options.tokens // length)
     spans = random_batch(config, count, length, document_tokens, coverage=1.0).spans
     makers = {form: partial(training_mask, spans, device, form) for form in FORMS[device.type]}
     moved = spans.to(device)
-    passes = {
-        form: attention_pass(config, options.precision, moved, make())
-        for form, make in makers.items()
-    }
+    passes = {form: attention_pass(config, dtype, moved, make()) for form, make in makers.items()}
     clean = Spans(*(part[:, :length] for part in (moved.lower, moved.upper, moved.block)))
-    passes["causal"] = attention_pass(config, options.precision, clean, None)
-    samples = interleaved(passes, rounds=rounds, warmup=warmup, device=device)
-    building = {f"make {form}": make for form, make in makers.items()}
-    built = interleaved(building, rounds=rounds, warmup=warmup, device=device)
-    outcome.add({**samples, **built}, prefix)
-    for form, work in passes.items():
-        variant = outcome.variants[prefix + form]
-        variant["peak_bytes"] = peak_bytes(work, device)
-        outcome.figures[f"{prefix}{form}: peak MB"] = variant["peak_bytes"] / 1e6
+    passes["causal"] = attention_pass(config, dtype, clean, None)
+    samples = bench.time(passes, prefix)
+    bench.time({f"make {form}": make for form, make in makers.items()}, prefix)
+    bench.weigh(passes, prefix)
     for form in makers:
-        outcome.ratios[f"{prefix}{form} / causal"] = ratio(samples[form], samples["causal"])
+        bench.divide(samples, form, "causal", prefix)
     for form in (other for other in makers if other != "dense"):
         # The target is the block-sparse kernel's, on a GPU at S = 4096.
         target = 3.0 if form == "flex" and length == 4096 else None
-        outcome.ratios[f"{prefix}dense / {form}"] = ratio(
-            samples["dense"], samples[form], at_least=target
-        )
+        bench.divide(samples, "dense", form, prefix, at_least=target)
 
 
-def attention_pass(config: ModelConfig, precision: str, spans: Spans, mask: Mask) -> Work:
+def attention_pass(config: ModelConfig, dtype: torch.dtype, spans: Spans, mask: Mask) -> Work:
     """Forward and backward of one layer's attention over as many rows as `spans` has."""
     batch, length = spans.block.shape
-    device, dtype = spans.block.device, PRECISIONS[precision]
+    device = spans.block.device
 
     def leaf(heads: int) -> Tensor:
         # As the projections leave them: [B, L, H, D], seen as [B, H, L, D].

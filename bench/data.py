@@ -12,8 +12,8 @@ import io
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bench.inputs import model_config, new_model
-from bench.measure import Samples, interleaved, ratio
-from bench.results import Outcome
+from bench.measure import Samples, Work, ratio
+from bench.results import Bench
 from bench.train_step import training_step
 from data_prep.corpora.text_files import StdlibConfig, StdlibCorpus
 from data_prep.formats.manifest import Manifest
@@ -58,18 +58,18 @@ class Options:
     """fp32 or bf16"""
 
 
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
-    outcome = Outcome()
+def run(options: Options, bench: Bench) -> None:
+    # Nothing of it but the training step runs on a GPU.
+    on_host = replace(bench, device=torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="tidar-bench-") as name:
         folder = Path(name)
         for model, part in MODELS.items():
             texts = repeated_library(options.max_bytes // part)
-            measure_preparation(outcome, options, folder / model, texts, model, rounds)
+            measure_preparation(options, folder / model, texts, model, replace(on_host, warmup=1))
         data = folder / READ / "first"
         manifest = Manifest.load(data)
-        measure_reading(outcome, data, manifest, rounds, warmup)
-        measure_batches(outcome, options, data, manifest, device, rounds, warmup)
-    return outcome
+        measure_reading(data, manifest, on_host)
+        measure_batches(options, data, manifest, bench)
 
 
 def repeated_library(max_bytes: int) -> list[str]:
@@ -86,7 +86,7 @@ def repeated_library(max_bytes: int) -> list[str]:
 
 
 def measure_preparation(
-    outcome: Outcome, options: Options, folder: Path, texts: list[str], model: str, rounds: int
+    options: Options, folder: Path, texts: list[str], model: str, bench: Bench
 ) -> None:
     """`tidar-prepare` with 1 and 2 workers, each beside the tokenizer alone, with the same encoder
     in as many processes: two at a time take caches and clock from each other, with nothing around
@@ -113,8 +113,8 @@ def measure_preparation(
         both: lambda: by_two(lambda half: encode(texts[half::2])),
         f"{model}, prepare with 2 workers": whole(2),
     }
-    samples = interleaved(variants, rounds=rounds, warmup=1, device=torch.device("cpu"))
-    add(outcome, samples, sum(split.tokens for split in first.splits.values()))
+    samples = time(bench, variants, sum(split.tokens for split in first.splits.values()))
+    outcome = bench.outcome
     for workers, reference in (("1 worker", alone), ("2 workers", both)):
         variant = f"{model}, prepare with {workers}"
         share = ratio(samples[reference], samples[variant], at_least=0.9)
@@ -170,9 +170,7 @@ def by_two(work: Callable[[int], object]) -> None:
         raise RuntimeError(f"processes of a benchmark ended with {codes}")
 
 
-def measure_reading(
-    outcome: Outcome, folder: Path, manifest: Manifest, rounds: int, warmup: int
-) -> None:
+def measure_reading(folder: Path, manifest: Manifest, bench: Bench) -> None:
     """All training sequences once: their arrays by webdataset; their documents and layouts by
     offset, and in the order of a run."""
     paths = [folder / shard.name for shard in manifest.train.shards]
@@ -200,37 +198,34 @@ def measure_reading(
         "by offset": by_offset,
         "sequences in order": in_order,
     }
-    cpu = torch.device("cpu")
-    samples = interleaved(variants, rounds=rounds, warmup=warmup, device=cpu)
-    add(outcome, samples, manifest.train.sequences * manifest.sequence_length, "read: ")
+    tokens = manifest.train.sequences * manifest.sequence_length
+    samples = time(bench, variants, tokens, "read: ")
     for name in ("by offset", "sequences in order"):
         pair = ratio(samples["webdataset, bare"], samples[name], at_least=1.0)
-        outcome.ratios[f"read: {name}: speed of webdataset's"] = pair
+        bench.outcome.ratios[f"read: {name}: speed of webdataset's"] = pair
 
 
-def measure_batches(
-    outcome: Outcome, options: Options, folder: Path, manifest: Manifest, device: torch.device,
-    rounds: int, warmup: int,
-) -> None:  # fmt: skip
+def measure_batches(options: Options, folder: Path, manifest: Manifest, bench: Bench) -> None:
     """What a run waits for its next batch, laid out anew, while steps run between."""
     source = SequenceSource(folder, manifest, manifest.train, 0, LayoutChoice(shift=True))
     share = Share(options.micro_batch_size, 1, rank=0, world_size=1)
     config = model_config(options.model, manifest.tokenizer.vocab_size, manifest.block_size)
     batches = step_batches(source, share, 0, with_slots=True)
-    step = training_step(new_model(config, options.precision, device), next(batches)[0], device)
+    model = new_model(config, options.precision, bench.device)
+    step = training_step(model, next(batches)[0], bench.device)
     # The step comes right after: the thread makes its next batch meanwhile, as in a run.
-    variants = {"wait for batches": lambda: next(batches), "training step": step}
-    samples = interleaved(variants, rounds=rounds, warmup=warmup, device=device)
+    samples = bench.time({"wait for batches": lambda: next(batches), "training step": step})
     batches.close()
-    outcome.add(samples)
-    wait = ratio(samples["wait for batches"], samples["training step"], at_most=0.01)
-    outcome.ratios["wait for batches / training step"] = wait
+    bench.divide(samples, "wait for batches", "training step", at_most=0.01)
 
 
-def add(outcome: Outcome, samples: dict[str, Samples], tokens: int, prefix: str = "") -> None:
-    """Add times, and tokens per second by the clock, at the median."""
-    outcome.add(samples, prefix)
-    for name in samples:
-        variant = outcome.variants[prefix + name]
+def time(
+    bench: Bench, works: Mapping[str, Work], tokens: int, prefix: str = ""
+) -> dict[str, Samples]:
+    """Times, and tokens per second by the clock, at the median."""
+    samples = bench.time(works, prefix)
+    for name in (prefix + name for name in works):
+        variant = bench.outcome.variants[name]
         variant["tokens_per_second"] = tokens / variant["wall_seconds"]["median"]
-        outcome.figures[f"{prefix}{name}: tokens/s"] = variant["tokens_per_second"]
+        bench.outcome.figures[f"{name}: tokens/s"] = variant["tokens_per_second"]
+    return samples

@@ -8,15 +8,16 @@ back accordingly. The host's part of a step is its time with a model that costs 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from bench.decode_models import FreeModel
 from bench.inputs import model_config, new_model
-from bench.measure import Work, interleaved, ratio
-from bench.results import Outcome
+from bench.measure import Work, ratio
+from bench.results import Bench
 from pipeline.decoding.choice import Conditions, accepted_probabilities, choose
 from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.latency import measure_curve
@@ -27,6 +28,8 @@ from pipeline.model.transformer import Transformer
 
 STEPS_A_ROUND = 8
 """One step is too short for the clock."""
+MOST_TOKENS = 512
+"""Of one forward: a piece of a prompt, or a step's queries."""
 PUBLISHED = {"TiDAR 1.5B": 7.45, "TiDAR 8B": 8.25}
 """Tokens per forward at K = 16 (arXiv 2511.08923)."""
 
@@ -56,134 +59,108 @@ class Options:
 
 
 @torch.inference_mode()
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
+def run(options: Options, bench: Bench) -> None:
     config = model_config(options.model, options.vocab_size, max(options.block_sizes))
     config = replace(config, draft_rank=options.draft_rank)
-    model = new_model(config, options.precision, device).eval()
-    outcome = Outcome()
-    outcome.figures["steps a round"] = STEPS_A_ROUND
+    model = new_model(config, options.precision, bench.device).eval()
     backend = model.for_decoding(1).backend
-    outcome.figures["attention kernel"] = "torch's choice" if backend is None else backend.name
-
-    def measure(prefix: str, steps: dict[str, Work], queries: dict[str, int]) -> None:
-        samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)
-        outcome.add(samples, prefix)
-        for name in steps:
-            variant = outcome.variants[prefix + name]
-            variant["queries"] = queries[name]
-            seconds = variant["wall_seconds"]["median"] / STEPS_A_ROUND
-            variant["milliseconds_per_forward"] = 1e3 * seconds
-            if name != "ar":
-                found = ratio(samples[name], samples["ar"])
-                outcome.ratios[f"{prefix}{name} / ar"] = found
-                if name.startswith("K="):
-                    even = found["wall"]["of_medians"]
-                    outcome.figures[f"{prefix}{name}: tokens a forward to break even"] = even
-
+    bench.outcome.figures |= {
+        "steps a round": STEPS_A_ROUND,
+        "attention kernel": "torch's choice" if backend is None else backend.name,
+    }
+    first, sizes = options.cached[0], options.block_sizes
+    blocks = {f"K={size}": StepShape.full(size) for size in sizes}
     if "cached" in options.parts:
         for cached in options.cached:
-            _compare(model, options, cached, 1, options.block_sizes, measure)
+            _measure(bench, options, f"{cached} cached: ", model, cached, blocks)
     for batch in options.batch_sizes if "batch" in options.parts else ():
         if batch > 1:
-            _compare(model, options, options.cached[0], batch, options.block_sizes[:1], measure)
+            prefix, least = f"{first} cached, batch {batch}: ", f"K={sizes[0]}"
+            _measure(bench, options, prefix, model, first, {least: blocks[least]}, batch=batch)
     if "host" in options.parts:
-        _host_part(model, options, measure)
+        shapes = {"ar": StepShape(1), f"K={sizes[0]}": StepShape.full(sizes[0])}
+        parts = {f"host part of {name}": shape for name, shape in shapes.items()}
+        free = FreeModel(model, sizes[0])
+        _measure(bench, options, "", model, first, parts, dict.fromkeys(parts, free))
         if options.draft_rank:
-            _head_part(model, options, measure, outcome)
+            _head_part(model, options, bench)
     if "simulated" in options.parts:
-        _simulate(model, options, device, (rounds, warmup), outcome)
-    return outcome
+        _simulate(model, options, bench)
 
 
-Measure = Callable[[str, dict[str, Work], dict[str, int]], None]
-
-
-def _compare(
-    model: Transformer,
+def _measure(
+    bench: Bench,
     options: Options,
+    prefix: str,
+    model: Transformer,
     cached: int,
-    batch: int,
-    sizes: tuple[int, ...],
-    measure: Measure,
+    shapes: Mapping[str, StepShape],
+    models: Mapping[str, Transformer] | None = None,
+    batch: int = 1,
 ) -> None:
-    """AR and TiDAR steps of a batch, side by side."""
-    shapes = {"ar": StepShape(1), **{f"K={size}": StepShape.full(size) for size in sizes}}
-    steps = {
-        name: decoding_steps(model, cached, shape, options.temperature, batch)
-        for name, shape in shapes.items()
-    }
-    rows = f", batch {batch}" if batch > 1 else ""
-    queries = {name: batch * shape.num_queries for name, shape in shapes.items()}
-    measure(f"{cached} cached{rows}: ", steps, queries)
-
-
-def _host_part(model: Transformer, options: Options, measure: Measure) -> None:
-    """Steps with a model that costs nothing, against a real AR step."""
-    cached, size = options.cached[0], options.block_sizes[0]
-    free = FreeModel(model, options.block_sizes[0])
-    shapes = {"host part of ar": StepShape(1), f"host part of K={size}": StepShape.full(size)}
-    steps = {"ar": decoding_steps(model, cached, StepShape(1), options.temperature)}
+    """Steps of a batch by name, those of `models` or of `model`, beside an AR step of `model`."""
+    shapes, models = {"ar": StepShape(1), **shapes}, models or {}
+    samples = bench.time(
+        {
+            name: decoding_steps(models.get(name, model), cached, shape, options.temperature, batch)
+            for name, shape in shapes.items()
+        },
+        prefix,
+    )
     for name, shape in shapes.items():
-        steps[name] = decoding_steps(free, cached, shape, options.temperature)
-    measure("", steps, {"ar": 1, **{name: shape.num_queries for name, shape in shapes.items()}})
+        variant = bench.outcome.variants[prefix + name]
+        variant["queries"] = batch * shape.num_queries
+        seconds = variant["wall_seconds"]["median"] / STEPS_A_ROUND
+        variant["milliseconds_per_forward"] = 1e3 * seconds
+        if name != "ar":
+            even = bench.divide(samples, name, "ar", prefix)["wall"]["of_medians"]
+            if name.startswith("K="):
+                bench.outcome.figures[f"{prefix}{name}: tokens a forward to break even"] = even
 
 
-def _head_part(model: Transformer, options: Options, measure: Measure, outcome: Outcome) -> None:
+def _head_part(model: Transformer, options: Options, bench: Bench) -> None:
     """What the draft head takes of a step: steps of a model that costs nothing but its head, less
     the same without the head, over real steps."""
-    cached, size = options.cached[0], options.block_sizes[0]
-    shape, prefix = StepShape.full(size), "draft head: "
+    size, prefix = options.block_sizes[0], "draft head: "
     models = {
         f"K={size}": model,
         "nothing but the head": FreeModel(model, size, with_head=True),
         "nothing": FreeModel(model, size),
     }
-    steps = {
-        name: decoding_steps(one, cached, shape, options.temperature)
-        for name, one in models.items()
-    }
-    steps["ar"] = decoding_steps(model, cached, StepShape(1), options.temperature)
-    measure(prefix, steps, {**dict.fromkeys(models, shape.num_queries), "ar": 1})
-    whole, own, rest = (
-        outcome.variants[prefix + name]["milliseconds_per_forward"] for name in models
+    shapes = dict.fromkeys(models, StepShape.full(size))
+    _measure(bench, options, prefix, model, options.cached[0], shapes, models)
+    whole, head, rest = (
+        bench.outcome.variants[prefix + name]["milliseconds_per_forward"] for name in models
     )
-    outcome.figures["draft head: share of a step"] = (own - rest) / whole
+    bench.outcome.figures["draft head: share of a step"] = (head - rest) / whole
 
 
-def _simulate(
-    model: Transformer,
-    options: Options,
-    device: torch.device,
-    rounds: tuple[int, int],
-    outcome: Outcome,
-) -> None:
+def _simulate(model: Transformer, options: Options, bench: Bench) -> None:
     """Speed over AR at the published acceptance: every block, and the blocks that pay here."""
-    size, cached = max(options.block_sizes), options.cached[0]
-    curve = measure_curve(model, rounds[0])
+    size, cached, figures = max(options.block_sizes), options.cached[0], bench.outcome.figures
+    curve = measure_curve(model, bench.rounds)
     for length, times in zip(curve.cached, curve.forward, strict=True):
         for queries, seconds in zip(curve.queries, times, strict=True):
-            name = f"latency curve, {length} cached, {queries} queries: ms"
-            outcome.figures[name] = 1e3 * seconds
+            figures[f"latency curve, {length} cached, {queries} queries: ms"] = 1e3 * seconds
     for name, rate in PUBLISHED.items():
         acceptance = [_constant_acceptance(min(rate, 0.9 * size), size)] * (size - 1)
         known = Acceptance(acceptance, acceptance if model.draft_head is not None else None)
         greedy = options.temperature == 0
         choice = choose(known, Conditions(curve, cached, greedy=greedy))
         shapes = {"every block": StepShape.full(size), "chosen": choice.shape}
-        work = {"ar": Simulation(model, StepShape(1), [], options)}
+        works = {"ar": Simulation(model, StepShape(1), [], options)}
         for kind, shape in shapes.items():
-            work[kind] = Simulation(model, shape, acceptance, options)
-        samples = interleaved(work, rounds=rounds[0], warmup=rounds[1], device=device)
+            works[kind] = Simulation(model, shape, acceptance, options)
         prefix = f"simulated {name}, {cached} cached: "
-        outcome.add(samples, prefix)
-        outcome.figures[f"{prefix}chosen step"] = str(choice)
+        samples = bench.time(works, prefix)
+        figures[f"{prefix}chosen step"] = str(choice)
         for kind in shapes:
-            own, ar = work[kind], work["ar"]
+            work, ar = works[kind], works["ar"]
             slower = ratio(samples[kind], samples["ar"])["wall"]["of_medians"]
-            speedup = own.tokens / ar.tokens / slower
-            forward = own.tokens / own.forwards
-            outcome.variants[prefix + kind]["simulated"] = True
-            outcome.figures[f"{prefix}{kind}"] = (
+            speedup = work.tokens / ar.tokens / slower
+            forward = work.tokens / work.forwards
+            bench.outcome.variants[prefix + kind]["simulated"] = True
+            figures[f"{prefix}{kind}"] = (
                 f"{forward:.2f} tokens a forward, {speedup:.2f} times AR, "
                 f"conversion {speedup / forward:.0%}"
             )
@@ -219,15 +196,11 @@ class Simulation:
     """Real steps whose number of accepted drafts is drawn; the same draws every time it runs."""
 
     def __init__(
-        self,
-        model: Transformer,
-        shape: StepShape,
-        acceptance: list[float],
-        options: Options,
+        self, model: Transformer, shape: StepShape, acceptance: list[float], options: Options
     ) -> None:
         count, self._cached = options.simulated_steps, options.cached[0]
         self._engine = _engine(
-            model, self._cached, shape, options.temperature, more=count * shape.drafts
+            model, self._cached, shape, options.temperature, more=count * shape.tokens
         )
         self._shape = shape
         rng, drafted = random.Random(0), shape.drafting
@@ -235,7 +208,7 @@ class Simulation:
         """Tokens of each step, and whether a draft is there afterwards."""
         for _ in range(count):
             accepted = 1
-            limit = shape.drafts if drafted else 1
+            limit = shape.tokens if drafted else 1
             while accepted < limit and rng.random() < acceptance[accepted - 1]:
                 accepted += 1
             drafted = (shape if drafted else shape.short).drafted_after(accepted)
@@ -253,13 +226,9 @@ class Simulation:
 
 
 def _engine(
-    model: Transformer,
-    cached: int,
-    shape: StepShape,
-    temperature: float,
-    batch: int = 1,
+    model: Transformer, cached: int, shape: StepShape, temperature: float, batch: int = 1,
     more: int = 1,
-) -> StepEngine:
+) -> StepEngine:  # fmt: skip
     """Every row has read a random prompt of `cached` tokens and has room for `more`."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -271,3 +240,30 @@ def _engine(
     for row in range(batch):
         engine.admit(row, prompt.to(device), seed=row)
     return engine
+
+
+class FreeModel(Transformer):
+    """A model that costs nothing: gives back tensors that were made beforehand, of the shapes that
+    `like` gives; `with_head` keeps its draft head, which then is all that costs anything."""
+
+    def __init__(self, like: Transformer, block_size: int, with_head: bool = False) -> None:
+        nn.Module.__init__(self)
+        config = like.config
+        first = next(like.parameters())
+        self.config = config
+        self._weight = nn.Parameter(torch.zeros((), dtype=first.dtype, device=first.device))
+        tokens = max(MOST_TOKENS + block_size, block_size + block_size**2)
+        self._hidden = torch.zeros(1, tokens, config.hidden_size).to(first)
+        self._logits = torch.zeros(1, 2 * block_size, config.num_embeddings).to(first)
+        self.lm_head = self.logits  # type: ignore[assignment]
+        self.draft_head = like.draft_head if with_head else None
+        self.model = like.model
+
+    def for_decoding(self, positions: int) -> "FreeModel":  # type: ignore[override]
+        return self
+
+    def hidden(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self._hidden[:, : input_ids.shape[1]]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._logits[:, : hidden.shape[1]]

@@ -3,31 +3,24 @@
 import argparse
 import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.results import RESULTS, machine, revision
-from tidar_common.files import write_text_atomic
+from bench.results import RESULTS, write
 from tidar_common.jsonlines import read_whole
 from tidar_common.run_files import METRICS
 
 RUNS = ("ar", "tidar", "twin")
 
 
-def collect(work: Path, device: torch.device) -> dict[str, Any]:
+def collect(work: Path) -> dict[str, Any]:
     """Figures of the finished runs and evaluations below `work`."""
     scores = {name: json.loads((work / f"{name}.json").read_text()) for name in ("twin", "tidar")}
     bits = {name: scored["likelihood"]["bits_per_byte"] for name, scored in scores.items()}
     text = work / "text" / "text.json"
     return {
-        "benchmark": "gpu_train",
-        "command": "bash bench/gpu_train.sh",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": revision(),
-        "machine": machine(device),
         "corpus": json.loads(text.read_text()) if text.is_file() else None,
         "runs": {name: training(work / name) for name in RUNS},
         "likelihood": {name: scored["likelihood"] for name, scored in scores.items()},
@@ -75,10 +68,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    device = torch.device(given.device)
-    scored = collect(given.work, device)
-    path = given.results / f"gpu_train-{device.type}.json"
-    write_text_atomic(path, json.dumps(scored, indent=1) + "\n")
+    device, scored = torch.device(given.device), collect(given.work)
+    path = write("gpu_train", device, given.results, "bash bench/gpu_train.sh", **scored)
     print(f"{summary(scored)}\n{path}")
 
 

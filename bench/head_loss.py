@@ -4,20 +4,18 @@ Peak memory is what it is about: every row of a micro-batch has a label, and log
 columns as the vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import PRECISIONS
-from bench.measure import interleaved, peak_bytes, ratio
-from bench.results import Outcome
+from bench.inputs import precision
+from bench.measure import Work
+from bench.results import Bench
 from pipeline.objective.config import ObjectiveConfig
 from pipeline.objective.head_loss import head_loss
 from pipeline.objective.loss import Chains, Targets
-from tidar_common.errors import UserError
 
 VARIANTS = {
     "pieces": ObjectiveConfig(),
@@ -41,10 +39,9 @@ class Options:
     """fp32 or bf16"""
 
 
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
-    if options.precision not in PRECISIONS:
-        raise UserError(f"--precision: unknown value {options.precision!r}; known: fp32, bf16")
-    dtype, generator = PRECISIONS[options.precision], torch.Generator().manual_seed(0)
+def run(options: Options, bench: Bench) -> None:
+    device, dtype = bench.device, precision(options.precision)
+    generator = torch.Generator().manual_seed(0)
     half = -(-options.rows // 2)
 
     def leaf(rows: int) -> Tensor:
@@ -56,22 +53,18 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
     works = {"whole logits": whole(leaves, labels, half)}
     for name, objective in VARIANTS.items():
         works[name] = in_pieces(leaves, labels, half, objective)
-    samples = interleaved(works, rounds=rounds, warmup=warmup, device=device)
-    outcome = Outcome()
-    outcome.add(samples)
-    for name, work in works.items():
-        outcome.variants[name]["peak_bytes"] = peak_bytes(work, device)
-        outcome.figures[f"{name}: peak MB"] = outcome.variants[name]["peak_bytes"] / 1e6
+    samples = bench.time(works)
+    bench.weigh(works)
     for name in VARIANTS:
-        outcome.ratios[f"{name} / whole logits"] = ratio(samples[name], samples["whole logits"])
-    outcome.figures["fp32 logits of all rows: MB"] = 2 * half * options.vocab_size * 4 / 1e6
-    outcome.figures["gradient of the head in fp32: MB"] = (
-        options.vocab_size * options.hidden_size * 4 / 1e6
-    )
-    return outcome
+        bench.divide(samples, name, "whole logits")
+    elements = {
+        "fp32 logits of all rows: MB": 2 * half * options.vocab_size,
+        "gradient of the head in fp32: MB": options.vocab_size * options.hidden_size,
+    }
+    bench.outcome.figures.update({name: 4 * count / 1e6 for name, count in elements.items()})
 
 
-def whole(leaves: tuple[Tensor, Tensor], labels: Tensor, half: int) -> Callable[[], None]:
+def whole(leaves: tuple[Tensor, Tensor], labels: Tensor, half: int) -> Work:
     """The published objective over the logits of all rows at once."""
 
     def work() -> None:
@@ -83,7 +76,7 @@ def whole(leaves: tuple[Tensor, Tensor], labels: Tensor, half: int) -> Callable[
 
 def in_pieces(
     leaves: tuple[Tensor, Tensor], labels: Tensor, half: int, objective: ObjectiveConfig
-) -> Callable[[], None]:
+) -> Work:
     rows = torch.arange(2 * half, device=labels.device)
     # One draft a chain: how long chains are makes no difference to the cost, either.
     chains = Chains(2 * rows[:half] + 1, rows[:half] >= 0, (half, 2))

@@ -28,11 +28,15 @@ def model_config(name: str, vocab_size: int, block_size: int) -> ModelConfig:
     return shape.with_tokens(vocab_size, vocab_size - 1, block_size)
 
 
-def new_model(config: ModelConfig, precision: str, device: torch.device) -> Transformer:
+def precision(name: str) -> torch.dtype:
+    if name not in PRECISIONS:
+        raise UserError(f"--precision: unknown value {name!r}; known are fp32 and bf16")
+    return PRECISIONS[name]
+
+
+def new_model(config: ModelConfig, dtype: str, device: torch.device) -> Transformer:
     """A model with random weights."""
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision: unknown value {precision!r}; known are fp32 and bf16")
-    return Transformer(config).initialize(0).to(device, PRECISIONS[precision])
+    return Transformer(config).initialize(0).to(device, precision(dtype))
 
 
 def random_batch(

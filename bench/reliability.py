@@ -15,28 +15,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.results import RESULTS, ROOT, Outcome, write
+from bench.options import add_options, given_options
+from bench.results import RESULTS, Outcome, write
 from pipeline.checkpoint.files import FILE_LIST, load_checked, verify_file_list
 from pipeline.report.compare import compare, describe
+from tests.commands import ROOT, SMALL_RUN, command, prepare_small
 from tidar_common.errors import UserError
 from tidar_common.jsonlines import read_whole
 from tidar_common.run_files import DECODE_SPEED, EVENTS, newest_checkpoint
 
-MODEL = (
-    "model=tiny", "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
-    "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.max_positions=256",
-)  # fmt: skip
 RUN = (
-    *MODEL, "precision=fp32", "steps=90", "global_batch_size=8", "micro_batch_size=2",
-    "optimizer.learning_rate=0.01", "schedule.warmup_steps=2", "checkpoint.every=3",
-    "evals.decode_speed.every=10", "evals.decode_speed.prompts=2",
-    "evals.decode_speed.prompt_tokens=8", "evals.decode_speed.max_new_tokens=8",
+    *SMALL_RUN, "steps=90", "checkpoint.every=3", "evals.decode_speed.every=10",
+    "evals.decode_speed.prompts=2", "evals.decode_speed.max_new_tokens=8",
     "evals.decode_speed.score_sequences=2", "wandb.mode=disabled",
 )  # fmt: skip
 KILLS = (
@@ -67,11 +63,10 @@ class Options:
 def launch(
     module: str, data_dir: Path, run_dir: Path, options: Options, *overrides: str, fault: str = ""
 ) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone"]
-    launcher.append(f"--nproc-per-node={options.processes}")
     values = [f"data.dir={data_dir}", f"run_dir={run_dir}", *RUN, *overrides]
+    processes = options.processes if options.processes > 1 else None
     return subprocess.Popen(
-        [sys.executable, *(launcher if options.processes > 1 else []), "-m", module, *values],
+        command(module, *values, processes=processes),
         cwd=ROOT, env={**os.environ, "TIDAR_TEST_FAULT": fault}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -108,12 +103,12 @@ def survive_kills(data_dir: Path, folder: Path, options: Options) -> dict[str, A
         survived[kind] = survived.get(kind, 0) + 1
         print(f"kill {number + 1}: {fault}, {lines_of(killed)} lines of metrics", flush=True)
     finish(launch("pipeline.train", data_dir, killed, options))
-    found = compare(straight, killed, "loss")
-    print(describe(found, "loss"), flush=True)
+    comparison = compare(straight, killed, "loss")
+    print(describe(comparison, "loss"), flush=True)
     return {
         "kills survived": sum(survived.values()),
         "kills by place": survived,
-        "bit-equal to the run left alone": found.equal,
+        "bit-equal to the run left alone": comparison.equal,
         "eval rows equal": eval_rows(straight) == eval_rows(killed),
     }
 
@@ -143,12 +138,12 @@ def survive_signals(data_dir: Path, folder: Path, options: Options) -> dict[str,
         marked = (run_dir / "interrupted").exists()
         saved.append(marked and newest == f"step-{lines_of(run_dir):08d}")
     finish(launch("pipeline.train", data_dir, run_dir, options))
-    found = compare(folder / "straight", run_dir, "loss")
+    comparison = compare(folder / "straight", run_dir, "loss")
     return {
         "signals": list(SIGNALS),
         "saved at the last step": saved,
         "codes of the launcher" if options.processes > 1 else "codes": codes,
-        "bit-equal after signals": found.equal,
+        "bit-equal after signals": comparison.equal,
     }
 
 
@@ -250,33 +245,26 @@ def time_resume(data_dir: Path, run_dir: Path, options: Options) -> dict[str, An
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
-    for option in fields(Options):
-        name = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(name, type=int, default=option.default)
+    add_options(parser, "the runs", Options)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file")
-    given = vars(parser.parse_args(arguments))
-    results, options = given.pop("results"), Options(**given)
+    given = parser.parse_args(arguments)
+    options, figures = given_options(given, Options), {}
     from bench.saving import time_saving
 
-    outcome = Outcome()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data_dir = folder / "data"
-        subprocess.run(
-            [sys.executable, "-m", "data_prep.prepare", f"output_dir={data_dir}",
-             "corpus.max_bytes=400000", "sequence_length=64", "tokenizer.vocab_size=400",
-             "layout.block_size=4", "heldout_fraction=0.2", "group_size=8"],
-            cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        outcome.figures.update(survive_kills(data_dir, folder, options))
-        outcome.figures.update(survive_signals(data_dir, folder, options))
+        data_dir = prepare_small(folder / "data")
+        figures.update(survive_kills(data_dir, folder, options))
+        figures.update(survive_signals(data_dir, folder, options))
         newest = folder / "straight" / "checkpoints" / "step-00000090"
-        outcome.figures.update(refuse_damage(newest, folder))
-        outcome.figures.update(refuse_bad_inputs(folder))
-        outcome.figures.update(time_resume(data_dir, folder / "straight", options))
-        outcome.figures.update(time_saving(folder, options.parameters_m))
-    path = write(outcome, "reliability", options, torch.device("cpu"), results, "bench.reliability")
-    for key, value in outcome.figures.items():
+        figures.update(refuse_damage(newest, folder))
+        figures.update(refuse_bad_inputs(folder))
+        figures.update(time_resume(data_dir, folder / "straight", options))
+        figures.update(time_saving(folder, options.parameters_m))
+    content = {"options": asdict(options), **asdict(Outcome(figures=figures))}
+    cpu = torch.device("cpu")
+    path = write("reliability", cpu, given.results, "bench.reliability", **content)
+    for key, value in figures.items():
         print(f"{key}: {value}")
     print(path)
     return 0

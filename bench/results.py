@@ -6,14 +6,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import Samples
+from bench.measure import Samples, Work, interleaved, peak_bytes, ratio
 from tidar_common.files import write_text_atomic
 from tidar_common.tables import Table, significant
 
@@ -36,27 +37,51 @@ class Outcome:
             self.variants[prefix + name] = timed.summary()
 
 
-def write(
-    outcome: Outcome,
-    benchmark: str,
-    options: Any,
-    device: torch.device,
-    folder: Path,
-    module: str = "bench",
-) -> Path:
-    """Write `<benchmark>-<device type>.json` into `folder`, all or nothing; returns its path.
-    `module` is what `python -m` runs."""
-    content = {
+@dataclass(frozen=True)
+class Bench:
+    """How a benchmark measures, and what came of it."""
+
+    device: torch.device
+    rounds: int
+    warmup: int
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def time(self, works: Mapping[str, Work], prefix: str = "") -> dict[str, Samples]:
+        """Run `works` in turns; their times stand under their names behind `prefix`."""
+        samples = interleaved(works, rounds=self.rounds, warmup=self.warmup, device=self.device)
+        self.outcome.add(samples, prefix)
+        return samples
+
+    def weigh(self, works: Mapping[str, Work], prefix: str = "") -> None:
+        """The peak memory of each of `works`, which have been timed."""
+        for name, work in works.items():
+            peak = peak_bytes(work, self.device)
+            self.outcome.variants[prefix + name]["peak_bytes"] = peak
+            self.outcome.figures[f"{prefix}{name}: peak MB"] = peak / 1e6
+
+    def divide(
+        self, samples: Mapping[str, Samples], name: str, by: str, prefix: str = "",
+        **target: float | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The ratio of two variants, with its target as in `ratio`; returns it."""
+        pair = ratio(samples[name], samples[by], **target)
+        self.outcome.ratios[f"{prefix}{name} / {by}"] = pair
+        return pair
+
+
+def write(benchmark: str, device: torch.device, folder: Path, module: str, **content: Any) -> Path:
+    """Write `content` and where it comes from to `<benchmark>-<device type>.json` in `folder`, all
+    or nothing; returns its path. `module` is what `python -m` runs, or a whole command."""
+    command = module if " " in module else shlex.join(["python", "-m", module, *sys.argv[1:]])
+    head = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": revision(),
         "machine": machine(device),
-        "options": asdict(options),
-        **asdict(outcome),
     }
     path = folder / f"{benchmark}-{device.type}.json"
-    write_text_atomic(path, json.dumps(content, indent=1) + "\n")
+    write_text_atomic(path, json.dumps(head | content, indent=1) + "\n")
     return path
 
 

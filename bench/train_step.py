@@ -7,15 +7,14 @@ times an AR step at full coverage, at most 1.3 times at a quarter; with a frozen
 and 0.65 times, and gradients and optimizer states of at most a tenth.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from bench.inputs import model_config, new_model, random_batch
-from bench.measure import interleaved, peak_bytes, ratio
-from bench.results import Outcome
+from bench.measure import Work
+from bench.results import Bench
 from pipeline.data.batch import Batch
 from pipeline.distributed import World
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig
@@ -76,7 +75,7 @@ class PlainEngine:
 
 def training_step(
     model: Transformer, batch: Batch, device: torch.device, attention: str = "auto"
-) -> Callable[[], None]:
+) -> Work:
     """One update from `batch`, which has a mask section or not, small enough to leave the weights
     much as they are."""
     objective = ObjectiveConfig("tidar" if batch.diffusion_labels else "ar")
@@ -112,15 +111,15 @@ def state_bytes(model: Transformer) -> int:
     return sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Outcome:
+def run(options: Options, bench: Bench) -> None:
     config = model_config(options.model, options.vocab_size, options.block_size)
-    model = build(config, options, device)
+    model = build(config, options, bench.device)
     adapted = replace(
         config, adapter_rank=options.adapter_rank, own_mask_embedding=True,
         adapter_targets=ADAPTER_TARGETS if options.adapter_rank else (),
     )  # fmt: skip
-    frozen = build(adapted, options, device).freeze_base()
-    steps = {}
+    frozen = build(adapted, options, bench.device).freeze_base()
+    steps: dict[str, Work] = {}
     variants: list[tuple[str, Transformer, float | None]] = [("ar", model, None)]
     variants += [(f"tidar, coverage {c:g}", model, c) for c in COVERAGES]
     variants += [(f"frozen, coverage {c:g}", frozen, c) for c in FROZEN_COVERAGES]
@@ -128,24 +127,21 @@ def run(options: Options, device: torch.device, rounds: int, warmup: int) -> Out
         batch = random_batch(
             config, options.micro_batch_size, options.length, options.document_tokens, coverage
         )
-        steps[name] = training_step(trained, batch, device, options.attention)
-    samples = interleaved(steps, rounds=rounds, warmup=warmup, device=device)
-    outcome = Outcome()
-    outcome.add(samples)
+        steps[name] = training_step(trained, batch, bench.device, options.attention)
+    samples = bench.time(steps)
+    bench.weigh(steps)
     clean_tokens = options.micro_batch_size * options.length
-    for name, step in steps.items():
-        variant = outcome.variants[name]
-        variant["peak_bytes"] = peak_bytes(step, device)
+    for variant in bench.outcome.variants.values():
         variant["clean_tokens_per_second"] = clean_tokens / variant["wall_seconds"]["median"]
-        outcome.figures[f"{name}: peak MB"] = variant["peak_bytes"] / 1e6
     for kind, targets in (("tidar", COVERAGES), ("frozen", FROZEN_COVERAGES)):
         for coverage, target in targets.items():
-            name = f"{kind}, coverage {coverage:g}"
-            outcome.ratios[f"{name} / ar"] = ratio(samples[name], samples["ar"], at_most=target)
-    outcome.figures["parameters"] = config.num_parameters
-    outcome.figures["states MB"] = state_bytes(model) / 1e6
-    outcome.figures["states MB, frozen"] = state_bytes(frozen) / 1e6
-    outcome.figures["states, frozen / full"] = state_bytes(frozen) / state_bytes(model)
-    outcome.figures["states, frozen / full, at most"] = MOST_STATES
-    outcome.figures["clean tokens"] = clean_tokens
-    return outcome
+            bench.divide(samples, f"{kind}, coverage {coverage:g}", "ar", at_most=target)
+    states, of_frozen = state_bytes(model), state_bytes(frozen)
+    bench.outcome.figures |= {
+        "parameters": config.num_parameters,
+        "states MB": states / 1e6,
+        "states MB, frozen": of_frozen / 1e6,
+        "states, frozen / full": of_frozen / states,
+        "states, frozen / full, at most": MOST_STATES,
+        "clean tokens": clean_tokens,
+    }

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data_prep.config import PrepareSettings
 from data_prep.corpora import open_corpus
 from data_prep.formats.manifest import Manifest
-from data_prep.inspect.picture import inspect_sequence
-from data_prep.inspect.stats import describe, read_contents, write_page
+from data_prep.inspect.show import describe, inspect_sequence, read_contents, write_page
 from data_prep.inspect.verify import verify_data
-from data_prep.settings import PrepareSettings
 from data_prep.stages.merge import finished_records, merge
 from data_prep.stages.output_folder import (
     clear_finished,

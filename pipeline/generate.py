@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from pipeline.decoding import stream
 from pipeline.decoding.answers import generate_file
 from pipeline.decoding.choice import Choice
+from pipeline.decoding.config import GenerateConfig
 from pipeline.decoding.prompts import Share, output_file, rank_device, read_prompt
-from pipeline.decoding.settings import GenerateConfig
 from pipeline.decoding.terminal import (
     histogram,
     prompts_progress,

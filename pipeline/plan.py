@@ -4,20 +4,26 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.planning.checks import run_checks
-from pipeline.planning.plan import Plan, make_plan
-from pipeline.planning.settings import Planned
-from pipeline.planning.show import describe
 from tidar_common.cli import run
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic
 from tidar_common.run_files import Exit
 
+if TYPE_CHECKING:
+    from pipeline.planning.plan import Plan
+
 
 def plan(cfg: DictConfig) -> int:
+    # Here, so that no help or mistake in a key waits for torch.
+    from pipeline.planning.checks import run_checks
+    from pipeline.planning.config import Planned
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.show import describe
+
     started = time.monotonic()
     planned = Planned.from_config(cfg)
     result = make_plan(planned)
@@ -33,7 +39,7 @@ def plan(cfg: DictConfig) -> int:
     return Exit.DONE
 
 
-def write_json(result: Plan, path: Path) -> None:
+def write_json(result: "Plan", path: Path) -> None:
     try:
         write_text_atomic(path, json.dumps(result.to_dict(), indent=2) + "\n")
     except OSError as error:

@@ -18,11 +18,10 @@ from pipeline.report.standing import (
     read_starts,
     skipped_shards,
 )
-from pipeline.training.trackers.progress import duration
 from tidar_common.cli import report_mistake, telling_mistakes
 from tidar_common.errors import UserError
 from tidar_common.run_files import CONFIG, INTERRUPTED, METRICS, REPORT, Exit, newest_checkpoint
-from tidar_common.tables import MISSING, Table, compact, fixed
+from tidar_common.tables import MISSING, Table, compact, duration, fixed
 
 QUIET_STEPS = 20
 """A run that has written nothing for so many steps' time is called quiet, not running."""
@@ -218,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     add("run_dir", type=Path, nargs="+", help="a training run's directory, or that of a sweep's")
     action = words.add_mutually_exclusive_group()
     action.add_argument("--report", action="store_true", help="draw report.html, print its path")
+    action.add_argument("--table", action="store_true", help="a line for each run")
     action.add_argument("--compare", action="store_true", help="where runs differ from the first")
     add("--key", default="loss", help="compared key of metrics.jsonl (default loss)")
     add("--plot", type=Path, help="write the compared differences as a page (HTML) here")
@@ -232,6 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     if asked.compare:
         return compare_runs(asked.run_dir[0], asked.run_dir[1:], asked)
+    if asked.table:
+        print(sweep_table(asked.run_dir, time.time()).text())
+        return Exit.DONE
     code = Exit.DONE
     for run_dir in asked.run_dir:
         try:

@@ -1,7 +1,7 @@
 """`tidar-train`: prepared shards to a trained model. `torchrun … -m pipeline.train` for several."""
 
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig) -> int:
-    from pipeline.distributed import LostProcessError, joined_world
+    from pipeline.distributed import LostProcessError, joined_world, make_deterministic
     from pipeline.training.launch.run_dir import StillHeldError, owned
     from pipeline.training.settings import TrainSettings
-    from pipeline.training.setup import make_deterministic
 
     settings = TrainSettings.from_config(cfg)
     ends = deadline(settings.stop_before, settings.stop_margin_s)
@@ -86,12 +85,11 @@ def train_in_world(
 @telling_mistakes
 def train_sweep(overrides: list[str]) -> int:
     """Train the runs of a sweep, print where they stand; returns the first code that is not 0."""
-    from pipeline.status import sweep_table
-
     code = train_each(overrides)
     if len(runs := expand(overrides)) > 1:
         folders = [Path(run[-1].partition("=")[2]).expanduser() for run in runs]
-        print(sweep_table(folders, time.time()).text())
+        command = [sys.executable, "-m", "pipeline.status", "--table", *map(str, folders)]
+        subprocess.run(command, check=False)
     return code
 
 

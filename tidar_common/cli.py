@@ -215,11 +215,11 @@ def telling_mistakes(main: Callable[P, int | None]) -> Callable[P, int]:
     """An entry point without a Hydra config: a UserError is one line and code 2, None is code 0."""
 
     @functools.wraps(main)
-    def told(*arguments: P.args, **named: P.kwargs) -> int:
+    def wrapper(*arguments: P.args, **named: P.kwargs) -> int:
         try:
             return main(*arguments, **named) or 0
         except UserError as error:
             report_mistake(str(error))
             return Exit.BAD_INPUT
 
-    return told
+    return wrapper

@@ -202,30 +202,6 @@ def chart_grid(charts: Sequence[Chart | BarChart], columns: int = 1) -> Markup:
     return render("charts.html", charts=charts, columns=columns)
 
 
-def heat_map(rows: Sequence[str], values: Sequence[Sequence[float | None]], label: str) -> Markup:
-    """Shares in [0, 1] as cells with their per cent: white for 0, dark blue for 1, nothing for
-    None. `rows` are named, columns are counted from 1."""
-    count = max(map(len, values))
-    cells = np.full((len(rows), count), np.nan)
-    for row, shares in zip(cells, values, strict=True):
-        row[: len(shares)] = [np.nan if share is None else share for share in shares]
-    width, height = 64 + 34 * count, 24 + 22 * len(rows)
-    with new_figure(width, height) as figure:
-        axes = figure.add_axes((60 / width, 0, 34 * count / width, 1 - 24 / height))
-        axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
-        for (row, column), share in np.ndenumerate(cells):
-            if not np.isnan(share):
-                axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center",
-                          fontsize=10, color="white" if share > 0.5 else "black")  # fmt: skip
-        axes.set_xticks(np.arange(count) + 0.5, [str(n + 1) for n in range(count)])
-        axes.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0)
-        axes.set_ylim(len(rows), 0)
-        axes.spines[:].set_visible(False)
-        return svg(figure, label, natural=True)
-
-
 def png(pixels: NDArray[np.uint8]) -> bytes:
     """An RGB picture [height, width, 3] as a PNG file."""
     from matplotlib.image import imsave

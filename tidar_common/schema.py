@@ -25,10 +25,10 @@ from hydra.core.config_store import ConfigStore
 NO_VALUE = "???"
 """OmegaConf's sign of a key that must be set."""
 MODULES = {
-    "prepare": "data_prep.settings",
+    "prepare": "data_prep.config",
     "train": "pipeline.training.config",
-    "evaluate": "pipeline.evals.settings",
-    "generate": "pipeline.decoding.settings",
+    "evaluate": "pipeline.evals.config",
+    "generate": "pipeline.decoding.config",
     "export": "pipeline.export",
     "plan": "pipeline.planning.config",
 }

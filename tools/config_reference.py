@@ -108,7 +108,7 @@ def is_filled(key: Key, choice: Choice) -> bool:
 
 def changes(values: Mapping[str, Any]) -> Iterator[str]:
     """What a file of conf/ sets, as one would write it on the command line."""
-    if values:
+    if any(value is not None for value in values.values()):
         yield f"`{' '.join(f'{key}={shown(value)}' for key, value in values.items())}`"
 
 

@@ -22,8 +22,7 @@ from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.data.batch import make_batch
 from pipeline.decoding import generate
-from pipeline.decoding.sampling import draw
-from pipeline.decoding.verify import verify
+from pipeline.decoding.sampling import draw, verify
 from pipeline.model.attention import training_mask
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_model, read_model

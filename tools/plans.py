@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from pipeline.planning.config import Planned
 from pipeline.planning.plan import GIB, Plan, make_plan
-from pipeline.planning.settings import Planned
 from pipeline.planning.show import describe
 from tidar_common.errors import UserError
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import in_heldout
 from data_prep.corpora.base import Document
 from data_prep.corpora.files import File, local_file
 from data_prep.corpora.text_files import (
@@ -25,7 +26,6 @@ from data_prep.corpora.text_files import (
     StdlibConfig,
     StdlibCorpus,
 )
-from data_prep.settings import in_heldout
 from tidar_common.cli import telling_mistakes
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic, written_atomically

@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from bench.experiments.corpus import ROOT, CorpusChoice, prepare
 from bench.experiments.record import make_result
 from bench.experiments.runs import BASE_STEPS, BY_NAME, STEPS, Run
+from pipeline.planning.config import Planned
 from pipeline.planning.plan import make_plan
-from pipeline.planning.settings import Planned
 from tidar_common.errors import UserError
 from tidar_common.files import write_text_atomic
 

@@ -114,17 +114,17 @@ def _local(path: str, patterns: Sequence[str], key: str) -> list[File]:
         raise UserError(
             f"{key}: cannot look for {patterns[0]!r} under {path}; give a name's pattern"
         )
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in places:
         if place.is_file():
-            found.setdefault(os.path.realpath(place), place)
+            paths.setdefault(os.path.realpath(place), place)
             continue
         for file, real in _walk(place, key):
             if any(file.relative_to(place).match(pattern) for pattern in patterns):
-                found.setdefault(real, file)
-    if found and root.is_file():
+                paths.setdefault(real, file)
+    if paths and root.is_file():
         return [local_file(root, root.name)]
-    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(found.values())]
+    return [local_file(p, p.relative_to(root).as_posix()) for p in sorted(paths.values())]
 
 
 def _walk(root: Path, key: str) -> Iterator[tuple[Path, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -22,7 +23,6 @@ from data_prep.formats.manifest import (
     ShardInfo,
     Split,
 )
-from data_prep.settings import PrepareSettings
 from data_prep.stages.output_folder import TASKS_FOLDER, remove_leftovers, taking_turns
 from data_prep.stages.plan import Preparation, Task, epochs_read, plan_key
 from data_prep.stages.screen import describe_screening

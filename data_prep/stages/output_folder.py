@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.manifest import (
     CONTAMINATED,
     MANIFEST,
@@ -18,7 +19,6 @@ from data_prep.formats.manifest import (
     Manifest,
 )
 from data_prep.formats.shards import wrong_sizes
-from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import HUGGINGFACE_CONFIG, HUGGINGFACE_FILE, SENTENCEPIECE_FILE
 from tidar_common.errors import UserError
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import PrepareSettings
 from data_prep.corpora import Corpus, Part
 from data_prep.filters.config import datatrove_version
 from data_prep.filters.decontamination import eval_files, files_sha256
 from data_prep.formats.manifest import FORMAT_VERSION
 from data_prep.layout import RESPONSE
-from data_prep.settings import PrepareSettings
 from data_prep.stages.output_folder import TASKS_FOLDER
 from data_prep.tokenizers.load import (
     HUGGINGFACE_FILE,

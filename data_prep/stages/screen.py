@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_prep.config import PrepareSettings
 from data_prep.corpora import utf8_bytes
 from data_prep.filters.config import datatrove_version
 from data_prep.filters.duplicates import EXACT, MINHASH, Signer, duplicates
 from data_prep.formats.manifest import CONTAMINATED
-from data_prep.settings import PrepareSettings
 from data_prep.stages.output_folder import TASKS_FOLDER, taking_turns
 from data_prep.stages.plan import Preparation, Task
 from data_prep.stages.workers import BatchedReport, Report, Workers

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.groups import Arrays, group_arrays
 from data_prep.formats.manifest import SPLITS, ShardInfo
 from data_prep.formats.shards import write_shard
 from data_prep.layout import RESPONSE, Int32Array, aligned_tables, build_layout
-from data_prep.settings import PrepareSettings
 from data_prep.stages.pack import Packed, Piece, joined, make_packer, padding_of
 from data_prep.tokenizers.load import Tokenizer
 

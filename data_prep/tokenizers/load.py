@@ -260,8 +260,8 @@ class HuggingFaceTokenizer(Tokenizer):
             split = tokenizers.pre_tokenizers.Split(
                 tokenizers.Regex(pattern), "merged_with_previous"
             )
-            own = [self._model.pre_tokenizer] if self._model.pre_tokenizer else []
-            for splits in ([*own, split], [split, *own]):
+            present = [self._model.pre_tokenizer] if self._model.pre_tokenizer else []
+            for splits in ([*present, split], [split, *present]):
                 self._model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
                 if not spelled():
                     break

@@ -37,13 +37,13 @@ class Batch:
     """The attention rule, int32 [B, S + M] each."""
     rows: Tensor
     """int64 [N]: the labelled rows among B · (S + M), those of the AR loss first, then slots; and
-    behind them the rows of blocks that are drafted without slots (`BlockRows.alone`)."""
+    behind them the rows of blocks that are drafted by the head alone (`BlockRows.alone`)."""
     labels: Tensor
     """int64 [N]"""
     ar_labels: int
     """How many of the N rows belong to the AR loss."""
     alone_labels: int
-    """How many belong to drafts without slots; what lies between belongs to the diffusion loss."""
+    """How many belong to drafts of the head alone; what lies between is the diffusion loss's."""
     clean_tokens: int
     """Tokens of the clean sections without padding."""
     slots: int
@@ -94,8 +94,8 @@ def make_batch(
     """Put `sequences` into one batch with `num_slots` slots each; 0 leaves out the mask section.
     `causal_slots` is that of the model.
 
-    `alone_share` of the blocks that have text before them are drafted without slots as well; which
-    ones is a pure function of the sequence.
+    `alone_share` of the blocks that have text before them are drafted by the head alone as well;
+    which ones is a pure function of the sequence.
 
     Labels: a clean position predicts the next token of its document, a slot in its block's window
     the token at its own position; padding and the last token of a document predict nothing, and
@@ -191,7 +191,7 @@ def _block_rows(
 
 
 def _draw_alone(blocks: RowsOfBlocks, digest: bytes, share: float) -> NDArray[np.int64]:
-    """Which blocks of a sequence are drafted without slots, by number; keyed by its digest."""
+    """Which blocks of a sequence are drafted by the head alone, by number; keyed by its digest."""
     able = np.flatnonzero(blocks[1] >= 0)
     if share == 0.0 or len(able) == 0:
         return able[:0]
@@ -220,8 +220,8 @@ def _joined(parts: list[RowsOfBlocks], alone: list[NDArray[np.int64]]) -> BlockR
 def _alone_rows(
     blocks: BlockRows, drafted: NDArray[np.int64], rows: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and labels of the drafts without slots, behind `rows` others; `drafted` are the labels
-    of the slots. There is none at place 0, which decoding has drawn before it drafts."""
+    """Rows and labels of the drafts of the head alone, behind `rows` others; `drafted` are the
+    labels of the slots. There is none at place 0, which decoding has drawn before it drafts."""
     there = blocks.there.numpy()
     labels = np.zeros(there.shape, dtype=np.int64)
     labels[there] = drafted
@@ -313,7 +313,7 @@ def step_batches(
 
     A thread reads ahead; what goes wrong there is raised here. Close the generator to end it.
     Sequences whose order numbers lie in the ranges `left_out` never come; the order of all others
-    stays. `alone_share` of the blocks are drafted without slots as well (`make_batch`);
+    stays. `alone_share` of the blocks are drafted by the head alone as well (`make_batch`);
     `causal_slots` is that of the model.
     """
     length = source.manifest.sequence_length

@@ -57,7 +57,7 @@ class BlockDiffusionEngine(Engine):
         self.confidence, self.mask = confidence, model.config.mask_token_id
         size, device = (1, shape.block_size), self.device
         with torch.inference_mode():
-            self._pending = torch.zeros(1, shape.drafts, dtype=torch.int64, device=device)
+            self._pending = torch.zeros(1, shape.tokens, dtype=torch.int64, device=device)
             self._block = torch.full(size, self.mask, dtype=torch.int64, device=device)
             self._open = torch.ones(size, dtype=torch.bool, device=device)
             self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
@@ -98,18 +98,18 @@ class BlockDiffusionEngine(Engine):
         shape = self._next
         self._load_uniforms()
         result = self._run(shape, lambda: self._advance(shape))
-        self.cache.set_length(0, self.cache.lengths[0] + shape.drafts - 1)
+        self.cache.set_length(0, self.cache.lengths[0] + shape.tokens - 1)
         self._next = self.shape.short
         return [self._settle(result)]
 
     def _advance(self, shape: StepShape) -> Tensor:
         """The forward and its draws, on the device; as `_unmask` returns it."""
         rule = self._rules[shape]
-        queries = torch.cat([self._pending[:, -shape.drafts :], self._block], dim=1)
+        queries = torch.cat([self._pending[:, -shape.tokens :], self._block], dim=1)
         positions = self.cache.positions(rule.offsets)
         bias = self.cache.bias(rule)
-        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.drafts)
-        return self._unmask(hidden[:, shape.drafts :])
+        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.tokens)
+        return self._unmask(hidden[:, shape.tokens :])
 
     def _unmask(self, hidden: Tensor) -> Tensor:
         """Draw for each slot and keep what is sure: int64 [2, K], tokens and slots still open."""

@@ -106,7 +106,7 @@ class Conditions:
         """Of a step of all rows."""
         rows = self.batch_size
         return self.curve.step_seconds(
-            rows * shape.num_queries, rows * shape.drafts, self.cached, self.greedy
+            rows * shape.num_queries, rows * shape.tokens, self.cached, self.greedy
         )
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from pipeline.decoding.batch import Engine
 from pipeline.decoding.drafting import Behind, Draft, Drafter
 from pipeline.decoding.proposals import Proposer
-from pipeline.decoding.sampling import RowStreams, Sampling, draw
+from pipeline.decoding.sampling import RowStreams, Sampling, draw, verify, verify_greedy
 from pipeline.decoding.step import StepRule, StepShape
-from pipeline.decoding.verify import verify, verify_greedy
 from pipeline.model.transformer import Transformer
 
 
@@ -140,7 +139,7 @@ class StepEngine(Engine):
         self.state.active[row] = 1
         self._drafted[row] = self._drafts_itself
         self.with_block[row] = self.shape.prefill_slots > 0
-        self.state.limit[row] = self.shape.drafts - 1 if self._drafts_itself else 0
+        self.state.limit[row] = self.shape.tokens - 1 if self._drafts_itself else 0
         self.rewind(row, length)
 
     def release(self, row: int) -> None:
@@ -159,7 +158,7 @@ class StepEngine(Engine):
         self.cache.set_length(row, length)
         if drafted is not None:
             self._drafted[row] = drafted
-            self.state.limit[row] = self.shape.drafts - 1 if drafted else 0
+            self.state.limit[row] = self.shape.tokens - 1 if drafted else 0
 
     @torch.inference_mode()
     def propose(self, text: Sequence[int]) -> None:
@@ -186,7 +185,7 @@ class StepEngine(Engine):
     def step(self) -> list[list[int]]:
         """One forward: the tokens that became final in each row; idle rows give none."""
         shape = self.shape if any(self._drafted) else self.shape.short
-        self.verified = [shape.drafts - 1 if drafted else 0 for drafted in self._drafted]
+        self.verified = [shape.tokens - 1 if drafted else 0 for drafted in self._drafted]
         self._load_uniforms()
         result = self._run(shape, lambda: self._advance(shape, self._table(shape)))
         return [self._settle(row, shape, values) for row, values in enumerate(result.tolist())]
@@ -203,13 +202,13 @@ class StepEngine(Engine):
 
     def _advance(self, shape: StepShape, table: "_Tables") -> Tensor:
         """The step itself, on the device: int64 [B, 1 + n], accepted | d_1 … d_{n-1} | token."""
-        state, count = self.state, shape.drafts - 1
+        state, count = self.state, shape.tokens - 1
         drafts = state.drafts[:, :count]
         queries = torch.cat([state.current, drafts, table.slots], dim=1)
         positions = self.cache.positions(table.rule.offsets)
         bias = self.cache.bias(table.rule)
-        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.drafts)
-        logits = self.forward.logits(hidden if table.head_once else hidden[:, : shape.drafts])
+        hidden = self.forward.hidden(queries, positions, bias, self.cache, clean=shape.tokens)
+        logits = self.forward.logits(hidden if table.head_once else hidden[:, : shape.tokens])
         tokens = torch.cat([state.current, drafts], dim=1)
         seen = self._seen(tokens)
         accepted, token = self._verify(shape, logits, hidden, drafts, seen)
@@ -241,7 +240,7 @@ class StepEngine(Engine):
         else:
             state.limit.zero_()
             return
-        uniforms, first = None, self.shape.drafts
+        uniforms, first = None, self.shape.tokens
         if state.uniforms is not None:
             uniforms = state.uniforms[:, first : first + shape.block_size - 1]
         row = hidden[table.rows, accepted]
@@ -257,11 +256,11 @@ class StepEngine(Engine):
     ) -> tuple[Tensor, Tensor]:
         """Accepted drafts and the token after them, [B] each; `logits` are those of the tokens in
         hand, and perhaps of more."""
-        state, count = self.state, shape.drafts - 1
-        logits = logits[:, : shape.drafts]
+        state, count = self.state, shape.tokens - 1
+        logits = logits[:, : shape.tokens]
         if self.sampling.trust < 1:
             assert state.logits is not None, "kept where trust is below 1"
-            behind = hidden[:, shape.block_rows(shape.drafts)][:, :1]
+            behind = hidden[:, shape.block_rows(shape.tokens)][:, :1]
             drafted = torch.cat([state.logits[:, :count], self.forward.logits(behind)], dim=1)
             logits = self._mix(logits, drafted)
         limit = state.limit if self.batch_size > 1 and count else None
@@ -273,8 +272,8 @@ class StepEngine(Engine):
         target = self.sampling.probabilities(logits, seen)
         # The last number of the verifier's draws the token, in a short step too: so a row's use of
         # its streams does not depend on whether its neighbours have drafts.
-        full = self.shape.drafts
-        uniforms = state.uniforms[:, full - shape.drafts : full]
+        full = self.shape.tokens
+        uniforms = state.uniforms[:, full - shape.tokens : full]
         return verify(drafts, state.probabilities[:, :count], target, uniforms, limit)
 
     def _draft_rows(
@@ -314,7 +313,7 @@ class StepEngine(Engine):
 
     def _load_uniforms(self) -> None:
         if self.state.uniforms is not None:
-            numbers = self._uniforms(range(self.batch_size), self.shape.drafts)
+            numbers = self._uniforms(range(self.batch_size), self.shape.tokens)
             self.state.uniforms[:, : numbers.shape[1]].copy_(numbers, non_blocking=True)
 
     def _uniforms(self, rows: Sequence[int], verify_count: int) -> Tensor:
@@ -330,7 +329,7 @@ class StepEngine(Engine):
 
     def _table(self, shape: StepShape) -> "_Tables":
         if shape not in self._tables:
-            slots = self._mask_slots(self.batch_size, shape.num_queries - shape.drafts)
+            slots = self._mask_slots(self.batch_size, shape.num_queries - shape.tokens)
             causal, cache = self.model.config.causal_slots, self.cache
             rule = StepRule(shape, cache.capacity, self.device, cache.dtype, causal)
             self._tables[shape] = _Tables(rule, slots, self._head_once(shape))
@@ -345,7 +344,7 @@ class StepEngine(Engine):
         """
         if self.device.type != "cuda" or self.model.draft_head is not None or not shape.blocks:
             return False
-        unused = self.batch_size * (shape.num_queries - shape.drafts - shape.block_size)
+        unused = self.batch_size * (shape.num_queries - shape.tokens - shape.block_size)
         row_bytes = self.model.config.hidden_size * self.cache.dtype.itemsize
         return unused * 8 < row_bytes / 2
 
@@ -381,7 +380,7 @@ class RowState:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        behind = shape.drafts - 1
+        behind = shape.tokens - 1
         self.current = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         """d_0, final but not yet cached, [B, 1]."""
         self.drafts = torch.zeros(batch_size, behind, dtype=torch.int64, device=device)
@@ -400,7 +399,7 @@ class RowState:
         """Random numbers of a step: n for the verifier, then K - 1 for the drafter; fp64."""
         if not sampling.greedy:
             self.probabilities = torch.zeros(batch_size, behind, vocabulary, device=device)
-            numbers = shape.drafts + max(shape.block_size - 1, 0)
+            numbers = shape.tokens + max(shape.block_size - 1, 0)
             self.uniforms = torch.zeros(batch_size, numbers, dtype=torch.float64, device=device)
         if sampling.trust < 1:
             self.logits = torch.zeros(batch_size, behind, vocabulary, dtype=dtype, device=device)

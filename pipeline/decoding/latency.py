@@ -150,7 +150,7 @@ def measure_curve(model: Transformer, rounds: int = ROUNDS) -> LatencyCurve:
             for shape in steps.shapes
         ]
         rests.append(tuple(max(0.0, rest) for rest in beyond))
-    sizes = tuple(shape.drafts for shape in steps.shapes)
+    sizes = tuple(shape.tokens for shape in steps.shapes)
     return LatencyCurve(QUERIES, cached, forward, sizes, *rests)
 
 

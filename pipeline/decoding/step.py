@@ -27,8 +27,8 @@ from pipeline.model.config import block_slots
 class StepShape:
     """What stands in a step."""
 
-    drafts: int
-    """n: the token that is final already, and the drafts behind it."""
+    tokens: int
+    """n in hand: the one that is final already, d_0, and the drafts behind it."""
     block_size: int = 0
     """K; 0 where nothing is drafted."""
     blocks: tuple[int, ...] = ()
@@ -40,12 +40,12 @@ class StepShape:
     """Whether block 1 serves all counts; no other can be there then."""
 
     def __post_init__(self) -> None:
-        if self.drafts < 1:
-            raise ValueError(f"a step has at least one token, got {self.drafts}")
-        inside = all(1 <= block <= self.drafts for block in self.blocks)
+        if self.tokens < 1:
+            raise ValueError(f"a step has at least one token, got {self.tokens}")
+        inside = all(1 <= block <= self.tokens for block in self.blocks)
         if not inside or list(self.blocks) != sorted(set(self.blocks)):
             raise ValueError(
-                f"blocks must be increasing numbers in 1 … {self.drafts}, got {self.blocks}"
+                f"blocks must be increasing numbers in 1 … {self.tokens}, got {self.blocks}"
             )
         if self.linear and self.blocks not in ((), (1,)):
             raise ValueError(f"a linear step has block 1 or none, got {self.blocks}")
@@ -76,7 +76,7 @@ class StepShape:
         """The step of a row that has no draft: one token, and the block behind it; no block where
         a draft head does without any."""
         block = self.drafting and (bool(self.blocks) or not self.sequential)
-        return replace(self, drafts=1, blocks=(1,) if block else ())
+        return replace(self, tokens=1, blocks=(1,) if block else ())
 
     @property
     def block_slots(self) -> int:
@@ -98,12 +98,12 @@ class StepShape:
 
     @property
     def num_queries(self) -> int:
-        return self.drafts + self.block_slots * len(self.blocks)
+        return self.tokens + self.block_slots * len(self.blocks)
 
     def block_rows(self, accepted: int) -> slice:
         """The query rows of the K slots for what follows so many accepted tokens, which must be
         there."""
-        start = self.drafts
+        start = self.tokens
         start += accepted - 1 if self.linear else self.block_size * self.blocks.index(accepted)
         return slice(start, start + self.block_size)
 
@@ -111,7 +111,7 @@ class StepShape:
         """First of these rows for 0 … n accepted tokens; -1 where there are none."""
         return [
             self.block_rows(accepted).start if self.has_block(accepted) else -1
-            for accepted in range(self.drafts + 1)
+            for accepted in range(self.tokens + 1)
         ]
 
 
@@ -122,7 +122,7 @@ def num_queries(block_size: int) -> int:
 
 def step_positions(shape: StepShape, device: torch.device) -> Tensor:
     """Position of each query relative to P, int64 [Q]."""
-    offsets = list(range(shape.drafts))
+    offsets = list(range(shape.tokens))
     for block in shape.blocks:
         offsets += range(block, block + shape.block_slots)
     return torch.tensor(offsets, dtype=torch.int64, device=device)
@@ -131,19 +131,19 @@ def step_positions(shape: StepShape, device: torch.device) -> Tensor:
 def step_rule(shape: StepShape, device: torch.device, causal_slots: bool = False) -> Tensor:
     """BoolTensor [Q, Q]: which of a step's queries each of them sees; all see the whole prefix.
 
-    A draft sees the drafts up to itself; a slot of block j sees the drafts d_0 … d_{j-1} and its
-    own block, of a model with `causal_slots` only up to itself.
+    A token in hand sees those up to itself; a slot of block j sees d_0 … d_{j-1} and its own block,
+    of a model with `causal_slots` only up to itself.
     """
-    drafts = torch.arange(shape.drafts, device=device)
+    tokens = torch.arange(shape.tokens, device=device)
     numbers = torch.tensor(shape.blocks, dtype=torch.int64, device=device)
     block = numbers.repeat_interleave(shape.block_slots)
-    none = torch.zeros(shape.drafts, len(block), dtype=torch.bool, device=device)
-    draft_rows = torch.cat([drafts[None, :] <= drafts[:, None], none], dim=1)
+    none = torch.zeros(shape.tokens, len(block), dtype=torch.bool, device=device)
+    token_rows = torch.cat([tokens[None, :] <= tokens[:, None], none], dim=1)
     same_block = block[None, :] == block[:, None]
     if causal_slots:
         same_block = same_block.tril()
-    slots = torch.cat([drafts[None, :] < block[:, None], same_block], dim=1)
-    return torch.cat([draft_rows, slots])
+    slots = torch.cat([tokens[None, :] < block[:, None], same_block], dim=1)
+    return torch.cat([token_rows, slots])
 
 
 def step_mask(
@@ -242,8 +242,8 @@ def prefill_mask(
     by slot only up to itself with `causal_slots`.
     """
     total = count + num_slots
-    own = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    among = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     if not causal_slots:
-        own[count:, count:] = True
+        among[count:, count:] = True
     before = torch.ones(total, kept, dtype=torch.bool, device=device)
-    return torch.cat([before, own], dim=1)
+    return torch.cat([before, among], dim=1)

@@ -17,16 +17,16 @@ from pipeline.decoding import generate
 from pipeline.decoding.methods import LOOKUP_TOKENS
 from pipeline.decoding.text import token_texts
 from pipeline.distributed import World
+from pipeline.evals.config import Check, DecodeSpeedConfig, never
 from pipeline.evals.decoders import COMPARED, Decoder
 from pipeline.evals.decoding_runs import Key, Measured, by_category, measure
-from pipeline.evals.drafting import (
+from pipeline.evals.heldout import HeldOut
+from pipeline.evals.heldout_scores import (
     describe_staleness,
     describe_text,
     score_by_staleness,
     score_heldout,
 )
-from pipeline.evals.heldout import HeldOut
-from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.model.loading import load_draft_model
 from pipeline.model.transformer import Transformer
 from tidar_common.files import write_text_atomic

@@ -16,8 +16,8 @@ from pipeline.decoding.generation import finish_each, open_engine
 from pipeline.decoding.latency import latency_curve
 from pipeline.decoding.step import StepShape
 from pipeline.distributed import World
+from pipeline.evals.config import Check, DecodeSpeedConfig, never
 from pipeline.evals.decoders import Decoder
-from pipeline.evals.settings import Check, DecodeSpeedConfig, never
 from pipeline.evals.totals import Cost
 from pipeline.model.draft_record import Acceptance
 from pipeline.model.transformer import Transformer

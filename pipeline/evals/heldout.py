@@ -18,8 +18,8 @@ from pipeline.data.place import check_shards, local_shard
 from pipeline.data.source import LayoutChoice, SequenceSource
 from pipeline.decoding.prompts import read_prompts
 from pipeline.distributed import World
-from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.objective.acceptance import Controls, PairCounts
+from pipeline.evals.acceptance import Controls, PairCounts
+from pipeline.evals.config import DecodeSpeedConfig
 from tidar_common.errors import UserError
 
 PAIR_TOKENS = 4_000_000

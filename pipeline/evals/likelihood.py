@@ -19,12 +19,12 @@ from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.distributed import World
-from pipeline.evals.drafting import describe_drafts
+from pipeline.evals.acceptance import Controls, DraftScores, drafts_of
+from pipeline.evals.config import LikelihoodConfig
 from pipeline.evals.heldout import HeldOut, documents
-from pipeline.evals.settings import LikelihoodConfig
+from pipeline.evals.heldout_scores import describe_drafts
+from pipeline.evals.scoring import score_sequence
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import Controls, DraftScores, drafts_of
-from pipeline.objective.scoring import score_sequence
 from tidar_common.errors import UserError
 from tidar_common.jsonlines import parse_strictly
 from tidar_common.progress import doing

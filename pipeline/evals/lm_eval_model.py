@@ -18,8 +18,8 @@ from torch import Tensor
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.decoding import DecodeOptions, Generation, Sampling, stream
 from pipeline.distributed import World
+from pipeline.evals.config import TasksConfig
 from pipeline.evals.decoders import Decoder
-from pipeline.evals.settings import TasksConfig
 from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError

@@ -17,10 +17,10 @@ from pipeline.data.place import DataConfig, is_remote, open_place
 from pipeline.data.source import LayoutChoice
 from pipeline.distributed import World
 from pipeline.evals.code.evaluate import code_rows, evaluate_code
+from pipeline.evals.config import SCHEMAS, EvalData
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.settings import SCHEMAS, EvalData
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse

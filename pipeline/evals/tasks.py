@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.tokenizers.load import Tokenizer
 from pipeline.distributed import World
+from pipeline.evals.config import TasksConfig
 from pipeline.evals.decoders import answering_decoders
-from pipeline.evals.settings import TasksConfig
 from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.config import first_line

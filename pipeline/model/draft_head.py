@@ -140,7 +140,7 @@ class DraftRows:
     """The rows of a joint forward with what the head adds to them."""
 
     hidden: Tensor
-    """[R + A · K, E]: the rows of the forward, then those of blocks drafted without slots."""
+    """[R + A · K, E]: the rows of the forward, then those of blocks drafted by the head alone."""
     z: Tensor
     """[R + A · K, r]: 0 in clean rows and at place 0."""
 
@@ -218,8 +218,8 @@ class DraftHead(nn.Module):
         places = [place.flatten()]
         if alone:
             without = self.slot_parts(self.no_slot) + from_tokens[blocks.alone]
-            own = self.scan(without, state[blocks.alone])
-            values.append(own.reshape(-1, width))
+            parts = self.scan(without, state[blocks.alone])
+            values.append(parts.reshape(-1, width))
             index = rows + torch.arange(alone * size, device=hidden.device).view(alone, size)
             places.append(index[:, 1:].flatten())
             behind = plain[blocks.alone][:, None].expand(alone, size, -1).flatten(0, 1)

@@ -70,7 +70,7 @@ def step_flops(
         teacher_rows: rows of each that go through the head once more, forward only.
         slots: how many of the rows are mask slots: adapters work on them.
         drafted: places that they draft, where a draft head works; None takes all slots.
-        alone: places of each that are drafted without slots as well; they are among `labelled`.
+        alone: places of each that are drafted by the head alone as well; they are among `labelled`.
         frozen: only what drafts learns: clean rows go forward only, and through no weight of the
             base goes a gradient but that of activations. Attention's backward is taken by the share
             of slots among the rows.

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.adapters import LowRank
 from pipeline.model.attention import attend_folded, causal_bias, fold_bias, fused_backend
 from pipeline.model.compiled import PointwiseKernel
-from pipeline.model.layers import DecoderLayer
+from pipeline.model.layers import DecoderLayer, LowRank
 from pipeline.model.rotary import rotary_table
 
 

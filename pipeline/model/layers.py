@@ -1,5 +1,5 @@
-"""The layers of the decoder: attention with its cache, the feed-forward part, and activation
-checkpointing. Letters: B batch, L tokens, E hidden size, H heads, D head size.
+"""The layers of the decoder: attention with its cache, the feed-forward part, adapters on mask-slot
+rows, and activation checkpointing. Letters: B batch, L tokens, E hidden size, H heads, D head size.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.adapters import adapter_for, project
 from pipeline.model.attention import Mask, attend
 from pipeline.model.config import ModelConfig
 from pipeline.model.rotary import rotate
+
+
+class LowRank(nn.Module):
+    """An adapter, x [..., inputs] to B (A x) [..., outputs] (LoRA, arXiv 2106.09685, no scale).
+
+    It is added to a projection's output on the rows of mask slots alone. Clean rows, verified
+    drafts and the cache never see one, so the AR half of a model is, bit for bit, the model without
+    them. `B` starts at zero: a model with new adapters is the model before.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+def adapter_for(config: ModelConfig, name: str, projection: nn.Linear) -> LowRank | None:
+    """The adapter of the `projection` called `name`, None where the shape has none."""
+    if not config.adapter_rank or name not in config.adapter_targets:
+        return None
+    return LowRank(projection.in_features, projection.out_features, config.adapter_rank)
+
+
+def project(projection: nn.Module, adapter: LowRank | None, x: Tensor, clean: int | None) -> Tensor:
+    """`projection` of all rows of `x` [B, L, inputs], with the adapter on the rows behind the first
+    `clean`, as rows stand section by section; None has no slots. The projection itself always runs
+    over all rows at once, so that clean rows round as they do without adapters."""
+    out: Tensor = projection(x)
+    if adapter is None or clean is None:
+        return out
+    if clean == 0:
+        out += adapter(x)
+        return out
+    out[:, clean:] += adapter(x[:, clean:])
+    return out
 
 
 class Cache(Protocol):

@@ -128,8 +128,8 @@ def load_into(
     config, fresh = model.config, fresh_names(model, source.config)
     fill(model, source, opened, fresh)
     model.initialize_adapters(seed, fresh, opened)
-    rows, mask, own = source.config.num_embeddings, config.mask_token_id, model.model.mask_embedding
-    trained = source.config.mask_token_id is not None
+    rows, trained = source.config.num_embeddings, source.config.mask_token_id is not None
+    mask, embedding = config.mask_token_id, model.model.mask_embedding
     if model.draft_head is not None and not source.config.draft_rank:
         model.draft_head.reset(seed, opened)
     elif model.draft_head is not None:
@@ -138,7 +138,7 @@ def load_into(
             if writes:  # tokens that the source does not have
                 matrix[rows:].zero_()
     new = set(range(rows, config.num_embeddings))
-    if mask is not None and not trained and own is None:
+    if mask is not None and not trained and embedding is None:
         new.add(mask)
     matrices = dict(model.named_parameters())  # a tied one once
     norms = start = None
@@ -152,21 +152,21 @@ def load_into(
             if name == EMBEDDING and mask is not None:
                 norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
                 start = weight[mask].clone() if trained else _mean(weight, rows)
-    if own is not None:
-        with torch.no_grad(), opened(own) as writes:
+    if embedding is not None:
+        with torch.no_grad(), opened(embedding) as writes:
             if writes and MASK_EMBEDDING in fresh:
                 assert start is not None, "set with the embedding matrix"
-                own.copy_(start)
-            start = own.clone()
+                embedding.copy_(start)
+            start = embedding.clone()
     if norms is None or start is None:
         return None
-    found = MaskEmbedding(float(start.float().norm()), float(norms.median()))
-    if found.norm < SMALLEST_SHARE * found.median:
+    measured = MaskEmbedding(float(start.float().norm()), float(norms.median()))
+    if measured.norm < SMALLEST_SHARE * measured.median:
         raise UserError(
             f"init_from: {source.folder}: the embedding of mask token {mask} is next to nothing "
-            f"({found}), and the first layer's norm would blow it up to noise; use another model"
+            f"({measured}), and the first layer's norm would blow it up to noise; use another model"
         )
-    return found
+    return measured
 
 
 def fresh_names(model: Transformer, source: ModelConfig) -> list[str]:
@@ -247,9 +247,9 @@ def check_shape(source: SavedModel, config: ModelConfig) -> None:
     """Whether training can go on from `source` with `config`; raises UserError with the key."""
     may_differ = {*MAY_DIFFER, *_new_kinds(source.config, config)}
     for name in (field.name for field in fields(ModelConfig) if field.name not in may_differ):
-        found, asked = getattr(source.config, name), getattr(config, name)
-        if found != asked:
-            refuse_difference(name, found, asked, source.folder)
+        saved, asked = getattr(source.config, name), getattr(config, name)
+        if saved != asked:
+            refuse_difference(name, saved, asked, source.folder)
     if config.hosted is not None and config.max_positions > source.config.max_positions:
         # Beyond, a sliding window would hide what our masks show.
         refuse_difference(
@@ -269,13 +269,13 @@ def check_shape(source: SavedModel, config: ModelConfig) -> None:
         )
 
 
-def refuse_difference(name: str, found: object, asked: object, folder: Path) -> NoReturn:
+def refuse_difference(name: str, saved: object, asked: object, folder: Path) -> NoReturn:
     """Raises UserError for the field `name` of a config, `asked` for and otherwise in `folder`."""
     key = KEYS.get(name, f"model.{name}")
     leave = "" if name in KEYS else "leave out model=... and its keys, which the folder gives, or "
     raise UserError(
-        f"init_from: {folder} has {name} {_spelled(found)}, the config has {_spelled(asked)}; "
-        f"{leave}set {key}={_spelled(found)}"
+        f"init_from: {folder} has {name} {_spelled(saved)}, the config has {_spelled(asked)}; "
+        f"{leave}set {key}={_spelled(saved)}"
     )
 
 

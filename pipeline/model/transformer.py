@@ -189,7 +189,7 @@ class Transformer(nn.Module):
             clean: how many rows of each sequence are clean; those behind them are mask slots, and
                 adapters act on them. None is all.
             blocks: for `then` of a model with a draft head, where blocks stand: hidden states and
-                matrix are then `[h | z]` and `[W | B]`, with the rows of drafts without slots
+                matrix are then `[h | z]` and `[W | B]`, with the rows of drafts of the head alone
                 behind the others (`pipeline.model.draft_head`).
 
         Returns:

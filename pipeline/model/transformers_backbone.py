@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.adapters import LowRank
 from pipeline.model.attention import Mask, SectionMasks, attend
 from pipeline.model.config import ModelConfig
 from pipeline.model.draft_head import DraftHead
 from pipeline.model.inference import DecodingForward
-from pipeline.model.layers import Cache, CleanPart
+from pipeline.model.layers import Cache, CleanPart, LowRank
 from pipeline.model.parameters import Opening, whole
 from pipeline.model.transformer import Decoder, Head, Transformer
 from tidar_common.errors import UserError

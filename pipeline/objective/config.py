@@ -40,7 +40,7 @@ class ObjectiveConfig:
     agreement_ramp_steps: int = 0
     """Optimizer steps over which w then grows."""
     alone_weight: float = 1.0
-    """Weight of drafts without slots, of a model with a draft head; 0 or more."""
+    """Weight of drafts of the head alone, of a model with a draft head; 0 or more."""
     alone_share: float = 0.25
     """Share of the blocks drafted so as well, in [0, 1]."""
 

@@ -62,7 +62,7 @@ class Sums:
     overlap: Tensor
     """sum_v min(p_v, q_v) over slots that have a teacher's p; 0 unless the objective compares."""
     alone: Tensor
-    """Plain cross entropy of drafts without slots, in nats."""
+    """Plain cross entropy of drafts of the head alone, in nats."""
 
 
 def head_loss(

@@ -20,7 +20,7 @@ has drawn its token before: it neither breaks a chain nor gains by one, and keep
 all places have without these rules.
 
 Letters: B sequences, S clean tokens, M slots, N labelled rows, D of them drafts: slots, and behind
-them the rows of drafts without slots; C chains of drafts, K places.
+them the rows of drafts of the head alone; C chains of drafts, K places.
 """
 
 from dataclasses import dataclass, field, replace
@@ -38,10 +38,10 @@ MEASURED = 8
 @dataclass(frozen=True)
 class Targets:
     """Labels and weights of the labelled rows of one micro-batch, section by section: those of the
-    AR loss, slots, drafts without slots."""
+    AR loss, slots, drafts of the head alone."""
 
     rows: Tensor
-    """int64 [N], among B · (S + M) and the rows of drafts without slots behind them."""
+    """int64 [N], among B · (S + M) and the rows of drafts of the head alone behind them."""
     labels: Tensor
     """int64 [N]"""
     ar_labels: int
@@ -60,7 +60,7 @@ class Targets:
     measured: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """int64, among the N labelled rows: those that are then, one in `MEASURED`."""
     alone_labels: int = 0
-    """How many of the rows, the last ones, belong to drafts without slots."""
+    """How many of the rows, the last ones, belong to drafts of the head alone."""
     teacher: str = "ar"
     """Whose distribution drafts are compared with, `ar` or `text`."""
     place_weights: str = "decay"
@@ -113,7 +113,7 @@ def make_targets(
         objective: with the weights of this step (`ObjectiveConfig.at`).
         ar_labels: labelled clean tokens of the global batch.
         draft_weight: `place_weights` of the global batch's slots, summed.
-        alone_draft_weight: the same of its drafts without slots.
+        alone_draft_weight: the same of its drafts of the head alone.
         weights: `place_weights` of `batch`, where they are known, fp32 [D].
     """
     # The terms of the joint loss, (alpha · AR + diffusion + rho · alone) / (1 + alpha + rho).
@@ -213,7 +213,7 @@ class Chains:
 
 
 def chains_of(batch: Batch) -> Chains:
-    """The chains of `batch`: its blocks, then those that are drafted without slots."""
+    """The chains of `batch`: its blocks, then those that are drafted by the head alone."""
     blocks, longest = batch.blocks.slots.shape
     _, place = drafted_places(batch)
     number = batch.blocks.there.nonzero(as_tuple=True)[0]

@@ -20,13 +20,8 @@ from pipeline.data.place import is_mirror
 from pipeline.planning.hardware import CPU
 from pipeline.planning.plan import GIB, Plan
 from pipeline.training.due import open_heldout
-from pipeline.training.setup import (
-    model_config,
-    open_sequences,
-    open_start,
-    run_identity,
-    shards_left_out,
-)
+from pipeline.training.settings import run_identity
+from pipeline.training.setup import model_config, open_sequences, open_start, shards_left_out
 from tidar_common.errors import UserError
 from tidar_common.run_files import newest_checkpoint
 

@@ -10,6 +10,7 @@ from pipeline.data.batch import section_length
 from pipeline.model.config import CHECKPOINTING
 from pipeline.model.flops import StepFlops, allowed_pairs, step_flops
 from pipeline.objective.loss import MEASURED
+from pipeline.planning.config import Planned
 from pipeline.planning.hardware import CPU, GPUS, Gpu, find_gpu, free_memory_bytes, recognise
 from pipeline.planning.memory import (
     DEFAULT_BUCKET,
@@ -22,7 +23,6 @@ from pipeline.planning.memory import (
     learning,
     static_memory,
 )
-from pipeline.planning.settings import Planned
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400

@@ -91,33 +91,33 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), 1e-300)
 
 
-def describe(found: Comparison, key: str) -> str:
+def describe(comparison: Comparison, key: str) -> str:
     """The comparison in a few lines."""
-    lines = [f"{len(found.steps)} common steps"]
-    for which, steps in zip(("first", "second"), found.only, strict=True):
+    lines = [f"{len(comparison.steps)} common steps"]
+    for which, steps in zip(("first", "second"), comparison.only, strict=True):
         if steps:
             lines.append(f"{len(steps)} steps only in the {which} run, from {steps[0]}")
-    if found.first_differing is None:
+    if comparison.first_differing is None:
         lines.append("bit-equal in every key but the clock's")
     else:
-        keys = ", ".join(found.differing_keys)
-        lines.append(f"first differing step {found.first_differing} ({keys})")
-        worst = max(range(len(found.steps)), key=lambda n: found.differences[n])
+        keys = ", ".join(comparison.differing_keys)
+        lines.append(f"first differing step {comparison.first_differing} ({keys})")
+        worst = max(range(len(comparison.steps)), key=lambda n: comparison.differences[n])
         lines.append(
-            f"largest relative difference of {key}: {found.differences[worst]:.3g} "
-            f"at step {found.steps[worst]}"
+            f"largest relative difference of {key}: {comparison.differences[worst]:.3g} "
+            f"at step {comparison.steps[worst]}"
         )
-    if found.data_differs_at is None:
+    if comparison.data_differs_at is None:
         lines.append("the same data")
     else:
-        lines.append(f"different data from step {found.data_differs_at} on")
+        lines.append(f"different data from step {comparison.data_differs_at} on")
     return "\n".join(lines)
 
 
-def draw(found: Comparison, key: str, path: Path, title: str) -> None:
+def draw(comparison: Comparison, key: str, path: Path, title: str) -> None:
     """Write a page with the differences over the steps."""
-    series = Series(key, list(zip(found.steps, found.differences, strict=True)), "ar")
+    series = Series(key, list(zip(comparison.steps, comparison.differences, strict=True)), "ar")
     label = f"relative difference of {key}"
     charts = chart_grid([Chart(label, [series], "step", label)])
-    lines = describe(found, key).splitlines()
+    lines = describe(comparison, key).splitlines()
     write_text_atomic(path, page(title, [Section("", charts)], paragraphs=lines))

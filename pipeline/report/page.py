@@ -1,15 +1,14 @@
-"""`report.html`: the sections of a run's page, in order."""
+"""`report.html`: the sections of a run's page, in order; above them figures, each with what it has
+to be read against, and warnings."""
 
-import re
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from pipeline.report import plots
-from pipeline.report.headline import headline, warnings
+from pipeline.report.pictures import generation
 from pipeline.report.read import Row, Run, as_number, read_run
 from pipeline.report.standing import (
     ran_as,
@@ -19,11 +18,10 @@ from pipeline.report.standing import (
 )
 from tidar_common.figures import chart_grid
 from tidar_common.files import write_text_atomic
-from tidar_common.page import Section, page, render, visible
+from tidar_common.page import Section, Tile, page, visible
 from tidar_common.run_files import METHOD_LABELS, METRICS, REPORT, newest_checkpoint
 from tidar_common.tables import MISSING, Table, compact, fixed, percent
 
-PROMPT_CHARACTERS = 480
 FOOTER = (
     "TiDAR: Think in Diffusion, Talk in Autoregression (arXiv 2511.08923). Made from config.yaml, "
     "metrics.jsonl and evals/ of this run; rebuild with tidar-status RUN_DIR --report."
@@ -116,46 +114,6 @@ def _sections(run: Run, standing: list[Table]) -> list[Section]:
     return sections
 
 
-def generation(example: Row) -> Markup:
-    """A real generation, with each token coloured by the forward pass that produced it."""
-    tokens: list[dict[str, Any]] = example["tokens"]
-    forwards = [
-        (int(forward), [_white_space_shown(str(token["text"])) for token in members])
-        for forward, members in groupby(tokens, key=lambda token: token["forward"])
-    ]
-    if not forwards:
-        return Markup('<p class="empty">The last eval generated no tokens.</p>')
-    prompt = str(example.get("prompt", ""))
-    cut = "…" if len(prompt) > PROMPT_CHARACTERS else ""
-    temperature = float(example.get("temperature", 0.0))
-    how = "greedy" if temperature == 0 else f"T = {temperature:g}"
-    method = METHOD_LABELS.get(str(example.get("method")), "this model")
-    sizes = [len(texts) for _, texts in forwards]
-    counts = [f"{size}: {sizes.count(size)}×" for size in range(1, max(sizes) + 1)]
-    return render(
-        "generation.html",
-        sentence=f"{len(tokens)} tokens from {len(forwards)} forwards "
-        f"({len(tokens) / len(forwards):.2f} tokens per forward) by {method}, {how}, after "
-        f"{example.get('step', '?')} training steps. The prompt is grey. Tokens on one background "
-        "came from the same forward pass.",
-        prompt=_white_space_shown(cut + prompt[-PROMPT_CHARACTERS:]),
-        forwards=forwards,
-        most=max(sizes),
-        counts=", ".join(counts),
-    )
-
-
-def _white_space_shown(text: str) -> Markup:
-    """Text whose white space shows; what is copied from the page is still the text, but for control
-    characters. The style sheet draws the marks on elements around the real characters."""
-    text = text.replace("\r\n", "␍\n").replace("\r", "␍")
-    kinds = {" ": "space", "\t": "tab", "\n": "newline"}
-    return Markup("").join(
-        Markup('<i class="{}">{}</i>').format(kinds[part], part) if part in kinds else visible(part)
-        for part in re.split(r"([ \t\n])", text)
-    )
-
-
 def _number(digits: int, scale: float = 1, unit: str = "") -> Callable[[Any], str]:
     def show(value: Any) -> str:
         number = as_number(value)
@@ -232,9 +190,9 @@ def _sources_table(run: Run) -> Table | None:
     for temperature in (0.0, 1.0):
         row = run.last_eval("tidar", temperature)
         sources = row.get("by_source") if row else None
-        for source, own in (sources if isinstance(sources, Mapping) else {}).items():
-            cells = [show(own.get(key)) for _, key, show in SOURCE_COLUMNS]
-            kept = map(fixed, _values(own, "teacher_forced_survival"))
+        for source, scores in (sources if isinstance(sources, Mapping) else {}).items():
+            cells = [show(scores.get(key)) for _, key, show in SOURCE_COLUMNS]
+            kept = map(fixed, _values(scores, "teacher_forced_survival"))
             body.append([source, fixed(temperature, 1), *cells, *kept])
     if not body:
         return None
@@ -245,3 +203,174 @@ def _sources_table(run: Run) -> Table | None:
 
 def _values(row: Row, key: str) -> list[float | None]:
     return [value for _, value in plots.by_position(row, key)]
+
+
+REPETITION_LIMIT = 0.5
+"""Share of distinct 4-grams below which tokens per forward says little about the method."""
+
+
+def headline(run: Run) -> list[Tile]:
+    """The figures this run can show, most important first."""
+    greedy, sampled = run.last_eval("tidar", 0.0), run.last_eval("tidar", 1.0)
+    tiles: list[Tile] = []
+    if greedy:
+        tiles.append(_tokens_per_forward("Tokens per forward, greedy", greedy))
+    if sampled:
+        tiles.append(_tokens_per_forward("Tokens per forward, T = 1", sampled))
+    if greedy:
+        chosen = [run.last_eval("tidar_chosen", temperature) for temperature in (0.0, 1.0)]
+        tiles += [_speed(greedy, sampled, *chosen), _exact_match(greedy), _first_draft(greedy)]
+    tiles += [_ar_loss(run), _training(run)]
+    if greedy:
+        tiles.append(_repetition(greedy))
+    return tiles
+
+
+def _tokens_per_forward(label: str, row: Row) -> Tile:
+    value = as_number(row.get("tokens_per_forward"))
+    size = row.get("block_size")
+    context = f"at most K = {size}; AR decoding has 1" if size else "AR decoding has 1"
+    return Tile(label, fixed(value), f"{context}; prefill included")
+
+
+def _speed(greedy: Row, sampled: Row | None, chosen: Row | None, drawn: Row | None) -> Tile:
+    """That of the step chosen for the machine where it was measured, which is how one decodes."""
+    best, other = (chosen, drawn) if chosen else (greedy, sampled)
+    value = as_number(best.get("speedup_over_ar"))
+    context = "tokens/s over AR's, same prompts and machine"
+    if chosen:
+        every = as_number(greedy.get("speedup_over_ar"))
+        context += f", with the step chosen for it; {fixed(every)}× with every mask block"
+    second = as_number(other.get("speedup_over_ar")) if other else None
+    if second is not None:
+        context += f"; {fixed(second)}× at T = 1"
+    return Tile("Speed over AR, greedy", "–" if value is None else f"{value:.2f}×", context)
+
+
+def _exact_match(greedy: Row) -> Tile:
+    prompts = greedy.get("prompts")
+    context = "prompts whose greedy text equals greedy AR's, token for token"
+    if prompts:
+        context = f"of {prompts} " + context
+    return Tile("Exact match with AR", percent(as_number(greedy.get("exact_match_ar"))), context)
+
+
+def first_acceptance(row: Row, name: str) -> float | None:
+    """The value of a list over draft positions at position 1."""
+    values = row.get(name) or [None]
+    return as_number(values[0])
+
+
+def _first_draft(greedy: Row) -> Tile:
+    measured = first_acceptance(greedy, "acceptance_by_position")
+    context = "greedy, draft position 1"
+    for draft in ("unigram", "bigram"):
+        share = first_acceptance(greedy, f"{draft}_acceptance")
+        if share is not None:
+            context += f"; a {draft} draft would get {percent(share)}"
+    return Tile("First draft accepted", percent(measured), context)
+
+
+def _ar_loss(run: Run) -> Tile:
+    row = next(
+        (row for row in run.latest_rows() if as_number(row.get("ar_loss")) is not None), None
+    )
+    if row is None:
+        last = as_number(run.metrics[-1].get("loss_ar"))
+        return Tile("AR loss, training", fixed(last), "nats per token at the last step")
+    loss, entropy = as_number(row.get("ar_loss")), as_number(row.get("unigram_entropy"))
+    context = "nats per token"
+    if loss is not None and entropy is not None:
+        side = "below" if loss <= entropy else "ABOVE"
+        context += f"; {abs(entropy - loss):.2f} {side} the unigram entropy {entropy:.2f}"
+    return Tile("AR loss, held out", fixed(loss), context)
+
+
+def _training(run: Run) -> Tile:
+    last = run.metrics[-1]
+    planned = run.setting("steps")
+    steps = f"{last['step']:,} steps"
+    if isinstance(planned, int):
+        steps = f"{last['step']:,} of {planned:,} steps"
+    if run.parameters:
+        steps += f"; {compact(run.parameters)} parameters"
+    return Tile("Training tokens", compact(as_number(last.get("tokens"))), steps)
+
+
+def _repetition(greedy: Row) -> Tile:
+    share = as_number(greedy.get("distinct_4grams"))
+    return Tile(
+        "Distinct 4-grams, greedy",
+        fixed(share),
+        "share of the generated text's 4-grams; low means it repeats itself",
+    )
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader could mistake for a success, or should know of a failure; plain text."""
+    lines: list[str] = []
+    for temperature, words in ((0.0, "Greedy"), (1.0, "Sampled (T = 1)")):
+        row = run.last_eval("tidar", temperature)
+        if row:
+            lines += _row_warnings(row, words)
+    greedy = run.last_eval("tidar", 0.0)
+    if greedy:
+        lines += _greedy_warnings(greedy, run.last_eval("tidar_chosen", 0.0))
+    return lines
+
+
+def _row_warnings(row: Row, words: str) -> list[str]:
+    lines = []
+    distinct = as_number(row.get("distinct_4grams"))
+    if distinct is not None and distinct < REPETITION_LIMIT:
+        lines.append(
+            f"{words} text repeats itself: only {percent(distinct)} of its 4-grams are distinct. "
+            "Repetition is easy to draft and inflates tokens per forward: do not take "
+            f"{fixed(as_number(row.get('tokens_per_forward')))} for what varied text would get."
+        )
+    measured = first_acceptance(row, "acceptance_by_position")
+    unigram = first_acceptance(row, "unigram_acceptance")
+    if measured is not None and unigram is not None and measured <= unigram:
+        lines.append(
+            f"{words}: the first draft is accepted no more often ({percent(measured)}) than one "
+            f"that ignores the context would be ({percent(unigram)}). The model has not yet "
+            "learned to draft."
+        )
+    expected = as_number(row.get("expected_tokens_per_forward"))
+    bigram = as_number(row.get("bigram_expected_tokens_per_forward"))
+    if expected is not None and bigram is not None and expected <= bigram:
+        lines.append(
+            f"{words}: on held-out text a table of token pairs would draft as well, "
+            f"{fixed(bigram)} expected tokens per forward beside {fixed(expected)}. The diffusion "
+            "half does not pay for itself yet."
+        )
+    return lines
+
+
+def _greedy_warnings(greedy: Row, chosen: Row | None) -> list[str]:
+    lines = []
+    loss, entropy = as_number(greedy.get("ar_loss")), as_number(greedy.get("unigram_entropy"))
+    if loss is not None and entropy is not None and loss >= entropy:
+        lines.append(
+            "The held-out AR loss is not below the unigram entropy: the model predicts no better "
+            "than token frequencies, and acceptance says nothing yet."
+        )
+    match = as_number(greedy.get("exact_match_ar"))
+    if match is not None and match < 1:
+        lines.append(
+            f"Greedy TiDAR gave another text than greedy AR for {percent(1 - match)} of the "
+            "prompts. They should be equal in fp32; in bf16, rounding can turn a near tie."
+        )
+    speed = as_number(greedy.get("speedup_over_ar"))
+    best = as_number(chosen.get("speedup_over_ar")) if chosen else None
+    if speed is not None and speed < 1 and (best is None or best < 1):
+        lines.append(
+            f"TiDAR decoded more slowly than AR here ({speed:.2f}×). A step computes K + K² tokens "
+            "at once; that is nearly free only where a forward is bound by reading weights, as "
+            "for large models on a GPU. On a CPU the extra tokens cost time."
+        )
+        if best is not None:
+            lines[-1] += (
+                f" The step chosen for this machine decoded at {best:.2f}× the speed of AR."
+            )
+    return lines

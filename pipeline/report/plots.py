@@ -13,7 +13,7 @@ ACCEPTANCE = (
     ("teacher_forced_acceptance", "teacher-forced", True, True, "ring"),
     ("unigram_acceptance", "unigram draft", False, True, "square"),
     ("bigram_acceptance", "bigram draft", False, False, "ring"),
-    ("recurrent_acceptance", "draft head without slots", True, True, "square"),
+    ("recurrent_acceptance", "draft head alone", True, True, "square"),
 )
 """Key of a row, name, whether in the temperature's colour, dashed, marker."""
 TEMPERATURES = ((0.0, "greedy", "greedy", "circle"), (1.0, "T = 1", "sampled", "square"))
@@ -57,9 +57,9 @@ def acceptance_charts(run: Run) -> list[Chart]:
         Chart(
             f"Acceptance by draft position, {words}",
             [
-                Series(measure, by_position(row, key), color if own else "quiet", dashed,
+                Series(measure, by_position(row, key), color if of_model else "quiet", dashed,
                        marker=marker)
-                for key, measure, own, dashed, marker in ACCEPTANCE
+                for key, measure, of_model, dashed, marker in ACCEPTANCE
             ],
             "draft position",
             "share accepted",

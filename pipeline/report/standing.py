@@ -58,13 +58,13 @@ class Starts:
 
     def pairs(self) -> list[tuple[Event, Event | None]]:
         """Each start with its end, None where none was recorded."""
-        found: list[tuple[Event, Event | None]] = []
+        starts: list[tuple[Event, Event | None]] = []
         for event in self.events:
             if event.get("event") == "start":
-                found.append((event, None))
-            elif found and found[-1][1] is None:
-                found[-1] = (found[-1][0], event)
-        return found
+                starts.append((event, None))
+            elif starts and starts[-1][1] is None:
+                starts[-1] = (starts[-1][0], event)
+        return starts
 
 
 def read_starts(run_dir: Path) -> Starts | None:
@@ -109,15 +109,15 @@ def ran_as(run_dir: Path) -> str | None:
 
 def skipped_shards(run_dir: Path) -> str | None:
     """The damaged shards that the run went on without, in words; None where there are none."""
-    found = read_whole(run_dir / SKIPPED_SHARDS)
-    if not found:
+    shards = read_whole(run_dir / SKIPPED_SHARDS)
+    if not shards:
         return None
     names = [
         f"{row['set']}: {row.get('shard')}" if row.get("set") else str(row.get("shard"))
-        for row in found[:MOST_SHARDS]
+        for row in shards[:MOST_SHARDS]
     ]
-    more = ", …" if len(found) > MOST_SHARDS else ""
-    return f"{len(found):,} damaged, left out: {', '.join(names)}{more}"
+    more = ", …" if len(shards) > MOST_SHARDS else ""
+    return f"{len(shards):,} damaged, left out: {', '.join(names)}{more}"
 
 
 def pace_of(run: Run, name: str) -> float | None:

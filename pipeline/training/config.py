@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.checkpoint.retention import CheckpointConfig
 from pipeline.data.place import DataConfig
 from pipeline.data.source import LayoutChoice
-from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.config import DecodeSpeedConfig
 from pipeline.model.config import BACKENDS, CHECKPOINTING, AdapterConfig, ModelKeys
 from pipeline.objective.config import ObjectiveConfig
 from pipeline.training.launch.signals import deadline

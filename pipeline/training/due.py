@@ -9,10 +9,10 @@ from pipeline.checkpoint.retention import eval_losses
 from pipeline.checkpoint.write import Checkpoints, Failed, Saved
 from pipeline.data.order import TrainState
 from pipeline.distributed import World
+from pipeline.evals.config import Check, EvalInterruptedError
 from pipeline.evals.decode_speed import evaluate_decode_speed, write_example
-from pipeline.evals.drafting import score_heldout
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.settings import Check, EvalInterruptedError
+from pipeline.evals.heldout_scores import score_heldout
 from pipeline.model.config import ModelConfig
 from pipeline.training.engine import full_copy
 from pipeline.training.guards.ar_guard import write_base

@@ -47,7 +47,7 @@ class StepMetrics:
     loss_ar: float
     loss_diffusion: float | None
     loss_alone: float | None
-    """Of drafts without slots; None where there are none."""
+    """Of drafts of the head alone; None where there are none."""
     learning_rate: float
     grad_norm: float
     tokens: int

@@ -1,4 +1,5 @@
-"""The training run's config, checked: each part's dataclass lives with the part that owns it."""
+"""The training run's config, checked: each part's dataclass lives with the part that owns it; and
+what of it a continued run must keep or may change."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.formats.manifest import Manifest
 from pipeline.checkpoint.retention import CheckpointConfig
-from pipeline.data.mix import MixedSet, open_mix
+from pipeline.data.mix import MixedSet, mix_identity, open_mix
 from pipeline.data.place import DataConfig, open_data_dir
 from pipeline.data.source import LayoutChoice
-from pipeline.evals.settings import DecodeSpeedConfig
+from pipeline.evals.config import DecodeSpeedConfig
 from pipeline.model.base import with_base
 from pipeline.model.config import AdapterConfig, ModelConfig
 from pipeline.objective.config import ObjectiveConfig
@@ -196,3 +197,42 @@ def with_layout(config: ModelConfig, layout: LayoutChoice) -> ModelConfig:
         )
     causal = layout.causal_slots or config.causal_slots
     return replace(config, causal_slots=causal, linear_drafts=layout.linear)
+
+
+def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
+    """What must not change between the starts of a run, by the name a user knows it by."""
+    tokenizer = settings.manifest.tokenizer
+    shape = {f"model.{key}": value for key, value in config.to_dict().items()}
+    data: dict[str, Any] = {"data fingerprint": settings.manifest.fingerprint()}
+    if settings.mix:
+        data["data fingerprint"], data["data.mix"] = mix_identity(settings.mix)
+    return {
+        **data,
+        "tokenizer": tokenizer.sha256,
+        **shape,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "global_batch_size": settings.global_batch_size,
+        "objective.name": settings.objective.name,
+        "freeze_base": settings.freeze_base,
+    }
+
+
+def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:
+    """What decides how state is partitioned; a continued run may change it."""
+    return {
+        "processes": processes,
+        "deepspeed.stage": settings.deepspeed.stage,
+        "deepspeed.offload_optimizer": settings.deepspeed.offload_optimizer,
+        "precision": settings.precision,
+    }
+
+
+def run_schedule(settings: TrainSettings) -> dict[str, Any]:
+    """How the run trains: every key, by its name, of the groups that a continued run may change."""
+    fixed = {"objective.name"}
+    keys: dict[str, Any] = {"steps": settings.steps}
+    for group in ("optimizer", "schedule", "objective", "layout"):
+        values = settings.resolved.get(group) or {}
+        keys |= {f"{group}.{key}": value for key, value in values.items()}
+    return {key: value for key, value in keys.items() if key not in fixed}

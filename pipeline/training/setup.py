@@ -15,7 +15,7 @@ from data_prep.tokenizers.load import load_tokenizer
 from pipeline.checkpoint.read import DTYPES
 from pipeline.checkpoint.write import Checkpoints
 from pipeline.data.batch import Batch, Share, step_batches
-from pipeline.data.mix import MixedSource, mix_identity
+from pipeline.data.mix import MixedSource
 from pipeline.data.order import TrainState
 from pipeline.data.place import check_shards
 from pipeline.data.source import SequenceSource, Source
@@ -38,15 +38,22 @@ from pipeline.training.launch import preflight
 from pipeline.training.launch.run_dir import write_config
 from pipeline.training.loop import Trainer
 from pipeline.training.moments import Event, Guards, Moments, Together, Tracker, make_event
-from pipeline.training.settings import TrainSettings, with_layout
+from pipeline.training.settings import (
+    TrainSettings,
+    run_identity,
+    run_schedule,
+    run_topology,
+    with_layout,
+)
 from pipeline.training.speed import SpeedMeter
 from pipeline.training.trackers.environment import (
     describe_environment,
     describe_rank,
     write_environment,
 )
-from pipeline.training.trackers.metrics import EventsFile, MetricsFiles, Report
+from pipeline.training.trackers.metrics import EventsFile, MetricsFiles
 from pipeline.training.trackers.progress import ProgressDisplay, describe_run
+from pipeline.training.trackers.report import Report
 from pipeline.training.trackers.tensorboard import TensorBoard
 from pipeline.training.trackers.wandb import Wandb
 from tidar_common.errors import UserError
@@ -55,28 +62,6 @@ from tidar_common.run_files import DEEPSPEED_LOG
 
 Say = Callable[[str], None]
 """Tells the user something, on rank 0."""
-
-
-def make_deterministic(say: Say) -> None:
-    """Give up every kernel whose result depends on timing; call it before anything runs.
-
-    `say` is told which backends are not used because of it.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # The tree and the split over channels that NCCL picks decide the order of additions.
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    if not torch.cuda.is_available():
-        say("deterministic: no backend had to be given up on the CPU")
-        return
-    # cuDNN's attention adds gradients in an order of its own and has no switch in torch.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    say(
-        "deterministic: without cuDNN's attention; cuBLAS with a fixed workspace "
-        f"({os.environ['CUBLAS_WORKSPACE_CONFIG']}), NCCL with {os.environ['NCCL_ALGO']}"
-    )
 
 
 def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
@@ -227,7 +212,7 @@ def open_batches(
 
 
 def alone_share(settings: TrainSettings, config: ModelConfig) -> float:
-    """Share of the blocks that are drafted without slots as well: none without a draft head."""
+    """Share of the blocks that are drafted by the head alone as well: none without a draft head."""
     return settings.objective.alone_share if config.draft_rank else 0.0
 
 
@@ -373,45 +358,6 @@ def open_checkpoints(settings: TrainSettings, config: ModelConfig, world: World)
         write_extra,
         run_schedule(settings),
     )
-
-
-def run_identity(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:
-    """What must not change between the starts of a run, by the name a user knows it by."""
-    tokenizer = settings.manifest.tokenizer
-    shape = {f"model.{key}": value for key, value in config.to_dict().items()}
-    data: dict[str, Any] = {"data fingerprint": settings.manifest.fingerprint()}
-    if settings.mix:
-        data["data fingerprint"], data["data.mix"] = mix_identity(settings.mix)
-    return {
-        **data,
-        "tokenizer": tokenizer.sha256,
-        **shape,
-        "seed": settings.seed,
-        "precision": settings.precision,
-        "global_batch_size": settings.global_batch_size,
-        "objective.name": settings.objective.name,
-        "freeze_base": settings.freeze_base,
-    }
-
-
-def run_topology(settings: TrainSettings, processes: int) -> dict[str, Any]:
-    """What decides how state is partitioned; a continued run may change it."""
-    return {
-        "processes": processes,
-        "deepspeed.stage": settings.deepspeed.stage,
-        "deepspeed.offload_optimizer": settings.deepspeed.offload_optimizer,
-        "precision": settings.precision,
-    }
-
-
-def run_schedule(settings: TrainSettings) -> dict[str, Any]:
-    """How the run trains: every key, by its name, of the groups that a continued run may change."""
-    fixed = {"objective.name"}
-    keys: dict[str, Any] = {"steps": settings.steps}
-    for group in ("optimizer", "schedule", "objective", "layout"):
-        values = settings.resolved.get(group) or {}
-        keys |= {f"{group}.{key}": value for key, value in values.items()}
-    return {key: value for key, value in keys.items() if key not in fixed}
 
 
 def notes_of_start(

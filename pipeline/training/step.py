@@ -64,7 +64,7 @@ class GlobalCounts:
     """Rows that go through the LM head once more, forward only: what drafts are compared with, and
     drafts whose weight depends on what they are."""
     alone_labels: int = 0
-    """Labelled rows of drafts without slots."""
+    """Labelled rows of drafts of the head alone."""
     alone_draft_weight: float = 0.0
     """Their summed weights, as `draft_weight`."""
     unlabelled_slots: int = 0
@@ -89,7 +89,7 @@ class StepResult:
     """Plain cross entropy, whatever the objective makes of it; so are the next two."""
     loss_diffusion: float | None
     loss_alone: float | None
-    """Of drafts without slots; None where the batch has none."""
+    """Of drafts of the head alone; None where the batch has none."""
     grad_norm: float
     """Not a number where the loss alone decided that no weight moves."""
     refused: str | None = None

@@ -13,9 +13,9 @@ from bench.experiments.__main__ import jobs, main
 from bench.experiments.corpus import CORPORA, NGRAM, ngrams, write_corpus
 from bench.experiments.runs import BY_NAME, HEADLINE_SEEDS, RUNS
 from bench.experiments.study import DONE, Budgets, Study
+from data_prep.config import in_heldout
 from data_prep.corpora.files import local_file
 from data_prep.corpora.text_files import FilesCorpus
-from data_prep.settings import in_heldout
 from tidar_common.errors import UserError
 
 FRACTION = 0.3

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.manifest import SPLITS, Manifest
 from data_prep.formats.shards import read_shard
-from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import load_tokenizer
 from tidar_common.cli import config_dir
 

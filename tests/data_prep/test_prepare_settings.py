@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from data_prep.settings import LayoutConfig, TokenizerConfig
+from data_prep.config import LayoutConfig, TokenizerConfig
 from tidar_common.cli import compose
 from tidar_common.config import parse
 from tidar_common.errors import UserError

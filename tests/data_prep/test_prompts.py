@@ -9,9 +9,9 @@ import pytest
 from data_prep.corpora.base import Document
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
-from data_prep.inspect.picture import PROMPT, attention_picture
+from data_prep.inspect.show import PROMPT, attention_picture
 from data_prep.stages.pack import PACKINGS, Piece, make_packer
-from data_prep.stages.read import encode_documents
+from data_prep.stages.task import encode_documents
 from data_prep.tokenizers.load import load_tokenizer
 
 PAIRS = [

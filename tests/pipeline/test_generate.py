@@ -22,8 +22,8 @@ from small_models import (
 
 from pipeline import generate as command
 from pipeline.decoding import generate, terminal
+from pipeline.decoding.config import GenerateConfig
 from pipeline.decoding.prompts import read_prompt, read_prompts
-from pipeline.decoding.settings import GenerateConfig
 from pipeline.decoding.text import TextStream, token_texts
 from pipeline.model.loading import load_model
 from tidar_common import cli

@@ -21,8 +21,7 @@ from test_generate import call
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.tokenizers.load import load_tokenizer
-from pipeline.decoding.document_prompts import DocumentPrompts
-from pipeline.decoding.prompts import Share
+from pipeline.decoding.prompts import DocumentPrompts, Share
 
 PROMPTS = 240
 

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from pipeline.checkpoint.retention import steps_to_keep
 from pipeline.plan import plan
+from pipeline.planning.config import Planned
 from pipeline.planning.plan import GIB, Plan, make_plan
-from pipeline.planning.settings import Planned
 from pipeline.planning.show import describe
 from tidar_common.cli import run as run_task
 

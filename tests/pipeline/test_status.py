@@ -118,3 +118,6 @@ def test_the_runs_of_a_sweep_are_a_table(run_dir, tmp_path, capsys):
     assert first.split()[:4] == ["steps-40", "quiet", "12", f"{last['loss']:.3f}"]
     assert first.split()[-1] == "step-00000012"
     assert second.split()[:4] == ["steps-50", "no", "step", "yet"]
+    assert main(["--table", str(sweep / "steps-50"), str(sweep / "none")]) == 0
+    _, *named = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in named] == ["steps-50", "none"]

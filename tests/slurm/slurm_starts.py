@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,13 +222,9 @@ def run(arguments: list[str] | None) -> None:
     jobs = Jobs(environment, folder, (f"--nodes={options.nodes}", *given.sbatch))
     outcome = measure(jobs, options)
     path = write(
-        outcome,
-        "slurm_starts",
-        options,
-        torch.device("cpu"),
-        given.results,
-        "tests.slurm.slurm_starts",
-    )
+        "slurm_starts", torch.device("cpu"), given.results, "tests.slurm.slurm_starts",
+        options=asdict(options), **asdict(outcome),
+    )  # fmt: skip
     for key, value in outcome.figures.items():
         print(f"{key}: {value}")
     print(path)

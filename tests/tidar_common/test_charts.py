@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tidar_common.figures import Chart, Series, heat_map, tick_text
+from tidar_common.figures import Chart, Series, tick_text
 
 
 def texts(svg: str) -> list[str]:
@@ -48,8 +48,3 @@ def test_gaps_faint_lines_and_odd_names() -> None:
     assert svg == Chart("<t>", series, "x", "y", reference=(0.5, "half")).svg()
     assert "var(--quiet)" in svg
     assert "nan" not in svg
-
-
-def test_a_heat_map_says_its_numbers_and_leaves_out_what_was_not_measured() -> None:
-    shown = texts(heat_map(["100", "200"], [[0.5, None], [1.0]], "map"))
-    assert sorted(shown) == ["1", "100", "100%", "2", "200", "50%"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tidar_common.tables import Table, compact, percent, significant
+from tidar_common.tables import Table, compact, duration, percent, significant
 
 TABLE = Table(("name", "n", "remark"), [("a|b", "10", "x <y>"), ("long name", "2")], left=(0, 2))
 
@@ -51,3 +51,11 @@ def test_only_all_is_100_percent(share: float, text: str) -> None:
 def test_four_significant_digits() -> None:
     values = (123456.0, 12345, True, None, "text")
     assert [significant(value) for value in values] == ["1.235e+05", "12,345", "yes", "–", "text"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

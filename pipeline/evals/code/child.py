@@ -1,6 +1,6 @@
 """The sandboxed process: reads one job, gives up its rights, runs an answer, says what came of it.
 
-Started as a script (`python -I child.py FD`): it imports no part of this project but `guards`,
+Started as a script (`python -I child.py FD`): it imports no part of this project but `limits`,
 which stands beside it. The job comes pickled on standard input, from the parent, which is trusted;
 the verdict goes as JSON to the open file FD.
 """
@@ -20,7 +20,7 @@ TIMES_REFERENCE = 4.0
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-import guards  # noqa: E402
+import limits  # noqa: E402
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     write, leave = os.write, os._exit
     try:
         run = RUNNERS[job["kind"]](job)  # imports what it needs while it can still read everything
-        held = guards.apply(job["scratch"], **job["limits"])
-    except (ImportError, guards.GuardError) as error:
+        held = limits.apply(job["scratch"], **job["limits"])
+    except (ImportError, limits.GuardError) as error:
         write(place, json.dumps({"key": job["key"], "unguarded": str(error)}).encode())
         leave(0)
     try:

@@ -21,8 +21,8 @@ from pipeline.decoding import Generation, generate
 from pipeline.decoding.text import StopStrings
 from pipeline.distributed import World
 from pipeline.evals.code.sandbox import Limits, run_answer
+from pipeline.evals.config import CodeConfig
 from pipeline.evals.decoders import Decoder, answering_decoders
-from pipeline.evals.settings import CodeConfig
 from pipeline.evals.totals import Cost
 from pipeline.model.transformer import Transformer
 from tidar_common.errors import UserError

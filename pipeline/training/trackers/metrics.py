@@ -1,13 +1,12 @@
-"""The files of a run, the truth about it: steps, evals, events; and `report.html`, drawn from them.
-All else mirrors them, under the names that stand here: the groups train, data, decode and system.
+"""The files of a run, the truth about it: steps, evals, events. All else mirrors them, under the
+names that stand here: the groups train, data, decode and system.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.order import TrainState
-from pipeline.report.page import build_report
 from pipeline.training.moments import Event, StepMetrics, Tracker
 from tidar_common.files import write_text_atomic
 from tidar_common.jsonlines import append, whole_object
@@ -63,31 +62,6 @@ def step_of(line: str) -> int | None:
     row = whole_object(line)
     step = row.get("step") if row is not None else None
     return step if isinstance(step, int) else None
-
-
-class Report(Tracker):
-    """A page that cannot be drawn is said so and ends no training."""
-
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        self.run_dir = run_dir
-        self.say = say
-
-    def on_eval(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._build()
-
-    def on_end(self, state: TrainState, finished: bool) -> None:
-        metrics = self.run_dir / METRICS
-        if metrics.exists() and metrics.stat().st_size:  # a run stopped before its first step
-            self._build()
-
-    def _build(self) -> None:
-        try:
-            build_report(self.run_dir)
-        except Exception as error:
-            self.say(
-                f"warning: report.html could not be written ({error}); training goes on, and "
-                f"tidar-status {self.run_dir} --report draws it later"
-            )
 
 
 AXES = ("step", "tokens")

@@ -12,6 +12,7 @@ from pipeline.data.order import TrainState
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from tidar_common.progress import doing
 from tidar_common.run_files import EvalRow
+from tidar_common.tables import duration
 
 if TYPE_CHECKING:  # who only asks how a run stands imports no model
     from pipeline.model.config import ModelConfig
@@ -173,10 +174,3 @@ def describe_eval(row: EvalRow, chosen: EvalRow | None = None) -> str:
         f"{where}{row['tokens_per_forward']:.2f} tokens/forward{text}, "
         f"{row['speedup_over_ar']:.2f}x the speed of AR{best}{first}, {loss}{loops}"
     )
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

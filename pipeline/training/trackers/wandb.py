@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from pipeline.data.order import TrainState
-from pipeline.report.page import generation
+from pipeline.report.pictures import acceptance_map, generation
 from pipeline.training.config import WandbConfig
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
 from pipeline.training.trackers.environment import describe_environment
 from pipeline.training.trackers.metrics import eval_values, step_values
-from tidar_common.figures import heat_map
 from tidar_common.files import write_text_atomic
 from tidar_common.jsonlines import read_whole
 from tidar_common.page import Section, page
@@ -38,9 +35,6 @@ SOURCES_TABLE = (
     "draft_calibration_error", "teacher_forced_acceptance", "teacher_forced_survival",
 )  # fmt: skip
 """Columns of the table by source of the text, behind step, temperature and source."""
-
-MOST_EVALS = 40
-"""That a heat map shows; of more, as many as fit are picked evenly, the last included."""
 
 
 class Wandb(Tracker):
@@ -208,24 +202,6 @@ def cut_torn_record(path: Path) -> None:
                 whole = place
         if whole < size:
             file.truncate(whole)
-
-
-def acceptance_map(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """A heat map of the rows' `acceptance_by_position`, one line an eval; None without any.
-
-    Args:
-        rows: of one method and temperature, in order of step.
-    """
-    rows = [row for row in rows if row.get("acceptance_by_position")]
-    if not rows:
-        return None
-    if len(rows) > MOST_EVALS:
-        last = len(rows) - 1
-        rows = [rows[round(i * last / (MOST_EVALS - 1))] for i in range(MOST_EVALS)]
-    text = "Share of drafts accepted, by position in the block (across) and step (down)."
-    names = [str(row["step"]) for row in rows]
-    shares = [row["acceptance_by_position"] for row in rows]
-    return Markup("<p>{}</p>").format(text) + heat_map(names, shares, text)
 
 
 def sources_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from data_prep.formats.manifest import Manifest
-from data_prep.inspect import picture
-from data_prep.inspect.picture import NOTHING, attention_picture, stored_sequence
+from data_prep.inspect import show
+from data_prep.inspect.show import NOTHING, attention_picture, stored_sequence
 from pipeline.model.mask import dense_mask
 from tidar_common.figures import png
 
@@ -35,7 +35,7 @@ def test_long_sections_are_cut_off(prepared, monkeypatch):
     manifest = Manifest.load(prepared)
     sequence = stored_sequence(prepared, manifest, 3)
     whole = attention_picture(sequence, 128)
-    monkeypatch.setattr(picture, "LARGEST_SECTION", 50)
+    monkeypatch.setattr(show, "LARGEST_SECTION", 50)
     part = attention_picture(sequence, 128)
     both = np.r_[:50, 128:178]
     assert np.array_equal(part, whole[np.ix_(both, both)])

@@ -12,7 +12,7 @@ from test_prepare import texts_of
 
 from data_prep.formats.manifest import CHECKSUM, MANIFEST, Manifest
 from data_prep.formats.shards import read_shard
-from data_prep.inspect.stats import charts, piece_lengths, read_contents, write_page
+from data_prep.inspect.show import charts, piece_lengths, read_contents, write_page
 from tidar_common.config import config_hash
 from tidar_common.figures import Bar, BarChart, chart_grid
 from tidar_common.page import Section, page

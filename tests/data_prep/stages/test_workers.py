@@ -22,7 +22,7 @@ def job(overrides, tokenizer, tmp_path):
     """A preparation that has not begun, and its tasks."""
     from hydra import compose, initialize_config_dir
 
-    from data_prep.settings import PrepareSettings
+    from data_prep.config import PrepareSettings
     from tidar_common.cli import config_dir
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

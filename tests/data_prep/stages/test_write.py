@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.manifest import SPLITS
 from data_prep.formats.shards import read_shard
 from data_prep.layout import Layout, build_layout
-from data_prep.settings import PrepareSettings
 from data_prep.stages.pack import Piece
 from data_prep.stages.write import SplitWriter, stored_layouts
 

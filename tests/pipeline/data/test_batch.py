@@ -60,7 +60,7 @@ def test_rows_and_labels_are_the_rule(sequences):
 
 
 def test_blocks_of_a_batch_one_place_at_a_time(sequences):
-    """Rows, the row that draws place 0, the tokens before, and the drafts without slots."""
+    """Rows, the row that draws place 0, the tokens before, and the drafts of the head alone."""
     share, slots = 0.7, 12
     batch = make_batch(sequences, MASK, slots, alone_share=share)
     width, blocks = 12 + slots, batch.blocks

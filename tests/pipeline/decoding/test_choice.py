@@ -45,10 +45,10 @@ def simulate(
         now = shape if drafted else shape.short
         rates = acceptance.block if with_block else acceptance.alone
         accepted = 1
-        while accepted < now.drafts and rng.random() < rates[accepted - 1]:
+        while accepted < now.tokens and rng.random() < rates[accepted - 1]:
             accepted += 1
         made, forwards = made + accepted, forwards + 1
-        seconds += times.step_seconds(now.num_queries, now.drafts, 100, greedy)
+        seconds += times.step_seconds(now.num_queries, now.tokens, 100, greedy)
         with_block = accepted in now.blocks
         drafted = with_block or shape.sequential
     return made / seconds, made / forwards

@@ -10,8 +10,7 @@ from small_models import huggingface_tokenizer
 from data_prep.formats.manifest import Manifest
 from data_prep.formats.shards import read_shard
 from data_prep.tokenizers.load import load_tokenizer
-from pipeline.decoding.document_prompts import DocumentPrompts
-from pipeline.decoding.prompts import Share, rank_device
+from pipeline.decoding.prompts import DocumentPrompts, Share, rank_device
 from tidar_common.errors import UserError
 
 ALL = {"split": "train", "prompt_tokens": 6, "limit": None, "share": Share()}

@@ -19,9 +19,8 @@ from transformers.generation.logits_process import (
 from pipeline.decoding import Sampling, engine, generate
 from pipeline.decoding.drafting import Drafter
 from pipeline.decoding.engine import StepEngine
-from pipeline.decoding.sampling import PIECE, Uniforms, draw
+from pipeline.decoding.sampling import PIECE, Uniforms, draw, verify, verify_greedy
 from pipeline.decoding.step import StepShape, prefill_mask
-from pipeline.decoding.verify import verify, verify_greedy
 from tidar_common.errors import UserError
 
 SETTINGS = {

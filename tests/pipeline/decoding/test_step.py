@@ -35,7 +35,7 @@ SHAPES = [
 
 def written_out(shape: StepShape, prefix: int, causal: bool = False) -> torch.Tensor:
     """Who sees whom in a decoding step; columns: prefix, drafts, blocks."""
-    rows = [("draft", i, 0) for i in range(shape.drafts)]
+    rows = [("draft", i, 0) for i in range(shape.tokens)]
     size = 2 * shape.block_size - 1 if shape.linear else shape.block_size
     rows += [("slot", t, j) for j in shape.blocks for t in range(size)]
     sees = torch.zeros(len(rows), prefix + len(rows), dtype=torch.bool)
@@ -68,8 +68,8 @@ def test_step_mask_is_the_rule(shape, causal):
         assert torch.equal(mask[:, 9 - prefix :], written_out(shape, prefix, causal))
         assert torch.equal(allowed(rule.over_prefix(prefix)), written_out(shape, prefix, causal))
     positions = step_positions(shape, CPU)
-    assert positions[: shape.drafts].tolist() == list(range(shape.drafts))
-    for accepted in range(1, shape.drafts + 1) if shape.linear else shape.blocks:
+    assert positions[: shape.tokens].tolist() == list(range(shape.tokens))
+    for accepted in range(1, shape.tokens + 1) if shape.linear else shape.blocks:
         expected = list(range(accepted, accepted + shape.block_size))
         assert positions[shape.block_rows(accepted)].tolist() == expected
 

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import load_model
 from pipeline.decoding import DecodeOptions, generate, generate_batch
-from pipeline.decoding.verify import verify
+from pipeline.decoding.sampling import verify
 
 FOLDER = Path(__file__).parents[2] / "data" / "decoding"
 VECTORS = json.loads((FOLDER / "vectors.json").read_text())

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
+from data_prep.config import PrepareSettings
 from data_prep.formats.groups import PackedSequence
 from data_prep.formats.manifest import Manifest
 from data_prep.layout import build_layout
 from data_prep.prepare import prepare
-from data_prep.settings import PrepareSettings
 from data_prep.tokenizers.load import Tokenizer, load_tokenizer
 from pipeline.distributed import World
+from pipeline.evals.config import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.settings import DecodeSpeedConfig, LikelihoodConfig, TasksConfig
 from pipeline.evals.tasks import evaluate_tasks
 from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import Transformer

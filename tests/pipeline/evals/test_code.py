@@ -14,7 +14,7 @@ from evals_data import OneRank, make_flat_model, make_model, model_config
 from pipeline.decoding import generate
 from pipeline.evals.code.evaluate import code_rows, evaluate_code, pass_at_k, read_benchmark
 from pipeline.evals.code.sandbox import ALL_GUARDS, Limits, run_answer
-from pipeline.evals.settings import CodeConfig
+from pipeline.evals.config import CodeConfig
 from tidar_common.errors import UserError
 
 LIMITS = Limits(timeout_s=30.0, memory_gib=4.0)

@@ -20,10 +20,10 @@ from pipeline.decoding import generate
 from pipeline.decoding.generation import finish_each
 from pipeline.decoding.latency import LatencyCurve
 from pipeline.evals import decoding_runs
+from pipeline.evals.acceptance import score_drafts
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.decoding_runs import divergence_gap
 from pipeline.evals.run import comparison_table
-from pipeline.objective.acceptance import score_drafts
 from tidar_common.errors import UserError
 
 CLOCK = (

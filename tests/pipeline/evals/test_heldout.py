@@ -11,9 +11,9 @@ from evals_data import SEQUENCE_LENGTH, OneRank, make_sequence
 
 from pipeline.data.mix import MixedSet
 from pipeline.evals import heldout
+from pipeline.evals.acceptance import PairCounts
+from pipeline.evals.config import DecodeSpeedConfig
 from pipeline.evals.heldout import HeldOut, Unigram, documents
-from pipeline.evals.settings import DecodeSpeedConfig
-from pipeline.objective.acceptance import PairCounts
 from tidar_common.errors import UserError
 
 

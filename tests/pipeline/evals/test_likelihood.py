@@ -9,9 +9,9 @@ import pytest
 import torch
 from evals_data import BLOCK_SIZE, OneRank, make_flat_model, make_model, model_config
 
+from pipeline.evals.config import LikelihoodConfig
 from pipeline.evals.heldout import documents
 from pipeline.evals.likelihood import evaluate_likelihood, sum_up
-from pipeline.evals.settings import LikelihoodConfig
 
 WHOLE = LikelihoodConfig()
 

@@ -9,8 +9,8 @@ from evals_data import OneRank
 from small_models import random_model, sentencepiece_tokenizer, small_config, write_checkpoint
 
 from pipeline import load_model
+from pipeline.evals.config import TasksConfig
 from pipeline.evals.decoders import Decoder
-from pipeline.evals.settings import TasksConfig
 from pipeline.model.hf_export import write_export
 from pipeline.model.loading import open_model, read_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.evals.code import sandbox
-from pipeline.evals.code.guards import AUDIT, CLONE, DENIED, FAIL, make_filter
+from pipeline.evals.code.limits import AUDIT, CLONE, DENIED, FAIL, make_filter
 from pipeline.evals.code.sandbox import ALL_GUARDS, Limits, run_answer
 from tidar_common.errors import UserError
 
@@ -222,7 +222,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
 
 def test_a_missing_guard_is_refused_unless_told(monkeypatch, tmp_path):
     broken = tmp_path / "child.py"
-    for name in ("child.py", "guards.py"):
+    for name in ("child.py", "limits.py"):
         text = sandbox.CHILD.with_name(name).read_text()
         (tmp_path / name).write_text(text.replace('"create": 444', '"create": 9999'))
     monkeypatch.setattr(sandbox, "CHILD", broken)

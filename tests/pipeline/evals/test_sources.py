@@ -8,11 +8,11 @@ from evals_data import BLOCK_SIZE, CONFIG, OneRank, make_model, model_config, wr
 
 from data_prep.formats.manifest import Manifest
 from pipeline.data.mix import MixedSet
+from pipeline.evals.acceptance import score_drafts
+from pipeline.evals.config import LikelihoodConfig
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood, read_texts
-from pipeline.evals.settings import LikelihoodConfig
-from pipeline.objective.acceptance import score_drafts
 from tidar_common.errors import UserError
 
 DRAFTS = (

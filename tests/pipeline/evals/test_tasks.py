@@ -12,8 +12,8 @@ import torch
 from evals_data import HAS_LM_EVAL, OneRank, local_tasks, make_model, model_config
 
 from pipeline.decoding import generate
+from pipeline.evals.config import TasksConfig
 from pipeline.evals.decoders import Decoder
-from pipeline.evals.settings import TasksConfig
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.evals.totals import Cost
 from tidar_common.errors import UserError

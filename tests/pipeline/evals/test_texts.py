@@ -7,8 +7,8 @@ import pytest
 import torch
 from evals_data import BLOCK_SIZE, SEQUENCE_LENGTH, OneRank, make_model, model_config
 
+from pipeline.evals.config import LikelihoodConfig
 from pipeline.evals.likelihood import evaluate_likelihood, read_texts
-from pipeline.evals.settings import LikelihoodConfig
 from tidar_common.errors import UserError
 
 ROWS = (

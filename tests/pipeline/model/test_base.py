@@ -13,7 +13,7 @@ from data_prep.formats.manifest import Manifest
 from pipeline.model.base import with_base
 from pipeline.model.huggingface import config_from_huggingface
 from pipeline.model.loading import check_tokenizer, open_model
-from pipeline.planning.settings import Planned
+from pipeline.planning.config import Planned
 from pipeline.training.settings import TrainSettings
 from pipeline.training.setup import model_config
 from tidar_common.cli import config_dir

@@ -100,7 +100,7 @@ def test_rows_are_the_formulas_place_by_place(cell, coverage):
         for place, own in enumerate(z, 1):
             expected_z[2 * width + order * longest + place] = own
     torch.testing.assert_close(drafts.hidden, torch.stack(expected_hidden))
-    # Places that a short block lacks, of drafts without slots, belong to no labelled row.
+    # Places that a short block lacks, of drafts of the head alone, belong to no labelled row.
     labelled = torch.cat([torch.arange(2 * width), batch.rows[-batch.alone_labels :]])
     torch.testing.assert_close(drafts.z[labelled], expected_z[labelled])
     assert (drafts.z[batch.rows[: batch.ar_labels]] == 0).all()

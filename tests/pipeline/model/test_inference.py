@@ -41,8 +41,8 @@ def make_model(family: str, **changes) -> Transformer:
 def step_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A prefix [B, P], and the queries of a step [B, Q]."""
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(0, 290, (batch, KEPT + SHAPE.drafts), generator=generator)
-    slots = torch.full((batch, SHAPE.num_queries - SHAPE.drafts), MASK)
+    text = torch.randint(0, 290, (batch, KEPT + SHAPE.tokens), generator=generator)
+    slots = torch.full((batch, SHAPE.num_queries - SHAPE.tokens), MASK)
     return text[:, :KEPT], torch.cat([text[:, KEPT:], slots], dim=1)
 
 
@@ -59,8 +59,8 @@ def run_step(model: Transformer, batch: int, *, fused: bool, ragged: bool) -> li
             cache.set_length(row, KEPT)
         rule = StepRule(SHAPE, 48, CPU, dtype)
         where = cache.positions(rule.offsets)
-        hidden = forward.hidden(queries, where, cache.bias(rule), cache, SHAPE.drafts)
-    return [hidden, cache.layer(0)[:, :, :, : KEPT + SHAPE.drafts].clone()]
+        hidden = forward.hidden(queries, where, cache.bias(rule), cache, SHAPE.tokens)
+    return [hidden, cache.layer(0)[:, :, :, : KEPT + SHAPE.tokens].clone()]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -86,7 +86,7 @@ def test_clean_rows_and_cache_do_not_depend_on_adapters(dtype):
             for name in [n for n, _ in part.named_children() if n.endswith("adapter")]:
                 setattr(part, name, None)
     ours, theirs = (run_step(m, 1, fused=True, ragged=False) for m in (model, without))
-    assert torch.equal(ours[0][:, : SHAPE.drafts], theirs[0][:, : SHAPE.drafts])
+    assert torch.equal(ours[0][:, : SHAPE.tokens], theirs[0][:, : SHAPE.tokens])
     assert torch.equal(ours[1], theirs[1])
     assert not torch.equal(ours[0], theirs[0])
 
@@ -184,7 +184,7 @@ def test_a_layer_of_a_step_is_ten_kernels(monkeypatch):
         queries = step_inputs(1)[1]
         with torch.inference_mode(), counter:
             bias, where = cache.bias(rule), cache.positions(rule.offsets)
-            forward.hidden(queries, where, bias, cache, SHAPE.drafts)
+            forward.hidden(queries, where, bias, cache, SHAPE.tokens)
         counts.append(counter.names.total())
         monkeypatch.undo()
     assert counts[1] - counts[0] == 10

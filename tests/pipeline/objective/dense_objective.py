@@ -7,7 +7,7 @@ PREFIX_FLOOR = 0.5
 
 
 def chains_of(batch):
-    """The drafts of each block, then of each block that is drafted without slots: a list of (row,
+    """The drafts of each block, then of each that is drafted by the head alone: a list of (row,
     slot that has the same position, place) each."""
     longest = batch.blocks.slots.shape[1]
     chains = [
@@ -81,7 +81,7 @@ def dense_loss(hidden, weight, batch, objective, totals):
     """The share of `batch` in the loss of the global batch.
 
     `totals` are what the three means are over: AR labels, and weights of slots and of drafts
-    without slots.
+    of the head alone.
     """
     logs = F.log_softmax(hidden @ weight.T, -1)
     label_of = dict(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))

@@ -48,7 +48,7 @@ class Engine:
         self.module = SimpleNamespace(frozen_base=False)
 
     def hidden(self, numbers, batch):
-        """The rows of the sequences, then those of their blocks that are drafted without slots."""
+        """The rows of the sequences, then those of blocks that are drafted by the head alone."""
         assert batch.blocks.slots.shape[1] == K
         own = self.states[numbers]
         first = batch.blocks.slots[batch.blocks.alone, 0] // (2 * LENGTH)

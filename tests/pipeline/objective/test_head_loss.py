@@ -47,7 +47,7 @@ OBJECTIVES = {
 
 @pytest.fixture
 def batch():
-    """Half of the blocks are drafted without slots, too."""
+    """Half of the blocks are drafted by the head alone, too."""
     return made_batch(slots=16, alone_share=0.5)
 
 

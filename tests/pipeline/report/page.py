@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from pipeline.report import build_report
+from pipeline.report.page import build_report
 
 
 class Page(HTMLParser):

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import build_report
-from pipeline.report.headline import warnings
+from pipeline.report.page import build_report, warnings
 from pipeline.report.read import read_run
 from tests.pipeline.report.page import page_of
 from tests.pipeline.report.written_run import CODE, write_lines, write_run

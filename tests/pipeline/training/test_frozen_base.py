@@ -25,8 +25,8 @@ from pipeline.training.engine import OptimizerConfig, parameter_groups, set_lear
 from pipeline.training.guards.ar_guard import read_base
 from pipeline.training.launch.run_dir import owned
 from pipeline.training.launch.signals import StopRequest
-from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import model_config, run_identity
+from pipeline.training.settings import TrainSettings, run_identity
+from pipeline.training.setup import model_config
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 

@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from data_prep.formats.manifest import Manifest
 from pipeline.checkpoint.write import differences, refuse_changes
 from pipeline.data.place import DataConfig
+from pipeline.planning.config import Planned
 from pipeline.planning.plan import flops_at
-from pipeline.planning.settings import Planned
-from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import check_data, model_config, open_sequences, run_identity
+from pipeline.training.settings import TrainSettings, run_identity
+from pipeline.training.setup import check_data, model_config, open_sequences
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 

@@ -10,12 +10,7 @@ from tracker_data import EVAL_ROWS, steps
 
 from pipeline.data.order import TrainState
 from pipeline.training.trackers import progress
-from pipeline.training.trackers.progress import (
-    ProgressDisplay,
-    describe_end,
-    describe_run,
-    duration,
-)
+from pipeline.training.trackers.progress import ProgressDisplay, describe_end, describe_run
 
 
 def show(console: Console, first: int, last: int, total: int, log_every_s: float, evals=()) -> str:
@@ -121,11 +116,3 @@ def test_a_terminal_gets_a_bar_that_ends():
     assert "step 5/8" in shown
     assert "loss 0.800  ar 0.600  diffusion 1.000  50 tokens/s  0:06 left" in shown
     assert text.count("\x1b[?25h") == text.count("\x1b[?25l") == 1, "the cursor must come back"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
 from pipeline.decoding.step import prefill_mask
+from pipeline.evals.acceptance import Controls, score_drafts
+from pipeline.evals.scoring import score_sequence
 from pipeline.model.attention import training_mask
 from pipeline.model.config import ModelConfig
 from pipeline.model.mask import dense_mask
 from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import Controls, score_drafts
-from pipeline.objective.scoring import score_sequence
 
 MASK = 13
 CONFIG = ModelConfig(
@@ -114,7 +114,7 @@ def test_sequences_with_any_padding_are_scored_in_one_shape(monkeypatch):
         shapes.add(tuple(spans.block.shape))
         return training_mask(spans, *arguments)
 
-    monkeypatch.setattr("pipeline.objective.scoring.training_mask", seen)
+    monkeypatch.setattr("pipeline.evals.scoring.training_mask", seen)
     for real in (16, 13, 9, 5):
         lengths = np.array([real, 16 - real][: 1 + (real < 16)])
         layout = build_layout(lengths[:1], 4, shift=True, rng=rng)

@@ -8,10 +8,8 @@ import torch
 
 from data_prep.formats.groups import PackedSequence
 from data_prep.layout import build_layout
-from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import Transformer
-from pipeline.objective import scoring
-from pipeline.objective.acceptance import (
+from pipeline.evals import scoring
+from pipeline.evals.acceptance import (
     BINS,
     Controls,
     DraftScores,
@@ -21,6 +19,8 @@ from pipeline.objective.acceptance import (
     empty_bins,
     score_drafts,
 )
+from pipeline.model.config import ModelConfig
+from pipeline.model.transformer import Transformer
 
 VOCABULARY, MASK = 14, 13
 UNIGRAM_IDS = 12

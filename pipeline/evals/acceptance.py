@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data_prep.formats.groups import PackedSequence
 from pipeline.data.batch import Batch
+from pipeline.evals.scoring import Scored, pieces, row_logits, score_sequence
 from pipeline.model.transformer import Transformer
-from pipeline.objective.scoring import Scored, pieces, row_logits, score_sequence
 from tidar_common.run_files import CalibrationRow
 
 
@@ -111,8 +111,8 @@ class Controls:
 
 MODEL = "model"
 """The name of the model's own draft among all that are scored."""
-RECURRENT = "recurrent"
-"""That of its draft head without any slot."""
+ALONE = "recurrent"
+"""That of its draft head alone, without any slot."""
 BINS = 10
 """Equal parts of [0, 1]."""
 ROWS = ("drafts", "confidence", "right", "verified")
@@ -210,7 +210,7 @@ def _acceptance(
     model: Transformer, scored: Scored, block_size: int, controls: Controls
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
     """`drafts`, `accepted`, `survived` and `calibration` of `DraftScores` for one sequence."""
-    drafters = (MODEL,) if scored.drafts is None else (MODEL, RECURRENT)
+    drafters = (MODEL,) if scored.drafts is None else (MODEL, ALONE)
     names = (*drafters, *controls.names)
     drafts = torch.zeros(block_size - 1, dtype=torch.float64)
     if scored.batch.diffusion_labels == 0:
@@ -231,7 +231,7 @@ def _acceptance(
         distributions = [(MODEL, own_draft), *controls.drafts(text[verifier])]
         if scored.drafts is not None:
             logits = model.draft_logits(scored.drafts, rows.alone[part])
-            distributions.append((RECURRENT, torch.softmax(logits.float(), -1)))
+            distributions.append((ALONE, torch.softmax(logits.float(), -1)))
         for name, draft in distributions:
             rates[name][:, part] = _agreement(p, draft)
         likeliest = own_draft.max(-1)
@@ -268,7 +268,7 @@ class ScoredRows:
     slot: Tensor
     """Row of the slot."""
     alone: Tensor
-    """Row of the draft without slots, where every block is drafted so, too."""
+    """Row of the draft of the head alone, where every block is drafted so, too."""
     verifier: Tensor
     """The clean row whose logits verify the place."""
 

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from data_prep.formats.groups import PackedSequence
 from pipeline.distributed import World
-from pipeline.evals.heldout import HeldOut
-from pipeline.evals.settings import Check, DecodeSpeedConfig, never
-from pipeline.model.transformer import Transformer
-from pipeline.objective.acceptance import (
+from pipeline.evals.acceptance import (
+    ALONE,
     MODEL,
-    RECURRENT,
     DraftScores,
     describe_calibration,
     score_drafts,
 )
+from pipeline.evals.config import Check, DecodeSpeedConfig, never
+from pipeline.evals.heldout import HeldOut
+from pipeline.model.transformer import Transformer
 from tidar_common.progress import doing
 from tidar_common.run_files import DraftScoresRow, HeldOutRow
 
-DRAFTS = (MODEL, RECURRENT, "unigram", "bigram")
+DRAFTS = (MODEL, ALONE, "unigram", "bigram")
 """Those of every row, the model's own and controls; None where one was not scored."""
 STALENESS = (0, 1, 2, 4, 7)
 """Numbers of tokens that a linear model's slots are scored without, as far as K allows."""
@@ -146,8 +146,8 @@ def _acceptance(scores: DraftScores, temperature: float | None) -> DraftScoresRo
         teacher_forced_acceptance=accepted[MODEL],
         teacher_forced_survival=survived[MODEL],
         expected_tokens_per_forward=_expected_tokens(survived[MODEL]),
-        recurrent_acceptance=accepted[RECURRENT],
-        recurrent_expected_tokens_per_forward=_expected_tokens(survived[RECURRENT]),
+        recurrent_acceptance=accepted[ALONE],
+        recurrent_expected_tokens_per_forward=_expected_tokens(survived[ALONE]),
         unigram_acceptance=accepted["unigram"],
         unigram_expected_tokens_per_forward=_expected_tokens(survived["unigram"]),
         bigram_acceptance=accepted["bigram"],

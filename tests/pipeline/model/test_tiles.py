@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.model.partial_attention import (
+from pipeline.model.tiles import (
     attend_part,
     attend_plainly,
     part_gradients,

@@ -13,9 +13,8 @@ from tidar_common.schema import Command, register
 if TYPE_CHECKING:
     from data_prep.tokenizers.load import Tokenizer
     from pipeline.decoding.choice import Choice
-    from pipeline.decoding.document_prompts import DocumentPrompts
     from pipeline.decoding.options import DecodeOptions
-    from pipeline.decoding.prompts import FilePrompts, Share
+    from pipeline.decoding.prompts import DocumentPrompts, FilePrompts, Share
     from pipeline.decoding.sampling import Sampling
 
 
@@ -125,7 +124,7 @@ class GenerateConfig:
 
     def document_prompts(self, tokenizer: "Tokenizer", share: "Share") -> "DocumentPrompts":
         """The share's prompts of `prompts_data`, whose tokenizer must be the model's."""
-        from pipeline.decoding.document_prompts import DocumentPrompts
+        from pipeline.decoding.prompts import DocumentPrompts
 
         assert self.prompts_data is not None, "the caller looks"
         return DocumentPrompts(

@@ -29,7 +29,7 @@ class Scored:
     """[S + M, E], input of the LM head."""
     losses: Tensor
     """Cross entropy of each labelled token in nats, fp64 [N] on the CPU: AR first, then slots in
-    their order, then drafts without slots."""
+    their order, then drafts of the head alone."""
     batch: Batch
     drafts: DraftRows | None
     """What the draft head adds; None without one, or without a mask section."""
@@ -79,7 +79,7 @@ def score_sequence(
         [sequence],
         mask_token_id or 0,
         num_slots,
-        # Every block is drafted without its slots as well, to see what these are worth.
+        # Every block is drafted by the head alone as well, to see what these are worth.
         alone_share=float(drafting),
         causal_slots=model.config.causal_slots,
     )

@@ -67,7 +67,6 @@ Say = Callable[[str], None]
 def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     settings.check_device(world.device)
-    doing("looking for the data")
     check_data(settings, world, say)
     source = open_sequences(settings, say)
     checked = preflight.wanted(settings.preflight, world)
@@ -155,6 +154,7 @@ def drafting_config(settings: TrainSettings) -> ModelConfig:
 def check_data(settings: TrainSettings, world: World, say: Say) -> None:
     """Look on every node whether the training shards are there; raises UserError on all ranks
     where one is not, unless `data.skip_damaged` is on."""
+    doing("looking for the data")
     problem = None
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -1,6 +1,7 @@
 """`tidar-evaluate` put together: its settings, and the evals that were asked for."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,25 @@ class EvaluateSettings:
         return torch.device("cpu") if self.device == "cpu" else world.device
 
 
+class Progress:
+    """A `Check` that says from time to time how far an eval is."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, say: Callable[[str], None], name: str) -> None:
+        self.say, self.name = say, name
+        self.calls = 0
+        self.begun = self.last = time.monotonic()
+
+    def __call__(self) -> None:
+        self.calls += 1
+        now = time.monotonic()
+        if now - self.last >= self.EVERY_S:
+            self.last = now
+            seconds = now - self.begun
+            self.say(f"{self.name}: {self.calls} answers and sequences begun, {seconds:.0f} s")
+
+
 def run_evals(
     settings: EvaluateSettings,
     model: Transformer,
@@ -156,7 +176,8 @@ def run_evals(
             step = settings.origin.step
             for line in heldout.shortages(config):
                 say(f"warning: {line}")
-            results[name] = evaluate_decode_speed(model, heldout, config, world, step)
+            progress = Progress(say, name)
+            results[name] = evaluate_decode_speed(model, heldout, config, world, step, progress)
         else:
             results[name] = evaluate_likelihood(model, tokenizer, heldout, config, world)
     first = next(model.parameters())

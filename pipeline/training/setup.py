@@ -80,6 +80,11 @@ def make_deterministic(say: Say) -> None:
 def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say: Say) -> Trainer:
     """A trainer ready to run: restored from the newest checkpoint of `run_dir` if there is one."""
     settings.check_device(world.device)
+    if slow_on(world.device, settings.precision):
+        say(
+            "warning: precision: this CPU has no instructions for bf16, in which a step takes "
+            "several times as long as in fp32; set precision=fp32"
+        )
     check_data(settings, world, say)
     source = open_sequences(settings, say)
     checked = preflight.wanted(settings.preflight, world)
@@ -133,6 +138,13 @@ def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say
         say=say,
         notes=notes_of_start(state, restored, checkpoints.load_s, preflight_s, world),
     )
+
+
+def slow_on(device: torch.device, precision: str) -> bool:
+    """Whether matrix products in `precision` are emulated on `device`: those in bf16 are on x86
+    before AVX-512."""
+    emulated = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return device.type == "cpu" and precision == "bf16" and emulated
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:

@@ -20,6 +20,7 @@ from pipeline.evals.run import (
     SCHEMAS,
     EvaluateSettings,
     Origin,
+    Progress,
     describe,
     measures_table,
     open_heldout,
@@ -282,3 +283,13 @@ def test_help_names_the_groups():
     assert done.returncode == 0
     assert "decode_speed, likelihood, tasks" in done.stdout
     assert sys.executable not in done.stdout
+
+
+def test_progress_is_told_once_in_a_while(monkeypatch):
+    now, lines = [100.0], []
+    monkeypatch.setattr("pipeline.evals.run.time.monotonic", lambda: now[0])
+    progress = Progress(lines.append, "decode_speed")
+    for _ in range(35):
+        now[0] += 1.0
+        progress()
+    assert lines == [f"decode_speed: {n} answers and sequences begun, {n} s" for n in (10, 20, 30)]

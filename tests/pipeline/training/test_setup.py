@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from data_prep.formats.manifest import Manifest
@@ -13,7 +14,13 @@ from pipeline.data.place import DataConfig
 from pipeline.planning.plan import flops_at
 from pipeline.planning.settings import Planned
 from pipeline.training.settings import TrainSettings
-from pipeline.training.setup import check_data, model_config, open_sequences, run_identity
+from pipeline.training.setup import (
+    check_data,
+    model_config,
+    open_sequences,
+    run_identity,
+    slow_on,
+)
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 
@@ -114,3 +121,17 @@ def test_a_plan_counts_the_pairs_of_causal_slots(data_dir):
         flops.append(flops_at(planned, 1.0).attention)
     width = planned.model.num_layers * planned.model.num_heads * planned.model.head_dim
     assert flops[0] - flops[1] == 3 * 4 * width * planned.train.global_batch_size * 16 * 6
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "precision", "slow"),
+    [
+        ("AVX2", "cpu", "bf16", True),
+        ("AVX2", "cpu", "fp32", False),
+        ("AVX2", "cuda", "bf16", False),
+        ("AVX512", "cpu", "bf16", False),
+    ],
+)
+def test_a_precision_that_is_emulated_is_known(monkeypatch, capability, device, precision, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert slow_on(torch.device(device), precision) is slow

@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 help: ## list the commands
@@ -35,10 +36,10 @@ demo-convert: setup ## a real model of 135M parameters learns to draft, its base
 	@BIN=$(BIN) STEPS=240 PROMPTS=10 bash scripts/convert_smollm2.sh
 
 test: setup ## run the tests (about 50 minutes on two cores)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)
 
 test-fast: setup ## what most changes break: a case of each test of the parts below training (3 to 4 minutes)
-	$(BIN)/python -m pytest --fast -m "not long" tests/tidar_common tests/data_prep tests/docs \
+	$(BIN)/python -m pytest --fast -m "not long" $(SIDE_BY_SIDE) tests/tidar_common tests/data_prep tests/docs \
 	  $(addprefix tests/pipeline/,data model objective decoding) \
 	  --ignore-glob='*/test_interruption.py' --ignore-glob='*/test_prepare_tasks.py'
 

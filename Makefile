@@ -35,7 +35,7 @@ demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure
 demo-convert: setup ## a real model of 135M parameters learns to draft, its base frozen (15 to 30 minutes; needs pip's index)
 	@BIN=$(BIN) STEPS=240 PROMPTS=10 bash scripts/convert_smollm2.sh
 
-test: setup ## run the tests (about 50 minutes on two cores)
+test: setup ## run the tests
 	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)
 
 test-fast: setup ## what most changes break: a case of each test of the parts below training (3 to 4 minutes)

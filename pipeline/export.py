@@ -26,6 +26,11 @@ class ExportConfig:
     overwrite: bool = False
     """Replace an export that is already there. Folders that hold anything else are never
     touched."""
+    push_to: str | None = None
+    """Upload the folder to this id on the Hugging Face hub (owner/name), with the token of
+    `hf auth login` or HF_TOKEN."""
+    push_private: bool = True
+    """Keep it private; false makes a new id public, and allows one that is."""
 
 
 ABOUT = """\
@@ -33,9 +38,10 @@ tidar-export: write a checkpoint as a Hugging Face folder, with tidar.json besid
 
   tidar-export checkpoint=runs/first output=exports/first
   tidar-export checkpoint=runs/first/checkpoints/step-00000500 output=exports/at500 dtype=bf16
+  tidar-export checkpoint=runs/first output=exports/first push_to=owner/name
 
-transformers loads the folder as a plain autoregressive model; tidar-generate and
-pipeline.load_model decode several tokens a forward with it.
+transformers loads the folder as a plain autoregressive model; with its custom_generate, as with
+tidar-generate and pipeline.load_model, several tokens come out of a forward.
 """
 register(Command("export", ABOUT, ExportConfig))
 
@@ -43,16 +49,21 @@ register(Command("export", ABOUT, ExportConfig))
 def export(cfg: DictConfig) -> int:
     from pipeline.model.hf_export import check_output, write_export
     from pipeline.model.loading import as_dtype, open_model, read_model
+    from tidar_common.hub import check_push, push
 
     checkpoint = existing_path(cfg, "checkpoint", "a checkpoint, a run_dir or a model folder")
     config = parse(ExportConfig, cfg, "")
     output = Path(config.output).expanduser()
     dtype = None if config.dtype is None else as_dtype(config.dtype)
     check_output(output, config.overwrite)
+    if config.push_to is not None:
+        check_push(config.push_to, "push_to")
     source = open_model(checkpoint)
     tokenizer = source.tokenizer()
     model = read_model(source, dtype=dtype, device="cpu")
-    warning = write_export(model, tokenizer, source, output, overwrite=config.overwrite)
+    warning = write_export(
+        model, tokenizer, source, output, overwrite=config.overwrite, hub_id=config.push_to
+    )
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     stored = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -60,6 +71,8 @@ def export(cfg: DictConfig) -> int:
         f"{output}: {model.config.num_parameters:,} parameters in {stored}, "
         f"{model.config.family} architecture, {tokenizer.kind} tokenizer"
     )
+    if config.push_to is not None:
+        print(push(output, config.push_to, "push_to", private=config.push_private))
     return 0
 
 

@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 PRELOADED = [
     "torch", "deepspeed", "hydra", "wandb", "pytest", "data_prep.prepare", "pipeline.report.page",
     "pipeline.training.setup", "pipeline.evals.run", "tensorboard.summary.writer.event_file_writer",

@@ -1,10 +1,12 @@
 """What every test shares: a small prepared corpus, and one run trained on it by two processes."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
+from filelock import FileLock
 
 # Tests start processes of their own; more threads than cores only slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast: what most changes break, in the time that one waits for (`make test-fast`)."""
+    """What test processes share among them, and with --fast a choice: what most changes break, in
+    the time that one waits for (`make test-fast`)."""
+    for item in items:
+        # A file's tests share fixtures. The tests under Slurm share one cluster, which mostly waits:
+        # they come first, beside all others.
+        cluster = "slurm" in item.fixturenames
+        group = "slurm" if cluster else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "slurm" not in item.fixturenames)
     if not config.getoption("fast"):
         return
     kept: dict[str, pytest.Item] = {}
@@ -60,15 +70,37 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder written by `tidar-prepare`: sequences of 64 tokens, 400 pieces, K = 4."""
-    return prepare_small(tmp_path_factory.mktemp("data") / "stdlib")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a folder once for all test processes: `shared(name, make)`."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder written by `tidar-prepare`: sequences of 64 tokens, 400 pieces, K = 4."""
+    return shared("data", prepare_small)
+
+
+@pytest.fixture(scope="session")
+def trained_run(data_dir: Path, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The run directory of 12 steps under ZeRO-1 on two processes, with evals and checkpoints."""
-    run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = train_small(data_dir, run_dir, processes=2)
-    assert done.returncode == 0, done.stderr
-    return run_dir
+
+    def train(run_dir: Path) -> None:
+        done = train_small(data_dir, run_dir, processes=2)
+        assert done.returncode == 0, done.stderr
+
+    return shared("trained", train)

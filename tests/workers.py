@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from commands import FORKSERVER
 
-TIMEOUT_S = 300
+TIMEOUT_S = 500
 
 
 def run_workers(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list:

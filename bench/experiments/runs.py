@@ -111,21 +111,21 @@ RUNS = (
         (*TEACHER, "freeze_base=true"), start="published", budget="tokens"),
     Run("gru_linear", "GRU, one stale block for all counts", "slots",
         (*TEACHER, "layout.linear=true")),
-    Run("gru_kl_k4", "GRU, AR head as teacher, K = 4", "block length",
-        (*TEACHER, "layout.block_size=4"), headline=True),
-    Run("gru_kl_k16", "GRU, AR head as teacher, K = 16", "block length",
-        (*TEACHER, "layout.block_size=16"), headline=True),
+    Run("gru_kl_fast_k4", "GRU, AR head as teacher, fast, K = 4", "block length",
+        (*TEACHER, FAST, "layout.block_size=4"), headline=True),
+    Run("gru_kl_fast_k16", "GRU, AR head as teacher, fast, K = 16", "block length",
+        (*TEACHER, FAST, "layout.block_size=16"), headline=True),
     Run("scratch", "TiDAR as published, from scratch", "start",
         (TIDAR, "optimizer.learning_rate=3e-3"), start=None, budget="total"),
     Run("ar_scratch", "AR twin in one run from scratch", "start",
         ("objective=ar", "optimizer.learning_rate=3e-3"), start=None, budget="total"),
 )  # fmt: skip
-RECIPE = "kl_early_50"
-"""The run that the results page puts beside `published`: more expected tokens per forward at equal
-compute, with the lowest AR loss. The default objective is taken from it once that is within 1 %
-of the twin's."""
-TWINS = {"published": ("ar_tokens", "ar_compute"), RECIPE: ("ar_tokens_50", "ar_compute")}
-"""For each of the two the AR twins with equal clean tokens, and with equal compute."""
+PUBLISHED_AT = {4: "k4", 8: "published", 16: "k16"}
+"""The published objective at each block length."""
+BEST_AT = {4: "gru_kl_fast_k4", 8: "gru_kl_fast", 16: "gru_kl_fast_k16"}
+"""The recipe that gives most expected tokens per forward at equal compute."""
+TWINS = {"ar_tokens": "equal clean tokens", "ar_compute": "equal compute"}
+"""AR runs that quality is compared with, and on what terms."""
 BY_NAME = {run.name: run for run in RUNS}
 
 

@@ -372,11 +372,12 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
 
 def _in_gguf(path: Path, eos_token: str | None) -> tuple[bytes, str, str | None]:
     """Arguments of `HuggingFaceTokenizer` for the tokenizer in a GGUF file."""
-    # Imported here: it takes seconds, and only GGUF files need it.
-    from transformers import AutoTokenizer
+    # Imported here: it takes seconds, and only GGUF files need it. AutoTokenizer would read the
+    # whole file's description for the name of a class, which takes longer than all the rest.
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
         content = tokenizer.backend_tokenizer.to_str().encode()
     except ImportError as error:
         raise UserError(

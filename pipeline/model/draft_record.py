@@ -6,6 +6,8 @@ A checkpoint reads it from the rows of its run's evals, an export carries it in 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ class Acceptance:
     def largest(self) -> int:
         """K"""
         return len(self.block) + 1
+
+    @property
+    def expected_tokens(self) -> float:
+        """Of a forward with every block, 1 … K."""
+        return 1 + sum(accumulate(self.block, mul))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ DTYPE = torch.bfloat16
 """What weights are dequantised to: no type of the format that models come in holds more."""
 ROTARY_FACTORS = "rope_freqs.weight"
 """Llama 3's stretching of rotary frequencies, which transformers' reader passes over in silence."""
+HEADER_BYTES = 1 << 26
+"""The names of a file's tensors stand within these first bytes, behind a vocabulary of 10 MB."""
 
 
 def open_gguf(path: Path) -> SavedModel:
@@ -47,7 +49,27 @@ def open_gguf(path: Path) -> SavedModel:
 
 def gguf_config(path: Path) -> ModelConfig:
     """The shape in a GGUF file; raises UserError as `open_gguf`."""
-    return config_from_values(path, _load(path)["config"])
+    return config_from_values(path, _values(path))
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The config, in the words of transformers."""
+    status = path.stat()
+    return dict(_values_of(path, status.st_size, status.st_mtime_ns))
+
+
+@cache
+def _values_of(path: Path, size: int, changed: int) -> dict[str, Any]:
+    """Kept as long as the file stays: the reader walks through the vocabulary, which takes seconds,
+    and a start asks for the config several times."""
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    if ROTARY_FACTORS.encode() in header:
+        raise UserError(
+            f"{path}: holds {ROTARY_FACTORS}, which the reader does not apply; take the "
+            "model's Hugging Face folder, whose config.json has rope_scaling"
+        )
+    return dict(_load(path)["config"])
 
 
 def _load(path: Path, **options: Any) -> dict[str, Any]:
@@ -55,13 +77,6 @@ def _load(path: Path, **options: Any) -> dict[str, Any]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
-        from gguf import GGUFReader
-
-        if any(tensor.name == ROTARY_FACTORS for tensor in GGUFReader(path).tensors):
-            raise UserError(
-                f"{path}: holds {ROTARY_FACTORS}, which the reader does not apply; take the "
-                "model's Hugging Face folder, whose config.json has rope_scaling"
-            )
         return dict(load_gguf_checkpoint(str(path), **options))
     except ImportError as error:
         raise UserError(
@@ -75,7 +90,7 @@ def _dequantised(path: Path) -> dict[str, Tensor]:
     """All tensors, under the names of transformers."""
     import transformers
 
-    values = _load(path)["config"]
+    values = _values(path)
     name = FAMILIES[values["model_type"]]
     config = getattr(transformers, name.replace("ForCausalLM", "Config")).from_dict(values)
     with torch.device("meta"):

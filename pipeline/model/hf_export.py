@@ -15,7 +15,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
 from data_prep.tokenizers.load import Tokenizer
+from pipeline.model import custom_generate
 from pipeline.model.config import DRAFTING_FIELDS, ModelConfig
+from pipeline.model.draft_record import DraftRecord
 from pipeline.model.hf_tokenizer import padding_id, save_tokenizer
 from pipeline.model.hosted import save_hosted
 from pipeline.model.huggingface import (
@@ -34,6 +36,10 @@ from tidar_common.files import fsync_path
 
 SHARD_BYTES = 5_000_000_000
 GENERATION_CONFIG_FILE = "generation_config.json"
+GENERATE_FOLDER = "custom_generate"
+"""What transformers runs of a folder in place of its own `generate`."""
+OLDEST_TRANSFORMERS = "5.17"
+"""Whose interfaces that code was tested with."""
 
 
 def write_export(
@@ -44,6 +50,7 @@ def write_export(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    hub_id: str | None = None,
 ) -> str | None:
     """Write `model` to the folder `output`; returns a warning, or None when all is well.
 
@@ -54,6 +61,7 @@ def write_export(
         output: created; may exist when empty, or when it is an export and `overwrite` is set.
         overwrite: replace an earlier export.
         shard_bytes: largest weight file; above it there are several, with an index.
+        hub_id: under which id it will stand on the hub, for the model card.
 
     Raises:
         UserError: when `output` is in the way or cannot be written, or the model has a shape that
@@ -77,8 +85,11 @@ def write_export(
             _write_json(folder / GENERATION_CONFIG_FILE, {**ids, "do_sample": False})
             _write_json(folder / TIDAR_FILE, tidar)
             write_weights(model, folder, shard_bytes)
+            if model.config.mask_token_id is not None:
+                write_custom_generate(folder)
             warning = save_tokenizer(tokenizer, folder)
-            card = model_card(model.config, tidar, dtype, auto_tokenizer=warning is None)
+            name = hub_id or "path/to/this/folder"
+            card = model_card(model.config, tidar, dtype, name, auto_tokenizer=warning is None)
             (folder / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: {output} cannot be written ({error})") from error
@@ -123,6 +134,16 @@ def write_weights(model: Transformer, folder: Path, shard_bytes: int) -> None:
         path.chmod(mode)  # the library makes files that only their owner can read
 
 
+def write_custom_generate(folder: Path) -> None:
+    """The code that drafts in transformers, with what it needs."""
+    target = folder / GENERATE_FOLDER
+    target.mkdir()
+    for source in Path(custom_generate.__file__).parent.glob("*.py"):
+        if source.name != "__init__.py":
+            shutil.copyfile(source, target / source.name)
+    (target / "requirements.txt").write_text(f"transformers>={OLDEST_TRANSFORMERS}\n")
+
+
 @contextmanager
 def folder_written_atomically(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which gets the name `output` when the block ends well.
@@ -141,7 +162,8 @@ def folder_written_atomically(output: Path, overwrite: bool) -> Iterator[Path]:
         for path in [p for p in temporary.rglob("*") if p.is_file()]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        fsync_path(temporary)
+        for path in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+            fsync_path(path)
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(output, replaced)
@@ -190,20 +212,6 @@ token; sampled output has its distribution.
 {table}
 
 ## Decoding
-
-Several tokens a forward, with the package `tidar-pretrain`:
-
-```python
-from pipeline import load_model
-from pipeline.decoding import generate
-
-model, tokenizer = load_model("path/to/this/folder")
-result = generate(model, tokenizer.encode("Once upon a time"), max_new_tokens=128,
-                  eos_id=tokenizer.eos_id)
-print(tokenizer.decode(result.tokens), result.tokens_per_forward)
-```
-
-or `tidar-generate checkpoint=path/to/this/folder prompt="Once upon a time"`.
 """
 
 PLAIN = """
@@ -216,26 +224,54 @@ A decoder-only transformer of the {family} family, trained to predict the next t
 ## Decoding
 """
 
-TRANSFORMERS = """
-One token a forward, with transformers:
+DRAFTING_TRANSFORMERS = """
+Several tokens a forward, with transformers ({oldest} or newer) alone:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=128)[0]))
+folder = "{name}"
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+stats = {{}}
+ids = model.generate(**inputs, max_new_tokens=128, stats=stats,
+                     custom_generate=folder, trust_remote_code=True)
+print(tokenizer.decode(ids[0]), stats["tokens_per_forward"])
 ```
 
+This runs `custom_generate/` of this folder. Without the last two arguments and `stats`, the same
+text comes one token a forward, with no code but that of transformers.
+"""
+
+PLAIN_TRANSFORMERS = """
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))
+```
+"""
+
+TOKENIZER = """
 Training documents were `[tokens, eos]` without a token in front: nothing is prepended to a prompt.
 `AutoTokenizer` reads control symbols written out in a text (`</s>`) as symbols; in training they
 were plain text, which `split_special_tokens=True` gives.
 """
 
 SENTENCEPIECE_ONLY = """
-transformers runs the model as a plain autoregressive one (`AutoModelForCausalLM`), but not its
-tokenizer: use `tokenizer.model` with the package sentencepiece. Nothing is prepended to a prompt.
+transformers runs the model (`AutoModelForCausalLM`), but not its tokenizer: use `tokenizer.model`
+with the package sentencepiece. Nothing is prepended to a prompt.
+"""
+
+PACKAGE = """
+In batches, with CUDA graphs and as a command, with the package `tidar-pretrain`:
+`tidar-generate checkpoint={name} prompt="Once upon a time"`.
 """
 
 FORMAT = """
@@ -258,7 +294,7 @@ ids are those of the tokens it drafts. `docs/decoding.md` of the package says al
 
 
 def model_card(
-    config: ModelConfig, tidar: dict[str, Any], dtype: torch.dtype, auto_tokenizer: bool
+    config: ModelConfig, tidar: dict[str, Any], dtype: torch.dtype, name: str, auto_tokenizer: bool
 ) -> str:
     """`README.md` of an export.
 
@@ -266,20 +302,28 @@ def model_card(
         config: shape of the model.
         tidar: content of its `tidar.json`.
         dtype: of the weights.
+        name: what a reader loads it by, a folder or an id on the hub.
         auto_tokenizer: whether transformers' AutoTokenizer can read the tokenizer.
     """
     drafts = config.mask_token_id is not None
-    tags = "\n".join(f"- {tag}" for tag in (*(["tidar"] if drafts else []), config.family))
-    body = (DRAFTS if drafts else PLAIN).format(
-        block_size=config.block_size,
-        family=config.family,
-        table=_table(config, tidar, dtype),
-    )
-    parts = [HEADER.format(tags=tags), body]
-    parts.append(TRANSFORMERS if auto_tokenizer else SENTENCEPIECE_ONLY)
+    tags = [*(["tidar", "custom_generate"] if drafts else []), config.family]
+    words: dict[str, Any] = {
+        "tags": "\n".join(f"- {tag}" for tag in tags),
+        "block_size": config.block_size,
+        "family": config.family,
+        "table": _table(config, tidar, dtype),
+        "name": name,
+        "oldest": OLDEST_TRANSFORMERS,
+        **tidar["label_shift"],
+    }
+    parts = [HEADER, DRAFTS if drafts else PLAIN]
+    if auto_tokenizer:
+        parts += [DRAFTING_TRANSFORMERS if drafts else PLAIN_TRANSFORMERS, TOKENIZER]
+    else:
+        parts.append(SENTENCEPIECE_ONLY)
     if drafts:
-        parts.append(FORMAT.format(**tidar["label_shift"]))
-    return "".join(parts)
+        parts += [PACKAGE, FORMAT]
+    return "".join(part.format(**words) for part in parts)
 
 
 def _table(config: ModelConfig, tidar: dict[str, Any], dtype: torch.dtype) -> str:
@@ -294,6 +338,11 @@ def _table(config: ModelConfig, tidar: dict[str, Any], dtype: torch.dtype) -> st
     if config.mask_token_id is not None:
         rows["Block size"] = config.block_size
         rows["Mask token id"] = config.mask_token_id
+    record = DraftRecord.from_plain(tidar["acceptance"] or {})
+    for how, measured in (("greedy", record.greedy), ("temperature 1", record.sampled)):
+        if measured is not None:
+            tokens = f"{measured.expected_tokens:.2f} on held-out text"
+            rows[f"Tokens expected of a forward, {how}"] = tokens
     if progress:
         rows["Trained for"] = f"{progress['step']:,} steps, {progress['tokens']:,} tokens"
     return "\n".join(

@@ -135,6 +135,7 @@ class PeriodicEval:
         self.tokenizer = load_tokenizer(settings.data_dir)
         self.run_dir = settings.run_dir
         self.init_from = settings.init_from
+        self.say = say
         self.example: Path = settings.run_dir / "evals" / "example.json"
 
     def due(self, step: int, steps: int) -> bool:
@@ -156,7 +157,13 @@ class PeriodicEval:
         them was asked to stop meanwhile."""
         if step > 0 or self.init_from is None or self.heldout is None:
             return True
-        model = full_copy(engine, self.config, self.tokenizer.vocab_size)
+        self.say(
+            f"measuring the held-out AR loss of {self.init_from} on "
+            f"{self.settings.score_sequences} sequences"
+        )
+        # Without what drafts: its scores are not asked for, and take several times as long.
+        plain = self.config.without_drafting()
+        model = full_copy(engine, plain, self.tokenizer.vocab_size)
         check = self._check_for(stop)
         try:
             scores = score_heldout(model, self.heldout, self.settings, self.world, check)

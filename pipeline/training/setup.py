@@ -72,7 +72,7 @@ def build_trainer(settings: TrainSettings, world: World, watchdog: Watchdog, say
     checked = preflight.wanted(settings.preflight, world)
     preflight_s = preflight.check_hosts(settings, source, world, say) if checked else 0.0
     config = model_config(settings)
-    say(describe_run(settings, config, world.size, world.device.type))
+    say(describe_run(settings, config, world.size, world.device))
     doing("making the model")
     engine = start_engine(settings, config, world, say)
     checkpoints = open_checkpoints(settings, config, world)

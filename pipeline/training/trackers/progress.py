@@ -2,21 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.data.order import TrainState
+from pipeline.model.config import ModelConfig
 from pipeline.training.moments import ROUTINE, Event, StepMetrics, Tracker
+from pipeline.training.settings import TrainSettings
 from tidar_common.progress import doing
 from tidar_common.run_files import EvalRow
 from tidar_common.tables import duration
-
-if TYPE_CHECKING:  # who only asks how a run stands imports no model
-    from pipeline.model.config import ModelConfig
-    from pipeline.training.settings import TrainSettings
 
 MEANINGLESS = 0.95
 """An AR loss above this share of the unigram entropy: the model knows little but how often tokens
@@ -93,7 +90,7 @@ class ProgressDisplay(Tracker):
 
 
 def describe_run(
-    settings: "TrainSettings", config: "ModelConfig", processes: int, device: str
+    settings: TrainSettings, config: ModelConfig, processes: int, device: torch.device
 ) -> str:
     """Three lines at the start: what trains, on what, with what, and where it is written."""
     manifest = settings.manifest
@@ -104,12 +101,12 @@ def describe_run(
     sequences = sum(part.manifest.train.sequences for part in sets) or manifest.train.sequences
     epochs = settings.steps * batch / max(sequences, 1)
     slow = ""
-    if device == "cpu" and settings.precision == "bf16" and not has_bf16():
-        slow = "; this CPU has no bf16 arithmetic, precision=fp32 is faster here"
+    if slow_on(device, settings.precision):
+        slow = ", which this CPU only emulates (precision=fp32 is several times faster)"
     plural = "es" if processes > 1 else ""
     return (
-        f"{config.num_parameters:,} parameters{share}; {processes} process{plural} on {device}, "
-        f"{settings.precision}, ZeRO {settings.deepspeed.stage}{slow}\n"
+        f"{config.num_parameters:,} parameters{share}; {processes} process{plural} on "
+        f"{device.type}, ZeRO {settings.deepspeed.stage}, {settings.precision}{slow}\n"
         f"{settings.steps:,} steps of {batch:,} sequences of {length:,} tokens "
         f"({batch * length:,} a step), {epochs:.3g} times the {sequences:,} sequences of the data\n"
         f"{settings.run_dir}: report.html, metrics.jsonl, events.jsonl, checkpoints; "
@@ -117,16 +114,14 @@ def describe_run(
     )
 
 
-def has_bf16() -> bool:
-    """Whether this machine's CPU multiplies bf16 in hardware; True where that is not known."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return True
-    return "bf16" in flags
+def slow_on(device: torch.device, precision: str) -> bool:
+    """Whether matrix products in `precision` are emulated on `device`: those in bf16 are on x86
+    before AVX-512."""
+    emulated = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return device.type == "cpu" and precision == "bf16" and emulated
 
 
-def describe_end(settings: "TrainSettings", step: int) -> str:
+def describe_end(settings: TrainSettings, step: int) -> str:
     """What there is now, and how to go on with it."""
     run = settings.run_dir
     lines = [

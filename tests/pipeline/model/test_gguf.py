@@ -1,12 +1,15 @@
 """GGUF files: the shape, the weights but for what quantising took, the tokenizer."""
 
+import copy
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from small_models import huggingface_tokenizer, write_huggingface
 
+from data_prep.tokenizers.load import load_tokenizer
 from pipeline import load_model
 from pipeline.model.loading import open_model
 from tidar_common.errors import UserError
@@ -91,6 +94,32 @@ def test_what_the_reader_would_pass_over_is_refused(theirs, tmp_path):
     write_gguf(file, theirs, gguf.GGMLQuantizationType.F32, [factors])
     with pytest.raises(UserError, match=r"rope_freqs\.weight"):
         open_model(file)
+
+
+def test_a_file_is_described_once_and_anew_when_it_changes(theirs, tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    write_gguf(file, theirs, gguf.GGMLQuantizationType.F32)
+    first, read = open_model(file).config, []
+    monkeypatch.setattr("pipeline.model.gguf._load", lambda path: read.append(path))
+    assert open_model(file).config == first
+    assert not read
+    monkeypatch.undo()
+    longer = copy.deepcopy(theirs)
+    longer.config.max_position_embeddings *= 2
+    write_gguf(file, longer, gguf.GGMLQuantizationType.F32)
+    os.utime(file, ns=(0, 0))
+    assert open_model(file).config.max_positions == 2 * first.max_positions
+
+
+def test_its_tokenizer_is_that_of_transformers(theirs, tmp_path):
+    from transformers import AutoTokenizer
+
+    write_gguf(tmp_path / "model.gguf", theirs, gguf.GGMLQuantizationType.F32)
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    mine = load_tokenizer(tmp_path / "model.gguf")
+    for text in ("def add(left, right): return 3", "naïve café, 今日は 🙂\n\tx", ""):
+        assert mine.encode(text) == expected.encode(text, add_special_tokens=False)
+    assert mine.eos_id == expected.eos_token_id
 
 
 def test_a_damaged_file_is_named_on_one_line(tmp_path):

@@ -165,8 +165,10 @@ def test_it_learns_and_reports_the_bases_ar_loss(runs, case):
     assert all(row["loss_ar"] > 0 for row in rows)
     evals = (folder / case / "evals" / "decode_speed.jsonl").read_text().splitlines()
     start = read_base(folder / case)
-    for row in map(json.loads, evals):
-        assert row["ar_loss"] == pytest.approx(start, rel=1e-12)
+    losses = [json.loads(line)["ar_loss"] for line in evals]
+    assert len(set(losses)) == 1
+    # Measured before without slots, whose rows change how sums are rounded.
+    assert losses[0] == pytest.approx(start, rel=1e-6)
 
 
 def test_fp32_takes_masters_of_what_learns_and_the_base_as_it_is(runs):

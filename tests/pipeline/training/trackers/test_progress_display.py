@@ -2,9 +2,11 @@
 
 import io
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from tracker_data import EVAL_ROWS, steps
 
@@ -77,21 +79,27 @@ def test_an_eval_that_says_nothing_is_not_praised(values, there, not_there):
 
 
 @pytest.mark.parametrize(
-    ("device", "flags", "slow"),
-    [("cpu", "avx2", True), ("cpu", "avx2 avx512_bf16", False), ("cuda", "avx2", False)],
+    ("capability", "device", "precision", "slow"),
+    [
+        ("AVX2", "cpu", "bf16", True),
+        ("AVX2", "cpu", "fp32", False),
+        ("AVX2", "cuda", "bf16", False),
+        ("AVX512", "cpu", "bf16", False),
+    ],
 )
-def test_a_run_says_what_it_is(monkeypatch, device, flags, slow):
-    monkeypatch.setattr(progress.Path, "read_text", lambda *_, **__: f"flags: {flags}")
+def test_a_run_says_what_it_is(monkeypatch, capability, device, precision, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     settings = SimpleNamespace(
         manifest=SimpleNamespace(sequence_length=256, train=SimpleNamespace(sequences=1000)),
-        mix=(), global_batch_size=32, steps=100, freeze_base=True, precision="bf16",
-        deepspeed=SimpleNamespace(stage=2), run_dir=progress.Path("runs/x"),
+        mix=(), global_batch_size=32, steps=100, freeze_base=True, precision=precision,
+        deepspeed=SimpleNamespace(stage=2), run_dir=Path("runs/x"),
         wandb=SimpleNamespace(mode="offline"),
     )  # fmt: skip
     config = SimpleNamespace(num_parameters=5000, num_drafting_parameters=200)
-    first, second, third = describe_run(settings, config, 2, device).splitlines()
-    assert first.startswith(f"5,000 parameters, 200 of them trained; 2 processes on {device}, bf16")
-    assert ("precision=fp32 is faster here" in first) == slow
+    first, second, third = describe_run(settings, config, 2, torch.device(device)).splitlines()
+    assert first.startswith(f"5,000 parameters, 200 of them trained; 2 processes on {device}, ZeRO")
+    assert first.endswith(precision) == (not slow)
+    assert ("this CPU only emulates" in first) == slow
     assert second == (
         "100 steps of 32 sequences of 256 tokens (8,192 a step), 3.2 times the 1,000 sequences of "
         "the data"

@@ -10,18 +10,19 @@ import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from scipy.stats import chisquare
+from scipy.stats import binomtest, chisquare
 from small_models import edit_json, huggingface_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.decoding import generate as decode
 from pipeline.model.custom_generate.drafting import Drafting, Head
-from pipeline.model.custom_generate.generate import generate
+from pipeline.model.custom_generate.generate import Request, generate
 from pipeline.model.hf_export import write_custom_generate, write_export
 from pipeline.model.loading import load_into, open_model
 from pipeline.model.transformers_backbone import empty_model
@@ -232,7 +233,7 @@ def drawn_p_value(model, name: str, settings: dict, draws: int, blocks="all") ->
 
 
 SETTINGS = [
-    ("gru", {"temperature": 1.0, "top_k": 6}), ("one_block", {"temperature": 2.0, "top_p": 0.5}),
+    ("gru", {"temperature": 1.0, "top_k": 6}), ("one_block", {"temperature": 3.0, "top_p": 0.6}),
 ]  # fmt: skip
 
 
@@ -246,6 +247,24 @@ def test_drawn_text_has_the_distribution_of_plain_sampling(models, name, setting
 @pytest.mark.parametrize(("name", "settings"), [*SETTINGS, ("causal", {"top_k": 9})])
 def test_so_it_has_in_many_draws(models, name, settings, blocks):
     assert drawn_p_value(models[name], name, settings, 6000, blocks) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_is_drawn_from_the_target_whatever_drafted_it(seed):
+    """Some tokens the draft never gives, some the target never takes."""
+    torch.manual_seed(seed)
+    p, q = torch.rand(2, 7).pow(2)
+    p[0] = q[1] = q[2] = 0
+    p, q, draws = p / p.sum(), q / q.sum(), 4000
+    counts, kept = torch.zeros(7), 0
+    for draft in torch.multinomial(q, draws, replacement=True):
+        hand = SimpleNamespace(greedy=False, drafts=[draft[None]], draft_chances=[q])
+        token, accepted = Request._choose(hand, p.log(), 0)
+        counts[token] += 1
+        kept += accepted
+    assert counts[0] == 0
+    assert chisquare(counts[1:].double(), (p[1:] * draws).double(), sum_check=False).pvalue > 1e-3
+    assert binomtest(kept, draws, float(torch.minimum(p, q).sum())).pvalue > 1e-3
 
 
 # --- what generate gives and takes ---

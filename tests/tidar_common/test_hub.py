@@ -1,7 +1,7 @@
 """A path or an id on the Hugging Face hub: from disk, from the cache, pushed, or one line of why
 not."""
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from fake_hub import FakeHub
 
@@ -83,7 +83,7 @@ def test_nothing_becomes_public_by_itself(hub, model):
 
 @pytest.mark.parametrize(
     ("offline", "token", "says"),
-    [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "there is no token"),
+    [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "no token for the hub; run"),
      (False, "hf_x", "cannot be pushed .* check the network")],
 )  # fmt: skip
 def test_whether_a_push_can_go(monkeypatch, offline, token, says):

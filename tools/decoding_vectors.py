@@ -24,7 +24,7 @@ from pipeline.data.batch import make_batch
 from pipeline.decoding import generate
 from pipeline.decoding.sampling import draw, verify
 from pipeline.model.attention import training_mask
-from pipeline.model.hf_export import write_export
+from pipeline.model.hf_export import GENERATE_FOLDER, write_export
 from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
 from pipeline.objective.config import ObjectiveConfig
@@ -126,6 +126,7 @@ def main() -> None:
         source = open_model(write_checkpoint(Path(folder) / "step", train(tokenizer), tokenizer))
         model = read_model(source, device="cpu")
         write_export(model, tokenizer, source, FOLDER / "model")
+    shutil.rmtree(FOLDER / "model" / GENERATE_FOLDER)
     vectors = {
         "greedy": [greedy_case(model, tokenizer, prompt) for prompt in PROMPTS],
         "verify": [verify_case(seed) for seed in range(12)],

@@ -29,7 +29,7 @@ from pipeline.decoding.engine import StepEngine
 from pipeline.decoding.sampling import Uniforms
 from pipeline.model.attention import training_mask
 from pipeline.model.config import ADAPTER_TARGETS, ModelConfig, block_slots
-from pipeline.model.hf_export import write_export
+from pipeline.model.hf_export import GENERATE_FOLDER, write_export
 from pipeline.model.loading import open_model, read_model
 from pipeline.model.transformer import Transformer
 
@@ -128,6 +128,7 @@ def export(name: str) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         source = open_model(write_checkpoint(Path(temporary) / "step", model, tokenizer))
         write_export(model, tokenizer, source, folder)
+    shutil.rmtree(folder / GENERATE_FOLDER)
     for path in folder.iterdir():
         if path.name not in FILES:
             path.unlink()

@@ -2,11 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import commands
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from fake_hub import FakeHub
 from safetensors.torch import load_file
 from small_models import (
     SWITCHES,
@@ -24,8 +28,9 @@ from pipeline import export as command
 from pipeline import load_model
 from pipeline.checkpoint.files import write_file_list
 from pipeline.decoding import generate
-from pipeline.model import hf_export, hf_tokenizer
-from pipeline.model.hf_export import write_export
+from pipeline.model import custom_generate, hf_export, hf_tokenizer
+from pipeline.model.draft_record import Acceptance, DraftRecord
+from pipeline.model.hf_export import OLDEST_TRANSFORMERS, write_export
 from pipeline.model.loading import open_model, read_model
 from pipeline.model.parameters import is_drafting
 from tidar_common.errors import UserError
@@ -227,6 +232,30 @@ def test_what_a_decoder_must_know_stands_in_tidar_json(tmp_path, run_dir):
     assert card.startswith("---\n")
     assert "| Block size | 3 |" in card
     assert "7 steps, 1,234 tokens" in card
+    assert "- custom_generate\n" in card
+    assert "Tokens expected" not in card  # nothing was measured
+
+
+def test_the_card_shows_what_was_measured(tmp_path, run_dir):
+    record = DraftRecord(sampled=Acceptance((0.5, 0.2)))
+    source = replace(open_model(run_dir), draft_record=record)
+    model = read_model(source, device="cpu")
+    write_export(model, source.tokenizer(), source, tmp_path / "out", hub_id="owner/name")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Tokens expected of a forward, temperature 1 | 1.60 on held-out text |" in card
+    assert "a forward, greedy" not in card
+    assert 'folder = "owner/name"\n' in card
+
+
+def test_the_code_that_drafts_is_copied_as_it_is(tmp_path, run_dir):
+    export(run_dir, tmp_path / "out")
+    source, copy = Path(custom_generate.__file__).parent, tmp_path / "out" / "custom_generate"
+    files = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    assert {path.name for path in copy.iterdir()} == {*files, "requirements.txt"}
+    for name in files:
+        assert (copy / name).read_bytes() == (source / name).read_bytes()
+    (requirement,) = (copy / "requirements.txt").read_text().split()
+    assert requirement == f"transformers>={OLDEST_TRANSFORMERS}"
 
 
 def test_the_autoregressive_twin_is_exported_as_such(tmp_path):
@@ -237,7 +266,10 @@ def test_the_autoregressive_twin_is_exported_as_such(tmp_path):
     assert tidar["mask_token_id"] is None
     assert tidar["block_size"] is None
     assert load_model(tmp_path / "out", device="cpu")[0].config == config
-    assert "masked diffusion" not in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "masked diffusion" not in card
+    assert "custom_generate" not in card
+    assert not (tmp_path / "out" / "custom_generate").exists()
 
 
 def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path, run_dir):
@@ -262,7 +294,7 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path, run_di
 def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(tmp_path, run_dir, monkeypatch):
     output = tmp_path / "exports" / "out"
     export(run_dir, output)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -271,7 +303,8 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(tmp_path, run_dir,
     for target in (output, output.with_name("new")):
         with pytest.raises(UserError, match=r"output: .*No space left"):
             export(run_dir, target, overwrite=True)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert after == before
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
@@ -319,6 +352,7 @@ def test_the_command_exports_a_trained_run(tmp_path, trained_run):
         (("checkpoint=/nowhere",), "checkpoint: /nowhere does not exist"),
         (("checkpoint=???",), "checkpoint: has no value"),
         (("output=???",), "output: has no value"),
+        (("overwrite=true", "push_to=name"), "push_to: 'name' is no id"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, run_dir, monkeypatch, capsys, overrides, message):
@@ -333,6 +367,24 @@ def test_mistakes_are_one_line(tmp_path, run_dir, monkeypatch, capsys, overrides
     assert out == ""
     assert err.startswith("error: " + message.format(output=output))
     assert err.count("\n") == 1
+
+
+def test_the_command_pushes_what_it_wrote(tmp_path, run_dir, monkeypatch, capsys):
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    output = tmp_path / "out"
+    arguments = [f"checkpoint={run_dir}", f"output={output}", "push_to=owner/name"]
+    monkeypatch.setattr(sys, "argv", ["tidar-export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.endswith("https://huggingface.co/owner/name (private)\n")
+    pushed, written = (
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (hub.folder / "owner" / "name", output)
+    )
+    assert pushed == written
+    assert 'folder = "owner/name"' in (output / "README.md").read_text()
 
 
 def test_a_checkpoint_names_its_own_end_token(tmp_path):

@@ -216,7 +216,8 @@ class Request:
         if mask is not None and not bool((mask == 1).all()):
             raise ValueError("attention_mask: drafting takes no padding; pass a mask of ones")
         for setting in SETTINGS:
-            if getattr(config, setting) not in (None, False, 1):
+            value = getattr(config, setting)
+            if value is True or value not in (None, False, 1.0):
                 raise ValueError(f"{setting}: is not supported when drafting; leave it out")
         layers = getattr(self.cache, "layers", [None])
         if not all(type(layer) is DynamicLayer for layer in layers):

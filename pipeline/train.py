@@ -1,5 +1,6 @@
 """`tidar-train`: prepared shards to a trained model. `torchrun … -m pipeline.train` for several."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch and DeepSpeed", flush=True)  # silence for ten seconds otherwise
     from pipeline.distributed import LostProcessError, joined_world
     from pipeline.training.launch.run_dir import StillHeldError, owned
     from pipeline.training.settings import TrainSettings

@@ -118,7 +118,7 @@ class TiledMask:
         return TiledMask(self.clean_tokens, tiles, self.keyless.to(device), blocks)
 
 
-# Cuts depend on the batch: each would be compiled anew. `torch.compiler.disable`, which is the same,
+# Cuts depend on the batch: each would be compiled anew. `torch.compiler.disable` is the same, but
 # imports the compiler at once, for three seconds of every command.
 @_disable_dynamo
 def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask) -> Tensor:

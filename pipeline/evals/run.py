@@ -1,7 +1,6 @@
 """`tidar-evaluate` put together: its settings, and the evals that were asked for."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.evals.code.evaluate import code_rows, evaluate_code
 from pipeline.evals.decode_speed import evaluate_decode_speed
 from pipeline.evals.heldout import HeldOut
 from pipeline.evals.likelihood import evaluate_likelihood
-from pipeline.evals.settings import SCHEMAS, EvalData
+from pipeline.evals.settings import SCHEMAS, EvalData, Progress
 from pipeline.evals.tasks import evaluate_tasks, task_rows
 from pipeline.model.transformer import Transformer
 from tidar_common.config import existing_path, parse
@@ -130,25 +129,6 @@ class EvaluateSettings:
         if self.device == "cuda" and world.device.type != "cuda":
             raise UserError("device: cuda asked for, but torch sees no GPU; use device=cpu")
         return torch.device("cpu") if self.device == "cpu" else world.device
-
-
-class Progress:
-    """A `Check` that says from time to time how far an eval is."""
-
-    EVERY_S = 10.0
-
-    def __init__(self, say: Callable[[str], None], name: str) -> None:
-        self.say, self.name = say, name
-        self.calls = 0
-        self.begun = self.last = time.monotonic()
-
-    def __call__(self) -> None:
-        self.calls += 1
-        now = time.monotonic()
-        if now - self.last >= self.EVERY_S:
-            self.last = now
-            seconds = now - self.begun
-            self.say(f"{self.name}: {self.calls} answers and sequences begun, {seconds:.0f} s")
 
 
 def run_evals(

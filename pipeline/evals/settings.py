@@ -1,5 +1,6 @@
 """Settings of the evals; those of decode speed are shared by training and `tidar-evaluate`."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,25 @@ class EvalInterruptedError(RuntimeError):
 
 def never() -> None:
     """The check of an eval that runs to its end."""
+
+
+class Progress:
+    """A `Check` that says how far an eval is, every ten seconds, and less often in a long one."""
+
+    EVERY_S, EVERY_SHARE = 10.0, 0.1
+
+    def __init__(self, say: Callable[[str], None], name: str) -> None:
+        self.say, self.name = say, name
+        self.calls = 0
+        self.begun = self.last = time.monotonic()
+
+    def __call__(self) -> None:
+        self.calls += 1
+        now = time.monotonic()
+        seconds = now - self.begun
+        if now - self.last >= max(self.EVERY_S, self.EVERY_SHARE * seconds):
+            self.last = now
+            self.say(f"{self.name}: {self.calls} answers and sequences begun, {seconds:.0f} s")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline.distributed import World
 from pipeline.evals.decode_speed import evaluate_decode_speed, write_example
 from pipeline.evals.drafting import score_heldout
 from pipeline.evals.heldout import HeldOut
-from pipeline.evals.settings import Check, EvalInterruptedError
+from pipeline.evals.settings import Check, EvalInterruptedError, Progress
 from pipeline.model.config import ModelConfig
 from pipeline.training.engine import full_copy
 from pipeline.training.guards.ar_guard import write_base
@@ -188,7 +188,10 @@ class PeriodicEval:
     def _check_for(self, stop: StopRequest) -> Check:
         """Whether any rank was asked to stop, which all find out at the same place of the eval."""
 
+        progress = Progress(self.say, "decode_speed")
+
         def check() -> None:
+            progress()
             if self.world.sum([float(bool(stop))])[0]:
                 raise EvalInterruptedError
 

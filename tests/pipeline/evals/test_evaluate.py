@@ -1,7 +1,9 @@
 """`tidar-evaluate`: its settings, its output, and the command on a trained run."""
 
 import json
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +22,13 @@ from pipeline.evals.run import (
     SCHEMAS,
     EvaluateSettings,
     Origin,
-    Progress,
     describe,
     measures_table,
     open_heldout,
     run_evals,
     write_results,
 )
+from pipeline.evals.settings import Progress
 from tidar_common.cli import config_dir
 from tidar_common.errors import UserError
 
@@ -287,9 +289,12 @@ def test_help_names_the_groups():
 
 def test_progress_is_told_once_in_a_while(monkeypatch):
     now, lines = [100.0], []
-    monkeypatch.setattr("pipeline.evals.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.evals.settings.time.monotonic", lambda: now[0])
     progress = Progress(lines.append, "decode_speed")
-    for _ in range(35):
+    for _ in range(1000):
         now[0] += 1.0
         progress()
-    assert lines == [f"decode_speed: {n} answers and sequences begun, {n} s" for n in (10, 20, 30)]
+    assert lines[:2] == [f"decode_speed: {n} answers and sequences begun, {n} s" for n in (10, 20)]
+    told = [int(line.split()[1]) for line in lines]
+    for earlier, later in pairwise(told):
+        assert later - earlier == max(10, math.ceil(later / 10))

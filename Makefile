@@ -33,7 +33,7 @@ demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure
 	@BIN=$(BIN) bash scripts/demo.sh
 
 demo-convert: setup ## a real model of 135M parameters learns to draft, its base frozen (15 to 30 minutes; needs pip's index)
-	@BIN=$(BIN) STEPS=240 PROMPTS=10 bash scripts/convert_smollm2.sh
+	@BIN=$(BIN) STEPS=240 PROMPTS=10 TOKENS=32 SEQUENCES=8 bash scripts/convert_smollm2.sh
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)

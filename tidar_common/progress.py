@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-SILENCE_S = 10.0
+SILENCE_S, SILENT_SHARE = 10.0, 0.1
+"""How long a silence may be: that, or in what takes long this share of the time since it began."""
 POLLED_EVERY_S = 1.0
 
 
@@ -71,7 +72,8 @@ class Doing:
     def poll(self) -> None:
         """Tell, if it is time."""
         what, now = self._what, time.monotonic()
-        if what and now - max(self._told, self._since) >= SILENCE_S:
+        silence = max(SILENCE_S, SILENT_SHARE * (now - self._since))
+        if what and now - max(self._told, self._since) >= silence:
             self._told = now
             self.tell(f"... {what}{self._part}, for {now - self._since:.0f} s")
 

@@ -5,8 +5,10 @@ page with what they say today.
 """
 
 import json
+import operator
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def wanted(results: Results, drafted: Results) -> str:
         best, base = BEST_AT[size], PUBLISHED_AT[size]
         values = ratio(drafted, best, base, expected)
         what = f"expected tokens per forward at K = {size}, `{best}` ÷ `{base}`, equal compute"
-        rows.append(wanted_row(what, f"≥ {least:g}", values, lambda v, least=least: v >= least))
+        rows.append(wanted_row(what, f"≥ {least:g}", values, partial(operator.le, least)))
     best = BEST_AT[8]
     for run, twin, source, read in (
         (best, "published", drafted, loss),

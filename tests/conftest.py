@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What test processes share among them, and with --fast a choice: what most changes break, in
     the time that one waits for (`make test-fast`)."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .drafting import Drafting, load_drafting
 
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
     needed = {"inputs_embeds", "position_ids", "attention_mask", "logits_to_keep"}
     layers = set(getattr(config, "layer_types", None) or ())
     family = (
-        needed <= parameters(type(model))
+        needed <= parameters(model.__class__)
         and layers <= {"full_attention", "sliding_attention"}
         and model.base_model is not model
         and getattr(config, "final_logit_softcapping", None) is None
@@ -123,7 +123,7 @@ def parameters(kind: type) -> set[str]:
 
 def cache_argument(model: Any) -> str:
     """That of its forward for keys and values, which transformers renamed."""
-    return "cache" if "cache" in parameters(type(model)) else "past_key_values"
+    return "cache" if "cache" in parameters(model.__class__) else "past_key_values"
 
 
 def _take_cache(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class Request:
         """The rule as an additive mask [1, 1, Q, P + Q], where a layer has a window within it; by
         kind of layer where a model has several."""
         config = self.model.config
-        window = getattr(config, "sliding_window", None)
+        window: Any = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         kinds = kinds or ["full_attention" if window is None else "sliding_attention"]
         keys = torch.cat([torch.arange(kept, device=positions.device), positions])
@@ -329,8 +329,8 @@ class Request:
             handles.append(base.register_forward_hook(self._keep_hidden))
             for name, adapter in self.drafting.adapters.items():
                 projection = base.get_submodule(name)
-                adapter = tuple(matrix.to(projection.weight.device) for matrix in adapter)
-                handles.append(projection.register_forward_hook(partial(self._adapt, adapter)))
+                down, up = (matrix.to(projection.weight.device) for matrix in adapter)
+                handles.append(projection.register_forward_hook(partial(self._adapt, down, up)))
             yield
         finally:
             for handle in handles:
@@ -341,11 +341,10 @@ class Request:
         self.hidden = out.last_hidden_state[0] / getattr(self.model.config, "logits_scaling", 1.0)
 
     def _adapt(
-        self, adapter: tuple[Tensor, Tensor], module: nn.Module, args: tuple[Tensor], out: Tensor
+        self, down: Tensor, up: Tensor, module: nn.Module, args: tuple[Tensor], out: Tensor
     ) -> Tensor:
         if self.clean == out.shape[1]:
             return out
-        down, up = adapter
         slots = F.linear(F.linear(args[0][:, self.clean :], down), up)
         return torch.cat([out[:, : self.clean], out[:, self.clean :] + slots], dim=1)
 
@@ -405,7 +404,7 @@ class Request:
         self.drafts, self.draft_chances = [], []
         if head is None and block is None:
             return
-        bases = None if block is None else self.lm_head(block[1:])
+        bases: Any = None if block is None else self.lm_head(block[1:])
         if head is not None:
             state, plain = head.start(row)
             parts = head.slot_parts(head.no_slot[None] if block is None else block[1:])
@@ -438,6 +437,7 @@ class Request:
         """What `generate` returns."""
         if not self.config.return_dict_in_generate:
             return self.text
-        scores, logits = tuple(self.scores) or None, tuple(self.logits) or None
-        kept = {self.cache_argument: self.cache}
-        return GenerateDecoderOnlyOutput(sequences=self.text, scores=scores, logits=logits, **kept)
+        rows: dict[str, Any] = {"scores": self.scores, "logits": self.logits}
+        rows = {kind: tuple(values) or None for kind, values in rows.items()}
+        text: Any = self.text
+        return GenerateDecoderOnlyOutput(text, **rows, **{self.cache_argument: self.cache})

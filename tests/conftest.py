@@ -24,17 +24,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """How tests are divided among processes: by file, since a file's tests share fixtures, and
+    those of tests/slurm together, since they share one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What test processes share among them, and with --fast a choice: what most changes break, in
+    """What waits comes first, beside all others; with --fast a choice: what most changes break, in
     the time that one waits for (`make test-fast`)."""
-    for item in items:
-        # A file's tests share fixtures; those under Slurm share one cluster, which mostly waits, so
-        # they come first, beside all others.
-        cluster = "slurm" in item.fixturenames
-        group = "slurm" if cluster else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "slurm" not in item.fixturenames)
+    items.sort(key=lambda item: "tests/slurm/" not in item.nodeid)
     if not config.getoption("fast"):
         return
     kept: dict[str, pytest.Item] = {}

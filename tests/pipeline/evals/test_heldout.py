@@ -171,7 +171,7 @@ def test_entropy_of_equal_frequencies():
 
 def test_data_without_heldout_split_is_refused(data):
     empty = replace(data.manifest, heldout=replace(data.manifest.heldout, sequences=0))
-    with pytest.raises(UserError, match="raise heldout_fraction"):
+    with pytest.raises(UserError, match="prepare it with a heldout_fraction"):
         HeldOut(data.folder, empty)
 
 

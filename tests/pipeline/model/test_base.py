@@ -110,7 +110,7 @@ def test_a_plan_needs_the_folder_alone(base):
 
 
 def test_data_of_another_tokenizer_are_refused_with_both_named(base, data_dir):
-    with pytest.raises(UserError, match=r"init_from: .*huggingface tokenizer .*stdlib.*sentenc"):
+    with pytest.raises(UserError, match=r"init_from: .*huggingface tokenizer .*data.*sentenc"):
         check_tokenizer(open_model(base), data_dir)
     huggingface_tokenizer().save(base)
     check_tokenizer(open_model(base), base)

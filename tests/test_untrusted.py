@@ -1,5 +1,6 @@
 """Files from outside: what they hold is never run, unpacked elsewhere, or read without end."""
 
+import ast
 import io
 import json
 import os
@@ -164,7 +165,9 @@ def test_nothing_in_the_project_unpickles_without_restriction():
         if path not in sandbox:
             assert not re.search(r"\bpickle\b\.|import pickle|joblib|allow_pickle=True", text), path
         assert "yaml.load(" not in text, path
-        assert "trust_remote_code=True" not in text, path
+        # Called so: what an export's card tells its reader to write is another matter.
+        for node in ast.walk(ast.parse(text)):
+            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), path
 
 
 def test_secrets_of_the_environment_are_replaced_by_their_names():

@@ -1,12 +1,11 @@
 """The page of a run that trains is drawn beside it, one at a time, and never stops it."""
 
-import os
-
 import pytest
 from tracker_data import EVAL_ROWS, steps
 
 from pipeline.data.order import TrainState
 from pipeline.training.moments import Together
+from pipeline.training.trackers import report as report_tracker
 from pipeline.training.trackers.metrics import MetricsFiles
 from pipeline.training.trackers.report import Report
 
@@ -90,10 +89,12 @@ def test_a_page_that_cannot_be_written_ends_no_training(trackers, report, tmp_pa
     assert "Is a directory" in said[0]
 
 
-def test_a_process_that_hangs_ends_itself(tmp_path):
+def test_a_process_that_hangs_ends_itself(monkeypatch, tmp_path):
     said: list[str] = []
+    draw, rest = report_tracker.DRAW.split("runpy.run_module")
+    assert "pipeline.status" in rest
+    monkeypatch.setattr(report_tracker, "DRAW", f"{draw}import time; time.sleep(600)")
     report = Report(tmp_path, said.append, limit_s=1, nice=0)
-    os.mkfifo(tmp_path / "metrics.jsonl")  # opening it waits for a writer
     report.on_eval(EVAL_ROWS)
     report.drawing.wait()
     train(report, 1, 1)

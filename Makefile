@@ -29,7 +29,7 @@ $(VENV)/.installed-extras: $(STAMP)
 	$(PIP) --editable '.[dev,eval,code,filters,tiktoken]'
 	@touch $@
 
-demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (about 10 minutes)
+demo: setup ## prepare text, train a small TiDAR model with 2 processes, measure decoding (about 12 minutes)
 	@BIN=$(BIN) bash scripts/demo.sh
 
 demo-convert: setup ## a real model of 135M parameters learns to draft, its base frozen (15 to 30 minutes; needs pip's index)

@@ -18,7 +18,8 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of one run file, in order."""
+    """The protobuf records of one run file, in order; of one that is being written those that are
+    whole."""
     data = path.read_bytes()
     assert data[:4] == b":W&B"
     position, parts = HEADER, b""
@@ -26,11 +27,15 @@ def records(path: Path) -> Iterator[Any]:
         if BLOCK - position % BLOCK < HEADER:  # too short for a header: padding
             position += BLOCK - position % BLOCK
             continue
+        if len(data) - position < HEADER:
+            return  # it is being written
         _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
         if kind not in (FULL, FIRST, MIDDLE, LAST):
             raise ValueError(f"{path}: record of type {kind} at byte {position}")
         start = position + HEADER
         position = start + length
+        if position > len(data):
+            return
         parts = data[start:position] if kind in (FULL, FIRST) else parts + data[start:position]
         if kind in (FULL, LAST):
             record = wandb_internal_pb2.Record()

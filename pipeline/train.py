@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig) -> int:
+    doing.tell = partial(print, flush=True)  # on stderr a mistake stays the only line
     doing("loading torch and DeepSpeed")
     from pipeline.distributed import LostProcessError, joined_world, make_deterministic
     from pipeline.training.launch.run_dir import StillHeldError, owned
